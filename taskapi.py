@@ -1,0 +1,5187 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "bottle>=0.13.4,<0.14",
+#   "Faker>=40",
+#   "multipart>=2.0.1,<3",
+#   "pydantic>=2.12,<3",
+#   "sqlite-utils>=4.2,<5",
+#   "waitress>=3.0.2,<4",
+# ]
+# ///
+"""taskapi: a data task server in one file.
+
+It answers at once and does the heavy work in the background: it generates Faker records, takes files in and
+writes exports. Jobs and records live in one SQLite database, so that nothing acknowledged is lost in a crash.
+
+The file reads top-down; a room uses only the rooms above it.
+
+ 0 Head       this text, the imports, the version
+ 1 Errors     what can go wrong, and the HTTP status of each
+ 2 Settings   one model behind flags, environment, file and help
+ 3 Models     the shapes that go over the wire, and the moves a job may make
+ 4 Store      the only SQL: the job table and the record tables
+ 5 Generator  a request in, rows out
+ 6 Files      the data folder: drafts, uploads, exports
+ 7 Job types  what each job means: a model and a function
+ 8 Queue      who runs which job, and when
+ 9 HTTP       thin handlers, one way for bodies and errors
+10 Page       the documentation page, with no outside asset
+11 Server     the service as a whole, the Waitress channel, the command line
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import calendar
+import codecs
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import string
+import struct
+import sys
+import tempfile
+import threading
+import tomllib
+import types
+import unicodedata
+import uuid
+import zlib
+from bisect import bisect
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Context, Decimal, InvalidOperation
+from email.utils import format_datetime
+from enum import StrEnum
+from hashlib import blake2b
+from http import HTTPStatus
+from itertools import chain
+from pathlib import Path
+from time import monotonic
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeGuard,
+    TypeVar,
+    cast,
+)
+from urllib.parse import parse_qsl, quote, urlsplit
+from uuid import UUID
+
+import bottle
+import multipart
+import sqlite_utils
+import waitress
+import waitress.channel
+import waitress.parser
+import waitress.task
+import waitress.wasyncore
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SkipValidation,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+from sqlite_utils import Migrations
+
+if TYPE_CHECKING:
+    from faker.generator import Generator as FakerGenerator
+    from faker.providers import BaseProvider
+
+__version__ = "1.0.0"
+
+Json = Any  # whatever json.loads can return
+
+
+# ==== 1 Errors: what can go wrong, and the HTTP status of each ====
+
+
+class FieldProblem(NamedTuple):
+    """One thing wrong with one field of a request; `field` is a dotted path such as `schema.age.min`."""
+
+    field: str
+    message: str
+
+
+class TaskError(Exception):
+    """A failure that a client causes or meets: its text is the short message, its class has the status."""
+
+    http_status = 500
+    retry_after: int | None = None  # seconds, sent as Retry-After
+
+    def __init__(self, message: str, fields: Sequence[FieldProblem] = (), headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.fields = tuple(fields)
+        self.headers = dict(headers or {})
+        if self.retry_after is not None:
+            self.headers.setdefault("Retry-After", str(self.retry_after))
+
+    def body(self) -> dict[str, Json]:
+        """The error as every client sees it (contract, section 7)."""
+        body: dict[str, Json] = {"error": str(self), "status": self.http_status}
+        if self.fields:
+            body["fields"] = [problem._asdict() for problem in self.fields]
+        return body
+
+
+class BadRequest(TaskError):
+    """The request is wrong; `fields` says where."""
+
+    http_status = 400
+
+
+class CrossSite(TaskError):
+    """A browser sent this on behalf of another site's page."""
+
+    http_status = 403
+
+
+class NotFound(TaskError):
+    """No such path, job, file or record type."""
+
+    http_status = 404
+
+
+class MethodNotAllowed(TaskError):
+    """The path exists, the method does not."""
+
+    http_status = 405
+
+
+class Conflict(TaskError):
+    """The state of the job, or the idempotency key, forbids it."""
+
+    http_status = 409
+
+
+class TooLarge(TaskError):
+    """A JSON body over the limit."""
+
+    http_status = 413
+
+
+class UnsupportedMedia(TaskError):
+    """A JSON endpoint was sent something else."""
+
+    http_status = 415
+
+
+class RangeNotSatisfiable(TaskError):
+    """A download was asked for bytes past the end of the file."""
+
+    http_status = 416
+
+
+class WrongHost(TaskError):
+    """The Host header names a host that this server is not."""
+
+    http_status = 421
+
+
+class HeadersTooLarge(TaskError):
+    """The request's headers are over the limit."""
+
+    http_status = 431
+
+
+class StorageError(TaskError):
+    """The database or the disk cannot be used at the moment; it may come back."""
+
+    http_status = 500
+
+
+class DiskFull(StorageError):
+    """There is no room left for what has to be written."""
+
+
+class NotImplementedByServer(TaskError):
+    """A transfer coding that this server does not know."""
+
+    http_status = 501
+
+
+class Unavailable(TaskError):
+    """Too busy or stopping; the same request may succeed later."""
+
+    http_status = 503
+    retry_after = 1
+
+
+class JobFailed(TaskError):
+    """A job cannot be done: the text becomes the job's error."""
+
+
+class StartupError(TaskError):
+    """The program cannot start; `exit_code` is what it ends with."""
+
+    exit_code = 1
+
+
+class SettingError(StartupError):
+    """A setting is unknown or has a bad value."""
+
+    exit_code = 2
+
+
+class Interrupted(Exception):
+    """Raised inside a running job that must stop now (stopping server, canceled, or not its turn any more)."""
+
+
+def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
+    """Up to `count` of `words` that look like `word`, the likest first; case does not matter."""
+    by_lower = {candidate.lower(): candidate for candidate in words}
+    return [by_lower[hit] for hit in difflib.get_close_matches(word.lower(), by_lower, count, 0.6)]
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The tail of an error message: `; did you mean 'a' or 'b'?`, or nothing when no word is near."""
+    hits = nearest(word, words)
+    return f"; did you mean {' or '.join(map(repr, hits))}?" if hits else ""
+
+
+def field_problems(error: ValidationError, *prefix: str) -> list[FieldProblem]:
+    """What pydantic found wrong, five at most, as paths and short messages."""
+    problems = []
+    for detail in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
+        path = ".".join(str(step) for step in (*prefix, *detail["loc"]))
+        message = detail["msg"].removeprefix("Value error, ")
+        problems.append(FieldProblem(path or "body", message[:1].lower() + message[1:]))
+    return problems
+
+
+# ==== 2 Settings: one model behind flags, environment, file and help ====
+
+_SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def _bytes_count(value: Json) -> Json:
+    """Reads `100 MiB` or `5000000` as a number of bytes; leaves anything else for pydantic to refuse."""
+    match = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    return int(match[1]) * _SIZE_UNITS[match[2]] if match and match[2] in _SIZE_UNITS else value
+
+
+def _comma_list(value: Json) -> Json:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    """Everything that can be set, each once: a flag, a `TASKAPI_` variable, a key of `taskapi.toml`, a README row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
+    data_dir: Path = Field(Path("data"), description="Folder for the database, uploads and exports.")
+    database: Path | None = Field(None, description="The database file (default: taskapi.db in the data folder).")
+    workers: int = Field(4, ge=1, le=64, description="Jobs that run at the same time.")
+    threads: int = Field(8, ge=2, le=256, description="Requests that are answered at the same time.")
+    max_upload_bytes: Annotated[int, BeforeValidator(_bytes_count)] = Field(
+        100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
+    upload_types: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
+        ("csv", "tsv", "json", "ndjson", "jsonl", "txt", "xml", "gz", "zip", "pdf", "png", "jpg", "xlsx", "parquet"),
+        description="File name extensions that may be uploaded, separated by commas.")
+    max_records: int = Field(10_000_000, ge=1, le=2**48, description="Most records that one job may generate.")
+    max_pending: int = Field(10_000, ge=1, le=10**9, description="Most jobs that may wait; then 503.")
+    max_attempts: int = Field(3, ge=1, le=100, description="Times a job is started before it fails as interrupted.")
+    retention_days: float = Field(0, ge=0, le=36500, description="Days to keep finished jobs; 0 keeps them.")
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
+        (), description="Host names, beside the loopback ones, that requests may be addressed to.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="One line of text or of JSON for each event.")
+
+    @property
+    def database_path(self) -> Path:
+        """The database file, absolute."""
+        return (self.database or self.data_dir / "taskapi.db").absolute()
+
+    @model_validator(mode="after")
+    def _open_bind_names_its_hosts(self) -> Settings:
+        # Without a Host check on a public address any web page could reach this server under a name of its own.
+        if self.host not in (*_LOOPBACK_NAMES, "::1") and not self.allowed_hosts:
+            raise ValueError(f"host {self.host} is not loopback: set allowed_hosts to the names clients will use")
+        return self
+
+    @classmethod
+    def load(cls, argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> Settings:
+        """Settings from flags over environment over file over defaults.
+
+        `argv` holds flags only; the file is TASKAPI_CONFIG, or taskapi.toml in `folder` where there is one.
+        Raises SettingError that names the source and the nearest right name.
+        """
+        from_environment = {name.removeprefix("TASKAPI_").lower(): (name, value)
+                            for name, value in environ.items() if name.startswith("TASKAPI_")}
+        config = from_environment.pop("config", None)
+        sources = _read_config(Path(config[1]) if config else folder / "taskapi.toml", required=bool(config))
+        sources |= from_environment | _read_flags(argv)
+        for key, (source, _) in sources.items():
+            if key not in cls.model_fields:
+                style = {"-": "--{}", "T": "TASKAPI_{}"}.get(source[0], "{}")
+                known = [style.format(name.replace("_", "-") if source[0] == "-" else
+                                      name.upper() if source[0] == "T" else name) for name in cls.model_fields]
+                raise SettingError(f"unknown setting {source}{did_you_mean(source, known)}")
+        try:
+            return cls(**{key: value for key, (_, value) in sources.items()})
+        except ValidationError as error:
+            problem = field_problems(error)[0]
+            source = sources.get(problem.field.split(".")[0], ("", ""))[0]
+            raise SettingError(f"{source}: {problem.message}" if source else problem.message) from None
+
+    @classmethod
+    def table(cls) -> str:
+        """The README's table of settings, in Markdown."""
+        rows = ["| variable | flag | default | meaning |", "|---|---|---|---|"]
+        for name, field in cls.model_fields.items():
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            shown = f"`{default}`" if default not in (None, "") else ""
+            rows.append(f"| `TASKAPI_{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |")
+        return "\n".join(rows)
+
+
+def _read_config(path: Path, required: bool) -> dict[str, tuple[str, Json]]:
+    """Keys of a TOML file as {setting: (name to show, value)}."""
+    if not required and not path.exists():
+        return {}
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"cannot read the settings file {path}: {error}") from None
+    return {key.lower(): (key, value) for key, value in entries.items()}
+
+
+def _flag_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="taskapi", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="A data task server: generates records, takes uploads and writes exports in the background.",
+        epilog="Each flag can be set as a variable too (--max-records: TASKAPI_MAX_RECORDS) or as a key of "
+               "taskapi.toml (max_records); flags win over variables, variables over the file.")
+    parser.add_argument("--version", action="version", version=f"taskapi {__version__}")
+    for name, field in Settings.model_fields.items():
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS,
+                            help=f"{field.description}" + (f" (default: {default})" if default not in (None, "") else ""))
+    return parser
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, tuple[str, Json]]:
+    """Flags as {setting: (name to show, value)}; an unknown flag is kept so that the caller can name the nearest."""
+    parsed, unknown = _flag_parser().parse_known_args(argv)
+    flags: dict[str, tuple[str, Json]] = {name: (f"--{name.replace('_', '-')}", value)
+                                          for name, value in vars(parsed).items()}
+    for word in unknown:
+        if not word.startswith("--"):
+            raise SettingError(f"unexpected argument {word!r}")
+        name = word.split("=")[0]
+        flags[name.removeprefix("--").replace("-", "_")] = (name, None)
+        break  # what follows an unknown flag may be its value
+    return flags
+
+
+# ==== 3 Models: the shapes that go over the wire, and the moves a job may make ====
+
+Kind = Literal["int", "float", "decimal", "bool", "text", "date", "datetime", "json", "any"]
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """This instant, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+def instant(moment: datetime) -> str:
+    """RFC 3339 in UTC with milliseconds: the one form in which instants are stored, compared and shown."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+class JobIds:
+    """Makes job ids: UUIDs of version 7 (RFC 9562), which sort by creation time.
+
+    Ids of one process always increase, also when the clock is set back: `last` continues from an earlier run.
+    """
+
+    def __init__(self, clock: Clock, last: str | None = None):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stamp = int(last.replace("-", "")[:12], 16) if last else 0  # milliseconds since 1970
+
+    def __call__(self) -> str:
+        with self._lock:
+            self._stamp = max(self._stamp + 1, int(self._clock().timestamp() * 1000))
+            stamp = self._stamp
+        tail = secrets.randbits(74)
+        number = stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1
+        return str(uuid.UUID(int=number))
+
+
+class JobStatus(StrEnum):
+    """Where a job stands."""
+
+    PENDING = "pending"
+    IN_PROGRESS = "in-progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def finished(self) -> bool:
+        """True once nothing more will happen to the job by itself."""
+        return self not in (JobStatus.PENDING, JobStatus.IN_PROGRESS)
+
+
+MOVES: Mapping[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.PENDING: frozenset({JobStatus.IN_PROGRESS, JobStatus.CANCELED}),
+    JobStatus.IN_PROGRESS: frozenset(JobStatus) - {JobStatus.IN_PROGRESS},
+    JobStatus.COMPLETED: frozenset(),
+    JobStatus.FAILED: frozenset({JobStatus.PENDING}),
+    JobStatus.CANCELED: frozenset({JobStatus.PENDING}),
+}
+
+
+class Shape(BaseModel):
+    """Base of all that goes over the wire: camelCase keys, no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, alias_generator=to_camel,
+                              validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+
+Q = TypeVar("Q", bound=Shape)
+
+
+def validated(model: type[Q], validate: Callable[[], Q], names: Iterable[str] = ()) -> Q:
+    """What `validate` returns; its ValidationError becomes a BadRequest that names the nearest known field."""
+    try:
+        return validate()
+    except ValidationError as error:
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        problems = [FieldProblem(field, f"is not known here{did_you_mean(field, known)}" if
+                                 message.startswith("extra inputs") else message)
+                    for field, message in field_problems(error)]
+        if problems[0].field == "body":
+            raise BadRequest(f"the body is not such JSON as is expected: {problems[0].message}") from None
+        shown = "; ".join(f"{field}: {message}" for field, message in problems)
+        raise BadRequest(shown, problems) from None
+
+
+RecordType = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$", examples=["person"])]
+
+
+def check_record_type(name: str) -> str:
+    """A record type becomes a table: refuses the names that are taken."""
+    if name == "jobs" or name.startswith("sqlite"):
+        raise ValueError(f"{name!r} is reserved")
+    return name
+
+
+NewRecordType = Annotated[RecordType, AfterValidator(check_record_type)]
+
+
+class Progress(Shape):
+    """How far a job is; `total` is null while unknown."""
+
+    done: int = 0
+    total: int | None = None
+
+
+class StoredFile(Shape):
+    """A file in the data folder: `path` is relative to it, `filename` is a label for people."""
+
+    path: str
+    filename: str
+    content_type: str
+    bytes: int
+    sha256: str
+
+
+class Job(Shape):
+    """A job, as GET /status/{jobId} shows it."""
+
+    job_id: str
+    type: str
+    status: JobStatus
+    created_at: str
+    started_at: str | None = None
+    finished_at: str | None = None
+    attempt: int = Field(0, description="How often the job was started.")
+    progress: Progress = Progress()
+    request: dict[str, Json] = Field(description="The request as accepted, with its defaults filled in.")
+    result: dict[str, Json] | None = None
+    error: str | None = None
+    record_type: str | None = Field(None, exclude=True)
+    file: StoredFile | None = Field(None, exclude=True)
+    cancel_requested: bool = Field(False, exclude=True)
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties; pydantic documents this
+    @property
+    def links(self) -> dict[str, str]:
+        """Root-relative paths: `self`, and `records` and `download` where there are any."""
+        links = {"self": f"/status/{self.job_id}"}
+        if self.record_type:
+            links["records"] = f"/records/{self.record_type}?jobId={self.job_id}"
+        if self.file:
+            links["download"] = f"/download/{self.job_id}"
+        return links
+
+
+Scalar = str | int | float | bool | None
+
+
+class Condition(Shape):
+    """What a field's value must be; several operators all have to hold."""
+
+    model_config = ConfigDict(strict=False)
+
+    eq: Scalar = None
+    ne: Scalar = None
+    lt: Scalar = None
+    lte: Scalar = None
+    gt: Scalar = None
+    gte: Scalar = None
+    in_: list[Scalar] | None = Field(None, alias="in", max_length=1000)
+    like: str | None = Field(None, description="SQL pattern: % is any text, _ any character.", max_length=1000)
+    null: bool | None = None
+
+
+class Filters(Shape):
+    """Which records: all conditions have to hold."""
+
+    record_type: RecordType | Annotated[list[RecordType], Field(min_length=1, max_length=100)] | None = None
+    from_: str | None = Field(None, alias="from", description="First date or instant, included.")
+    to: str | None = Field(None, description="Last date or instant, included; a date means its whole day.")
+    date_field: str | None = Field(None, description="Field that from and to look at; default: when it was created.")
+    job_id: str | None = None
+    where: dict[str, Condition] = Field({}, max_length=50)
+
+
+class Health(Shape):
+    """What GET / tells."""
+
+    service: str = "taskapi"
+    version: str = __version__
+    status: Literal["ok", "unavailable"] = "ok"
+    database: Literal["ok", "unavailable"] = "ok"
+    queue: Literal["ok", "unavailable"] = "ok"
+    pending: int = 0
+    in_progress: int = 0
+    workers: int
+    uptime: float = Field(description="Seconds since the service was opened.")
+    errors: list[str] | None = None
+    links: dict[str, str]
+
+
+LINKS = {"generate": "/generate", "upload": "/upload", "export": "/export", "status": "/status/{jobId}",
+         "jobs": "/jobs", "records": "/records", "fields": "/fields", "preview": "/preview",
+         "openapi": "/openapi.json", "docs": "/docs", "ui": "/ui", "metrics": "/metrics"}
+
+
+# ==== 4 Store: the only SQL: the job table and the record tables ====
+
+T = TypeVar("T")
+_BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
+_MIGRATIONS = Migrations("taskapi")
+_RESERVED_COLUMNS = ("_id", "_job", "_created")
+_DELETE_STEP = 20_000  # rows that one transaction deletes: short enough that others hardly wait
+
+
+@_MIGRATIONS()
+def first_tables(db: sqlite_utils.Database) -> None:
+    """Jobs, and the books about record tables. A leading underscore cannot clash with a record type."""
+    db.table("jobs").create({
+        "id": str, "type": str, "status": str, "created_at": str, "started_at": str, "finished_at": str,
+        "attempt": int, "cancel_requested": int, "record_type": str, "error": str, "file": str, "result": str,
+        "idempotency_key": str, "idempotency_hash": str, "request": str,
+    }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
+        defaults={"attempt": 0, "cancel_requested": 0}, strict=True)
+    # Partial, so that claims and counts cost the same however many jobs have finished.
+    db.execute("CREATE INDEX jobs_open ON jobs(status, id) WHERE status IN ('pending', 'in-progress')")
+    db.execute("CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL")
+    # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
+    db.table("_progress").create({"job": str, "done": int, "total": int, "checkpoint": str}, pk="job", strict=True)
+    db.table("_types").create({"record_type": str, "next_id": int}, pk="record_type", strict=True)
+    db.table("_fields").create({"record_type": str, "field": str, "kind": str, "position": int},
+                               pk=("record_type", "field"), strict=True)
+    # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
+    db.table("_spans").create({"record_type": str, "first": int, "size": int, "rows": int, "job": str},
+                              pk=("record_type", "first"), strict=True).create_index(["job"])
+    db.table("_heartbeat").create({"id": int, "at": str}, pk="id", strict=True)
+
+
+def _quote(name: str) -> str:
+    """An SQL identifier; the doubled quote makes any name safe."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _exact_float(value: float) -> str:
+    """A float as the shortest text that reads back equal; beyond the range of JSON it reads back as infinite."""
+    return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
+
+
+class KindSql(NamedTuple):
+    """How one kind of field is stored, and made text inside SQLite; `{c}` stands for the column."""
+
+    column: str
+    csv: str
+    json: str
+    compare: str = "{c}"  # what filters and ORDER BY look at
+
+
+# SQLite prints 15 digits of a REAL; where that does not read back equal, Python's 17 are asked for.
+_FLOAT_SQL = "iif(CAST(CAST({c} AS TEXT) AS REAL) = {c}, CAST({c} AS TEXT), exact_float({c}))"
+_CSV_TEXT = """'"' || replace({c}, '"', '""') || '"'"""
+_TEXT = KindSql("TEXT", f"coalesce({_CSV_TEXT}, '')", "json_quote({c})")
+KIND_SQL: Mapping[Kind, KindSql] = {
+    "int": KindSql("INTEGER", "coalesce({c}, '')", "coalesce({c}, 'null')"),
+    "float": KindSql("REAL", f"coalesce({_FLOAT_SQL}, '')", f"coalesce({_FLOAT_SQL}, 'null')"),
+    "decimal": KindSql("TEXT", "coalesce({c}, '')", "coalesce({c}, 'null')", "CAST({c} AS REAL)"),
+    "bool": KindSql("INTEGER", "iif({c} IS NULL, '', iif({c}, 'true', 'false'))",
+                    "iif({c} IS NULL, 'null', iif({c}, 'true', 'false'))"),
+    "text": _TEXT, "date": _TEXT, "datetime": _TEXT,
+    "json": KindSql("TEXT", _TEXT.csv, "coalesce({c}, 'null')"),
+    # A column that schemas have given different kinds: every value keeps the type it was stored with.
+    "any": KindSql("ANY", f"CASE typeof({{c}}) WHEN 'text' THEN {_CSV_TEXT} WHEN 'real' THEN {_FLOAT_SQL} "
+                          "ELSE coalesce({c}, '') END",
+                   f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_SQL} ELSE json_quote({{c}}) END"),
+}
+# Only what a spreadsheet would run as a formula: not a plain signed number.
+_SAFE_TEXT = ("""iif({c} GLOB '[=@' || char(9, 13) || ']*' OR ({c} GLOB '[+-]*' """
+              """AND substr({c}, 2) GLOB '*[^0-9.]*'), '''' || {c}, {c})""")
+
+
+def _concat(parts: Sequence[str]) -> str:
+    """SQL that joins texts; halved again and again, because SQLite bounds how deep an expression may nest."""
+    if len(parts) <= 8:
+        return " || ".join(parts)
+    half = len(parts) // 2
+    return f"({_concat(parts[:half])}) || ({_concat(parts[half:])})"
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+class _Ticket(Generic[T]):
+    """One piece of work that waits to be written, and what became of it."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool):
+        self.work, self.durable = work, durable
+        self.done = False
+        self.result: T
+        self.error: BaseException | None = None
+
+
+class Database:
+    """One SQLite file: a single writing connection behind one lock, and readers of their own.
+
+    A single connection writes and checkpoints: before SQLite 3.51.3 two that do so at once can lose commits
+    (sqlite.org/wal.html, "the WAL-reset bug"). The file is never opened but by SQLite: closing any other descriptor
+    of it would drop SQLite's locks.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._waiting: deque[_Ticket[Any]] = deque()
+        self._readers: list[sqlite3.Connection] = []
+        self._identity: tuple[int, int] | None = None
+        self._writer: sqlite3.Connection | None = None
+        self._durable = False
+        self._closed = False
+        if sqlite3.sqlite_version_info < (3, 37):
+            raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._storage_errors(), self._lock:
+            self._open_writer("rwc")
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
+                                     isolation_level=None, check_same_thread=False, cached_statements=256)
+        connection.create_function("exact_float", 1, _exact_float, deterministic=True)
+        return connection
+
+    def _open_writer(self, mode: str = "rw") -> sqlite3.Connection:
+        connection = self._connect(mode)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA journal_size_limit = 67108864")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            _MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
+        except BaseException:
+            connection.close()
+            raise
+        self._writer, self._durable, self._identity = connection, False, self._stat()
+        return connection
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.stat(self.path)
+        return status.st_dev, status.st_ino
+
+    def _current(self) -> bool:
+        """False once the file at our path is another one than we have open; raises if there is none."""
+        try:
+            return self._stat() == self._identity
+        except OSError as error:
+            raise StorageError(f"the database file is gone: {error.strerror}") from None
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Turns SQLite's operational errors into StorageError; mistakes in our own SQL stay what they are."""
+        try:
+            yield
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            raise
+        except sqlite3.DatabaseError as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if name.startswith("SQLITE_FULL"):
+                raise DiskFull("the disk is full") from error
+            if name.startswith("SQLITE_INTERRUPT"):
+                raise Interrupted from error
+            if name in ("SQLITE_ERROR", ""):
+                raise
+            raise StorageError(f"the database cannot be used: {error}") from error
+
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
+        """Runs `work` in one transaction and returns its result; `durable` means fsynced when this returns.
+
+        Works that wait at the same time share one transaction and so one fsync (group commit); each has a savepoint
+        of its own, so that one that raises undoes only itself. Raises StorageError when the database cannot be used.
+        """
+        ticket = _Ticket(work, durable)
+        self._waiting.append(ticket)
+        if not self._lock.acquire(timeout=_BUSY_SECONDS):
+            with suppress(ValueError):  # not there any more: someone has taken it, and it will be done soon
+                self._waiting.remove(ticket)
+                raise StorageError("the database is busy")
+            self._lock.acquire()
+        try:
+            if not ticket.done:
+                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                self._write_batch(batch)
+        finally:
+            self._lock.release()
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    def _write_batch(self, batch: Sequence[_Ticket[Any]]) -> None:
+        """One transaction for all of `batch`; whatever goes wrong with it as a whole is every ticket's error."""
+        try:
+            with self._storage_errors():
+                if self._closed:
+                    raise StorageError("the database is closed")
+                connection = self._writer if self._writer and self._current() else self._reopen()
+                self._set_durable(connection, any(ticket.durable for ticket in batch))
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    for ticket in batch:
+                        self._work_one(connection, ticket)
+                    connection.execute("COMMIT")
+                except BaseException:
+                    # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+        except BaseException as error:
+            for ticket in batch:
+                ticket.error = ticket.error or error
+        finally:
+            for ticket in batch:
+                ticket.done = True
+
+    def _work_one(self, connection: sqlite3.Connection, ticket: _Ticket[Any]) -> None:
+        connection.execute("SAVEPOINT ticket")
+        try:
+            with self._storage_errors():
+                ticket.result = ticket.work(connection)
+        except BaseException as error:
+            if not connection.in_transaction:
+                raise
+            ticket.error = error
+            connection.execute("ROLLBACK TO ticket")
+        connection.execute("RELEASE ticket")
+
+    def _set_durable(self, connection: sqlite3.Connection, durable: bool) -> None:
+        if durable != self._durable:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
+    def _reopen(self) -> sqlite3.Connection:
+        """The file was replaced (a restored copy, say): go on with the one that is there now."""
+        self._close_connections()
+        return self._open_writer()
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A connection for reading, with a consistent snapshot for as long as the block lasts."""
+        if self._closed:
+            raise StorageError("the database is closed")
+        with self._storage_errors():
+            if not self._current():
+                self.write(lambda connection: None)  # reopens
+            connection = self._take_reader()
+            try:
+                connection.execute("BEGIN")
+                yield connection
+            finally:
+                with suppress(sqlite3.Error):
+                    connection.set_progress_handler(None, 0)
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                if self._closed:
+                    connection.close()
+                else:
+                    self._readers.append(connection)
+
+    def _take_reader(self) -> sqlite3.Connection:
+        with suppress(IndexError):
+            return self._readers.pop()
+        connection = self._connect("rw")
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def _close_connections(self) -> None:
+        while self._readers:  # before the writer, which as the last one checkpoints
+            self._readers.pop().close()
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+    def probe(self, at: str) -> None:
+        """Really writes and reads; raises StorageError if either fails."""
+        self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (1, ?)", (at,)))
+        with self.read() as connection:
+            connection.execute("SELECT at FROM _heartbeat").fetchone()
+
+    def close(self) -> None:
+        """Closes every connection; what still waits gets a StorageError."""
+        with self._lock:
+            self._closed = True
+            self._close_connections()
+
+
+class FolderLock:
+    """Lets one process alone use a data folder: a write transaction held open on a small database beside it.
+
+    SQLite's locks work on Linux, macOS and Windows and end with the process, however it ends. While it is held,
+    others can still read who holds it.
+    """
+
+    def __init__(self, path: Path, holder: Mapping[str, Json]):
+        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("CREATE TABLE IF NOT EXISTS holder(id INTEGER PRIMARY KEY, about TEXT)")
+            self.describe(holder)
+        except sqlite3.Error as error:
+            message = self._refusal(path, error)
+            self._connection.close()
+            raise StartupError(message) from None
+
+    def _refusal(self, path: Path, error: sqlite3.Error) -> str:
+        if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
+            return f"cannot use the data folder {path.parent}: {error}"
+        about: dict[str, Json] = {}
+        with suppress(sqlite3.Error, TypeError):
+            about = json.loads(self._connection.execute("SELECT about FROM holder").fetchone()[0])
+        who = f"process {about['pid']} on {about['host']}" if about else "another process"
+        at = f", serving {about['url']}" if about.get("url") else ""
+        return f"the data folder {path.parent} is in use by {who}{at}"
+
+    def describe(self, holder: Mapping[str, Json]) -> None:
+        """Tells others who holds the lock. Committing lets go for a moment, so the lock is taken anew."""
+        self._connection.execute("INSERT OR REPLACE INTO holder VALUES (1, ?)", (json.dumps(dict(holder)),))
+        self._connection.execute("COMMIT")
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def release(self) -> None:
+        """Lets the next process in."""
+        self._connection.close()
+
+
+_JOB_QUERY = "SELECT jobs.*, done, total FROM jobs LEFT JOIN _progress ON job = id"
+
+
+def _job(row: sqlite3.Row) -> Job:
+    return Job(
+        job_id=row["id"], type=row["type"], status=JobStatus(row["status"]), created_at=row["created_at"],
+        started_at=row["started_at"], finished_at=row["finished_at"], attempt=row["attempt"],
+        progress=Progress(done=row["done"] or 0, total=row["total"]), request=json.loads(row["request"]),
+        result=json.loads(row["result"]) if row["result"] else None, error=row["error"],
+        record_type=row["record_type"], cancel_requested=bool(row["cancel_requested"]),
+        file=StoredFile(**json.loads(row["file"])) if row["file"] else None)
+
+
+def _jobs(connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> list[Job]:
+    cursor = connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    return [_job(row) for row in cursor.execute(query, parameters).fetchall()]
+
+
+def _json_text(value: Json) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Fenced(Interrupted):
+    """The job is no longer this worker's: another attempt or an ending came first."""
+
+
+class Jobs:
+    """The job table, which is the queue: every move of a job is one statement here, checked against MOVES."""
+
+    def __init__(self, database: Database, clock: Clock, make_id: Callable[[], str] | None = None):
+        self._database = database
+        self._clock = clock
+        with database.read() as connection:
+            last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
+        self._make_id = make_id or JobIds(clock, last)
+
+    def _now(self) -> str:
+        return instant(self._clock())
+
+    def insert(self, job_type: str, request: Mapping[str, Json], *, record_type: str | None = None,
+               key: str | None = None, key_hash: str | None = None, max_pending: int | None = None) -> tuple[Job, bool]:
+        """Adds a pending job and answers (job, True), durably; or (the job made with this key before, False).
+
+        Raises Conflict if the key was used for another request, Unavailable if `max_pending` jobs wait already.
+        """
+        def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
+            earlier = self._by_key(connection, key, key_hash)
+            if earlier:
+                return earlier, False
+            if max_pending is not None and self._count(connection, JobStatus.PENDING) >= max_pending:
+                raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+            job_id = self._make_id()
+            connection.execute(
+                "INSERT INTO jobs(id, type, status, created_at, record_type, request, idempotency_key, "
+                "idempotency_hash) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?)",
+                (job_id, job_type, self._now(), record_type, _json_text(request), key, key_hash))
+            return self._get(connection, job_id), True
+
+        return self._database.write(work, durable=True)
+
+    def insert_completed(self, job_id: str, job_type: str, request: Mapping[str, Json], result: Mapping[str, Json],
+                         file: StoredFile, key: str | None = None, key_hash: str | None = None) -> tuple[Job, bool]:
+        """Adds a job that was done while the client waited; otherwise like `insert`."""
+        def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
+            earlier = self._by_key(connection, key, key_hash)
+            if earlier:
+                return earlier, False
+            now = self._now()
+            connection.execute(
+                "INSERT INTO jobs(id, type, status, created_at, started_at, finished_at, attempt, request, result, "
+                "file, idempotency_key, idempotency_hash) VALUES (?, ?, 'completed', ?, ?, ?, 1, ?, ?, ?, ?, ?)",
+                (job_id, job_type, now, now, now, _json_text(request), _json_text(result),
+                 _json_text(file.model_dump(by_alias=False)), key, key_hash))
+            return self._get(connection, job_id), True
+
+        return self._database.write(work, durable=True)
+
+    def new_id(self) -> str:
+        """An id for a job whose file has to be in place before its row."""
+        return self._make_id()
+
+    def _by_key(self, connection: sqlite3.Connection, key: str | None, key_hash: str | None) -> Job | None:
+        if key is None:
+            return None
+        row = connection.execute("SELECT id, idempotency_hash FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+        if row and row[1] != key_hash:
+            raise Conflict("this Idempotency-Key was used for another request")
+        return self._get(connection, row[0]) if row else None
+
+    def _get(self, connection: sqlite3.Connection, job_id: str) -> Job:
+        found = _jobs(connection, f"{_JOB_QUERY} WHERE id = ?", (job_id,))
+        if not found:
+            raise NotFound(f"there is no job {job_id!r}")
+        return found[0]
+
+    def get(self, job_id: str) -> Job:
+        """The job; NotFound if there is none."""
+        with self._database.read() as connection:
+            return self._get(connection, job_id)
+
+    def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
+        """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
+        conditions = {"status = ?": status, "type = ?": job_type, "id < ?": after}
+        used = {sql: value for sql, value in conditions.items() if value is not None}
+        where = f"WHERE {' AND '.join(used)}" if used else ""
+        with self._database.read() as connection:
+            jobs = _jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
+        return jobs[:limit], len(jobs) > limit
+
+    def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
+        # The status is written out so that SQLite can use the partial index.
+        row = connection.execute(f"SELECT count(*) FROM jobs WHERE status = '{status}'").fetchone()
+        return int(row[0])
+
+    def counts(self) -> tuple[int, int]:
+        """How many jobs are (pending, in progress)."""
+        with self._database.read() as connection:
+            return self._count(connection, JobStatus.PENDING), self._count(connection, JobStatus.IN_PROGRESS)
+
+    def claim(self) -> tuple[Job, Json] | None:
+        """Takes the oldest pending job, with its checkpoint; counts the attempt. None if nothing waits."""
+        def work(connection: sqlite3.Connection) -> tuple[Job, Json] | None:
+            row = connection.execute(
+                "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
+                "(SELECT id FROM jobs WHERE status = 'pending' ORDER BY id LIMIT 1) RETURNING id",
+                (self._now(),)).fetchall()
+            if not row:
+                return None
+            job = self._get(connection, row[0][0])
+            state = connection.execute("SELECT checkpoint FROM _progress WHERE job = ?", (job.job_id,)).fetchone()
+            return job, json.loads(state[0]) if state and state[0] else None
+
+        with self._database.read() as connection:  # most wake-ups find nothing: do not take the write lock for them
+            if not self._count(connection, JobStatus.PENDING):
+                return None
+        return self._database.write(work)
+
+    def save_progress(self, connection: sqlite3.Connection, job: Job, progress: Progress, checkpoint: Json) -> None:
+        """Within a chunk's transaction: notes how far the job is. Raises Fenced if the job is not ours any more."""
+        ours = connection.execute("SELECT 1 FROM jobs WHERE id = ? AND attempt = ? AND status = 'in-progress'",
+                                  (job.job_id, job.attempt)).fetchone()
+        if not ours:
+            raise Fenced
+        connection.execute("INSERT OR REPLACE INTO _progress(job, done, total, checkpoint) VALUES (?, ?, ?, ?)",
+                           (job.job_id, progress.done, progress.total, _json_text(checkpoint)))
+
+    def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
+               file: StoredFile | None = None) -> Job:
+        """Ends a running job, durably. Raises Fenced if it is not this attempt's any more."""
+        def work(connection: sqlite3.Connection) -> Job:
+            self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
+                       (self._now(), _json_text(result), error,
+                        _json_text(file.model_dump(by_alias=False) if file else None)))
+            connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
+            return self._get(connection, job.job_id)
+
+        return self._database.write(work, durable=True)
+
+    def release(self, job: Job, *, charged: bool) -> Job:
+        """Puts a running job back to pending; an attempt that is not `charged` is not counted."""
+        def work(connection: sqlite3.Connection) -> Job:
+            self._move(connection, job, JobStatus.PENDING, "attempt = attempt - ?", (0 if charged else 1,))
+            return self._get(connection, job.job_id)
+
+        return self._database.write(work)
+
+    def _move(self, connection: sqlite3.Connection, job: Job, status: JobStatus, assignments: str,
+              values: Sequence[Json]) -> None:
+        """The one way out of in-progress, fenced by id, attempt and status."""
+        assert status in MOVES[JobStatus.IN_PROGRESS]
+        moved = connection.execute(
+            f"UPDATE jobs SET status = ?, {assignments} WHERE id = ? AND attempt = ? AND status = 'in-progress'",
+            (status, *values, job.job_id, job.attempt)).rowcount
+        if not moved:
+            raise Fenced
+
+    def recover(self, max_attempts: int) -> list[Job]:
+        """At start: whatever was in progress when the last process ended goes on, or has been tried often enough."""
+        def work(connection: sqlite3.Connection) -> list[Job]:
+            jobs = _jobs(connection, f"{_JOB_QUERY} WHERE status = 'in-progress' ORDER BY id")
+            for job in jobs:
+                status, error = JobStatus.PENDING, None
+                if job.cancel_requested:
+                    status, error = JobStatus.CANCELED, "canceled by a client"
+                elif job.attempt >= max_attempts:
+                    times = "once" if job.attempt == 1 else f"{job.attempt} times"
+                    status, error = JobStatus.FAILED, f"interrupted {times}: the server ended while the job ran"
+                self._move(connection, job, status, "error = ?, finished_at = ?",
+                           (error, self._now() if status.finished else None))
+            return [self._get(connection, job.job_id) for job in jobs]
+
+        return self._database.write(work, durable=True)
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancels a pending job at once, asks a running one to stop; Conflict if it is finished."""
+        def work(connection: sqlite3.Connection) -> Job:
+            job = self._get(connection, job_id)
+            if job.status.finished:
+                raise Conflict(f"the job is {job.status} already")
+            if job.status is JobStatus.PENDING:
+                connection.execute("UPDATE jobs SET status = 'canceled', finished_at = ?, error = ? WHERE id = ?",
+                                   (self._now(), "canceled by a client", job_id))
+            else:
+                connection.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ?", (job_id,))
+            return self._get(connection, job_id)
+
+        return self._database.write(work, durable=True)
+
+    def retry(self, job_id: str) -> Job:
+        """Makes a failed or canceled job pending again, from its beginning; Conflict otherwise."""
+        def work(connection: sqlite3.Connection) -> Job:
+            job = self._get(connection, job_id)
+            if JobStatus.PENDING not in MOVES[job.status] or not job.status.finished:
+                raise Conflict(f"only a failed or canceled job can be retried; this one is {job.status}")
+            connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
+            connection.execute(
+                "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, "
+                "error = NULL, cancel_requested = 0 WHERE id = ?", (job_id,))
+            return self._get(connection, job_id)
+
+        return self._database.write(work, durable=True)
+
+    def remove(self, job_id: str) -> Job:
+        """Deletes a finished job's row, durably; its records have no completed job then, so nobody sees them."""
+        def work(connection: sqlite3.Connection) -> Job:
+            job = self._get(connection, job_id)
+            if not job.status.finished:
+                raise Conflict(f"the job is {job.status}: cancel it first")
+            connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+            connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
+            return job
+
+        return self._database.write(work, durable=True)
+
+    def stored_paths(self) -> set[str]:
+        """The relative path of every file that belongs to a job."""
+        with self._database.read() as connection:
+            rows = connection.execute("SELECT json_extract(file, '$.path') FROM jobs WHERE file IS NOT NULL")
+            return {row[0] for row in rows}
+
+
+Style = Literal["csv", "json"]
+
+
+class RecordTypeInfo(Shape):
+    """A record type: how many records it has, and the kind of each field."""
+
+    record_type: str
+    count: int
+    fields: dict[str, Kind]
+
+
+class Lines(NamedTuple):
+    """Selected records as text: the fields, how many there will be (None: unknown), and the texts, many at a time."""
+
+    fields: list[str]
+    total: int | None
+    blocks: Iterator[list[str]]
+
+
+def _date_bound(text: str, last: bool) -> str:
+    """A date or instant of a filter in the normal form; a date alone means its first or its last millisecond."""
+    try:
+        if len(text) == 10:
+            date.fromisoformat(text)
+            return text + ("T23:59:59.999Z" if last else "T00:00:00.000Z")
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise JobFailed(f"{text!r} is not a date such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
+    return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+_OPERATORS = {"eq": "IS", "ne": "IS NOT", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "LIKE"}
+
+
+def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple[str, list[Json]]:
+    """One condition of a filter as SQL and its values; a type without the field has null there."""
+    column = KIND_SQL[kind].compare.format(c=_quote(field)) if kind else "NULL"
+    if operator == "null":
+        return f"{column} IS {'' if value else 'NOT '}NULL", []
+    if operator == "in_":
+        return f"{column} IN (SELECT value FROM json_each(?))", [
+            json.dumps([_comparable(kind, field, item) for item in value])]
+    return f"{column} {_OPERATORS[operator]} ?", [value if operator == "like" else _comparable(kind, field, value)]
+
+
+def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
+    """A filter's value as the column would hold it; JobFailed if no value of that kind can be equal to it."""
+    if value is None or kind in (None, "any"):
+        return value
+    if kind in ("int", "float", "decimal") and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value) if isinstance(value, str) else value
+    elif (kind == "bool") == isinstance(value, bool):
+        return value if kind == "bool" else str(value)
+    raise JobFailed(f"filter on {field!r}: {json.dumps(value)} cannot be compared with a field of kind {kind}")
+
+
+class _Selection:
+    """Checks filters against what exists, and turns them into SQL with every value bound."""
+
+    def __init__(self, connection: sqlite3.Connection, filters: Filters, fields: Sequence[str] | None,
+                 order_by: str | None, kinds_of: Callable[[sqlite3.Connection, str], dict[str, Kind]]):
+        self._connection = connection
+        self._filters = filters
+        names = [filters.record_type] if isinstance(filters.record_type, str) else filters.record_type
+        existing = [row[0] for row in connection.execute("SELECT record_type FROM _types ORDER BY record_type")]
+        for name in names or ():
+            if name not in existing:
+                raise JobFailed(f"there is no record type {name!r}; there are: {', '.join(existing) or 'none yet'}")
+        if filters.job_id is not None:
+            existing = self._types_of_job(filters.job_id)
+        self._several = not isinstance(filters.record_type, str)
+        self.kinds = {name: kinds_of(connection, name) for name in names or existing}
+        self._descending = bool(order_by) and str(order_by).startswith("-") and order_by not in self._all_fields()
+        self._order_by = str(order_by)[1:] if self._descending else order_by
+        for field in (*(fields or ()), *([self._order_by] if self._order_by else ()), *filters.where,
+                      *([filters.date_field] if filters.date_field else ())):
+            self._check_field(field)
+        self.fields = list(fields) if fields else self._all_fields()
+        self.header = ["recordType", *self.fields] if self._several else self.fields
+        if self._several and "recordType" in self.fields:
+            raise JobFailed("a record type here has a field named recordType itself; export one type at a time")
+
+    def _types_of_job(self, job_id: str) -> list[str]:
+        job = self._connection.execute("SELECT status FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if not job:
+            raise JobFailed(f"there is no job {job_id!r}")
+        if job[0] != JobStatus.COMPLETED:
+            raise JobFailed(f"job {job_id} is {job[0]}: its records can be exported once it is completed")
+        rows = self._connection.execute("SELECT DISTINCT record_type FROM _spans WHERE job = ?", (job_id,))
+        return sorted(row[0] for row in rows)
+
+    def _all_fields(self) -> list[str]:
+        return list(dict.fromkeys(chain.from_iterable(self.kinds.values())))
+
+    def _check_field(self, field: str) -> None:
+        known = self._all_fields()
+        if field not in known and field not in _RESERVED_COLUMNS:
+            where = f"record type {self._filters.record_type!r}" if not self._several else "any of the record types"
+            raise JobFailed(f"there is no field {field!r} in {where}{did_you_mean(field, known)}"
+                            f"; there are: {', '.join(known)}")
+
+    def _kind(self, record_type: str, field: str) -> Kind | None:
+        if field in _RESERVED_COLUMNS:
+            return "int" if field == "_id" else "text"
+        return self.kinds[record_type].get(field)
+
+    def total(self, limit: int | None) -> int | None:
+        """How many records there will be, if that is known without reading them."""
+        if self._filters.where or self._filters.from_ or self._filters.to:
+            return None
+        count = sum(self._spans_total(name) for name in self.kinds)
+        return min(count, limit) if limit is not None else count
+
+    def _spans_total(self, record_type: str) -> int:
+        row = self._connection.execute(
+            "SELECT coalesce(sum(rows), 0) FROM _spans JOIN jobs ON jobs.id = job WHERE _spans.record_type = ? "
+            "AND status = 'completed' AND (?2 IS NULL OR job = ?2)", (record_type, self._filters.job_id)).fetchone()
+        return int(row[0])
+
+    def sql(self, columns: str, style: Style, limit: int | None, *, after: int | None = None,
+            excel_safe: bool = False) -> tuple[str, list[Json]]:
+        """One SELECT over all the types, of `columns` out of line, id and type; and its parameters."""
+        selects, parameters = [], []
+        for record_type in self.kinds:
+            line = self._line(record_type, style, excel_safe)
+            conditions, values = self._conditions(record_type, after)
+            key = f", {self._order_key(record_type)} AS key" if self._order_by else ""
+            selects.append(f"SELECT {line} AS line{key}, _id AS id, {_literal(record_type)} AS type "
+                           f"FROM {_quote(record_type)} WHERE {' AND '.join(conditions) or 'TRUE'}")
+            parameters += values
+        if not selects:
+            return "SELECT '' WHERE FALSE", []
+        if len(selects) > 500:
+            raise JobFailed("there are more than 500 record types: name up to 100 of them")
+        order = f"key {'DESC' if self._descending else 'ASC'}, " if self._order_by else ""
+        # One type is read in the order of its key, without sorting; so is each of several, one after the other.
+        order += "id" if len(selects) == 1 else "type, id" if self._order_by else ""
+        query = f"SELECT {columns} FROM ({' UNION ALL '.join(selects)})" + (f" ORDER BY {order}" if order else "")
+        if limit is not None:
+            query += " LIMIT ?"
+            parameters.append(limit)
+        return query, parameters
+
+    def _order_key(self, record_type: str) -> str:
+        kind = self._kind(record_type, str(self._order_by))
+        return KIND_SQL[kind].compare.format(c=_quote(str(self._order_by))) if kind else "NULL"
+
+    def _line(self, record_type: str, style: Style, excel_safe: bool) -> str:
+        """The SQL expression that makes one record's text."""
+        parts: list[str] = []
+        if style == "csv":
+            cells = [self._csv_cell(record_type, field, excel_safe) for field in self.fields]
+            cells = [_literal(f'"{record_type}"'), *cells] if self._several else cells
+            for cell in cells:
+                parts += ["','", cell] if parts else [cell]
+            return _concat(parts)
+        names = [field for field in self.fields if self._kind(record_type, field)]
+        members = [(json.dumps(field, ensure_ascii=False), self._json_value(record_type, field)) for field in names]
+        members = [('"recordType"', _literal(f'"{record_type}"')), *members] if self._several else members
+        for number, (name, value) in enumerate(members):
+            parts += [_literal(("," if number else "{") + name + ":"), value]
+        return _concat([*parts, "'}'"] if parts else ["'{}'"])
+
+    def _csv_cell(self, record_type: str, field: str, excel_safe: bool) -> str:
+        kind = self._kind(record_type, field)
+        if kind is None:
+            return "''"
+        column = _quote(field)
+        if excel_safe and kind == "text":
+            column = "(" + _SAFE_TEXT.format(c=column) + ")"
+        return KIND_SQL[kind].csv.format(c=column)
+
+    def _json_value(self, record_type: str, field: str) -> str:
+        kind = self._kind(record_type, field)
+        assert kind is not None
+        return KIND_SQL[kind].json.format(c=_quote(field))
+
+    def _conditions(self, record_type: str, after: int | None) -> tuple[list[str], list[Json]]:
+        conditions, values = self._visible(record_type)
+        if after is not None:
+            conditions.append("_id > ?")
+            values.append(after)
+        for bound, operator in ((self._filters.from_, ">="), (self._filters.to, "<=")):
+            if bound is not None:
+                conditions.append(f"{self._date_key(record_type)} {operator} ?")
+                values.append(_date_bound(bound, last=operator == "<="))
+        for field, condition in self._filters.where.items():
+            kind = self._kind(record_type, field)
+            for name in condition.model_fields_set:
+                sql, bound_values = _compare(kind, field, name, getattr(condition, name))
+                conditions.append(sql)
+                values += bound_values
+        return conditions, values
+
+    def _visible(self, record_type: str) -> tuple[list[str], list[Json]]:
+        """Only records of completed jobs; of one job if the filters name one, by its ranges of ids."""
+        if self._filters.job_id is not None:
+            spans = self._connection.execute("SELECT first, first + rows - 1 FROM _spans WHERE job = ? AND "
+                                             "record_type = ?", (self._filters.job_id, record_type)).fetchall()
+            ranges = " OR ".join("_id BETWEEN ? AND ?" for _ in spans)
+            return [f"({ranges or 'FALSE'})"], list(chain.from_iterable(spans))
+        hidden = [row[0] for row in self._connection.execute(
+            "SELECT DISTINCT job FROM _spans LEFT JOIN jobs ON jobs.id = job WHERE _spans.record_type = ? "
+            "AND status IS NOT 'completed'", (record_type,))]
+        return (["_job NOT IN (SELECT value FROM json_each(?))"], [json.dumps(hidden)]) if hidden else ([], [])
+
+    def _date_key(self, record_type: str) -> str:
+        field = self._filters.date_field
+        if field is None or field == "_created":
+            return "_created"  # stored in the normal form already
+        kind = self._kind(record_type, field)
+        if kind not in ("date", "datetime", "text", "any", None):
+            raise JobFailed(f"field {field!r} of {record_type!r} has the kind {kind}: it is not a date")
+        return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_quote(field)})" if kind else "NULL"
+
+
+class Records:
+    """The record tables: one typed table a record type, with `_id`, `_job`, `_created` and the fields.
+
+    Only records of completed jobs are seen by readers. Each job's records of a type are in ranges of `_id` of their
+    own (`_spans`), so that counting, paging and deleting by job need no index.
+    """
+
+    def __init__(self, database: Database):
+        self._database = database
+
+    # Writing
+
+    def open_job(self, job: Job, columns: Mapping[str, Mapping[str, Kind]], sizes: Mapping[str, int]) -> None:
+        """Before a job's first chunk: makes or widens its tables, and reserves `sizes[type]` ids of each type.
+
+        Anything that an earlier attempt without a checkpoint left is deleted first.
+        """
+        self.discard(job.job_id)
+
+        def work(connection: sqlite3.Connection) -> None:
+            for record_type, kinds in columns.items():
+                self._ensure_table(connection, record_type, kinds)
+                self._reserve(connection, job, record_type, sizes[record_type])
+
+        self._database.write(work)
+
+    def _kinds(self, connection: sqlite3.Connection, record_type: str) -> dict[str, Kind]:
+        rows = connection.execute("SELECT field, kind FROM _fields WHERE record_type = ? ORDER BY position",
+                                  (record_type,))
+        return dict(rows.fetchall())
+
+    def _ensure_table(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> None:
+        table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
+        known = self._kinds(connection, record_type)
+        by_lower = {field.lower(): field for field in known}
+        if not table.exists():
+            table.create({"_id": int, "_job": str, "_created": str}, pk="_id", strict=True)
+            connection.execute("INSERT INTO _types(record_type, next_id) VALUES (?, 1)", (record_type,))
+        for field, kind in kinds.items():
+            same = by_lower.get(field.lower(), field)
+            if same != field:
+                raise JobFailed(f"field {field!r} differs only by case from {same!r} of record type {record_type!r}")
+            if field not in known:
+                connection.execute(f"ALTER TABLE {_quote(record_type)} ADD COLUMN {_quote(field)} "
+                                   f"{KIND_SQL[kind].column}")
+            elif known[field] not in (kind, "any"):
+                self._widen(table, field, known[field], kind)
+                kind = "any" if KIND_SQL[kind].column != "TEXT" or KIND_SQL[known[field]].column != "TEXT" else "text"
+            else:
+                kind = known[field]
+            connection.execute("INSERT OR REPLACE INTO _fields VALUES (?, ?, ?, coalesce((SELECT position FROM _fields "
+                               "WHERE record_type = ?1 AND field = ?2), (SELECT count(*) FROM _fields)))",
+                               (record_type, field, kind))
+
+    def _widen(self, table: sqlite_utils.db.Table, field: str, known: Kind, kind: Kind) -> None:
+        """Lets a column hold the values of two kinds; texts of different kinds share a text column as it is."""
+        if KIND_SQL[known].column != KIND_SQL[kind].column or KIND_SQL[kind].column != "TEXT":
+            table.transform(types={field: "ANY"})
+
+    def _reserve(self, connection: sqlite3.Connection, job: Job, record_type: str, size: int) -> None:
+        first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
+                                   "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
+        connection.execute("INSERT INTO _spans(record_type, first, size, rows, job) VALUES (?, ?, ?, 0, ?)",
+                           (record_type, first, size, job.job_id))
+
+    def append(self, connection: sqlite3.Connection, job: Job, record_type: str, fields: Sequence[str],
+               rows: Sequence[tuple[Json, ...]]) -> None:
+        """Within a chunk's transaction: adds rows (values in the order of `fields`) to the job's span."""
+        first, used, size = connection.execute(
+            "SELECT first, rows, size FROM _spans WHERE job = ? AND record_type = ?", (job.job_id, record_type)
+        ).fetchone()
+        assert used + len(rows) <= size, "a job made more rows than it reserved ids for"
+        names = ", ".join(map(_quote, (*_RESERVED_COLUMNS, *fields)))
+        marks = ", ".join("?" * (len(fields) + 3))
+        owner = (job.job_id, job.created_at)
+        connection.executemany(f"INSERT INTO {_quote(record_type)}({names}) VALUES ({marks})",
+                               [(number, *owner, *row) for number, row in enumerate(rows, first + used)])
+        connection.execute("UPDATE _spans SET rows = rows + ? WHERE record_type = ? AND first = ?",
+                           (len(rows), record_type, first))
+
+    def discard(self, job_id: str) -> None:
+        """Deletes a job's records in short steps, from the end, so that it can stop anywhere and go on later."""
+        self._database.write(lambda connection: connection.execute(
+            "UPDATE _progress SET checkpoint = NULL, done = 0 WHERE job = ?", (job_id,)))
+        while self._database.write(lambda connection: self._discard_step(connection, job_id)):
+            pass
+
+    def _discard_step(self, connection: sqlite3.Connection, job_id: str) -> bool:
+        span = connection.execute("SELECT record_type, first, rows FROM _spans WHERE job = ? LIMIT 1",
+                                  (job_id,)).fetchone()
+        if not span:
+            return False
+        record_type, first, rows = span
+        kept = max(0, rows - _DELETE_STEP)
+        connection.execute(f"DELETE FROM {_quote(record_type)} WHERE _id >= ? AND _id < ?", (first + kept, first + rows))
+        if kept:
+            connection.execute("UPDATE _spans SET rows = ? WHERE record_type = ? AND first = ?",
+                               (kept, record_type, first))
+        else:
+            connection.execute("DELETE FROM _spans WHERE record_type = ? AND first = ?", (record_type, first))
+        return True
+
+    def orphans(self) -> list[str]:
+        """Ids of jobs whose records nobody will want: deleted, failed or canceled jobs that still have some."""
+        with self._database.read() as connection:
+            return [row[0] for row in connection.execute(
+                "SELECT DISTINCT job FROM _spans LEFT JOIN jobs ON jobs.id = job "
+                "WHERE status IS NULL OR status IN ('failed', 'canceled')")]
+
+    # Reading a running job's own rows
+
+    def own_rows(self, job: Job, record_type: str, fields: Sequence[str],
+                 ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
+        """The job's committed rows of a type by their 0-based ordinal, in the order asked for."""
+        with self._database.read() as connection:
+            first = connection.execute("SELECT first FROM _spans WHERE job = ? AND record_type = ?",
+                                       (job.job_id, record_type)).fetchone()[0]
+            query = f"SELECT {', '.join(map(_quote, fields))} FROM {_quote(record_type)} WHERE _id = ?"
+            return [connection.execute(query, (first + ordinal,)).fetchone() for ordinal in ordinals]
+
+    def own_column(self, job: Job, record_type: str, field: str) -> Iterator[Json]:
+        """All committed values of one field of the job's rows, in order."""
+        with self._database.read() as connection:
+            first, rows = connection.execute("SELECT first, rows FROM _spans WHERE job = ? AND record_type = ?",
+                                             (job.job_id, record_type)).fetchone()
+            for (value,) in connection.execute(f"SELECT {_quote(field)} FROM {_quote(record_type)} "
+                                               "WHERE _id >= ? AND _id < ? ORDER BY _id", (first, first + rows)):
+                yield value
+
+    # Reading what is completed
+
+    def types(self) -> list[RecordTypeInfo]:
+        """Every record type with its fields and the number of its records."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "SELECT record_type, (SELECT coalesce(sum(rows), 0) FROM _spans JOIN jobs ON jobs.id = job WHERE "
+                "_spans.record_type = _types.record_type AND status = 'completed') FROM _types ORDER BY record_type")
+            return [RecordTypeInfo(record_type=name, count=count, fields=self._kinds(connection, name))
+                    for name, count in rows.fetchall()]
+
+    @contextmanager
+    def lines(self, filters: Filters, style: Style, *, fields: Sequence[str] | None = None,
+              order_by: str | None = None, limit: int | None = None, excel_safe: bool = False,
+              interrupted: Callable[[], bool] = lambda: False) -> Iterator[Lines]:
+        """The selected records as CSV or JSON texts without line ends, made inside SQLite, from one snapshot.
+
+        `order_by` is a field, with a `-` before it for descending. `interrupted` is asked now and then; when it says
+        True, Interrupted is raised. Raises JobFailed that names what exists when a type or field does not.
+        """
+        with self._database.read() as connection:
+            connection.set_progress_handler(interrupted, 200_000)
+            selection = _Selection(connection, filters, fields, order_by, self._kinds)
+            cursor = connection.execute(*selection.sql("line", style, limit, excel_safe=excel_safe))
+
+            def blocks() -> Iterator[list[str]]:
+                while rows := cursor.fetchmany(1000):
+                    yield list(chain.from_iterable(rows))
+
+            yield Lines(selection.header, selection.total(limit), blocks())
+
+    def page(self, filters: Filters, limit: int, after: int | None) -> list[tuple[int, str]]:
+        """Up to `limit` records of one type, older first, from the `_id` after `after`: (_id, JSON text) pairs."""
+        with self._database.read() as connection:
+            selection = _Selection(connection, filters, None, None, self._kinds)
+            return connection.execute(*selection.sql("id, line", "json", limit, after=after)).fetchall()
+
+
+# ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
+
+MAX_INT = 2**63 - 1
+MAX_TEXT = 65_536  # characters in one value
+MAX_RECORD = 1_048_576  # characters in one record
+MAX_SIZE_ARG = 4_096  # what an argument may ask for: characters of a text, digits of a number, levels of a domain
+MAX_DEPTH = 8  # lists and objects inside each other
+TRIALS = 20  # values drawn from each field before a job exists: they show its kind and size
+EXACT_SET = 50_000  # up to here the values of a `unique` field are remembered as they are, beyond in a Bloom filter
+BLOOM_BYTES = 16 * 2**20  # for all the unique fields of a job
+REDRAWS = 8  # how often a taken value is drawn again before it takes a number instead
+MAX_FAMILY = 100_000  # rows that one row of the topmost type can bring along
+MAX_CHUNK = 8 * 2**20  # characters in one chunk
+EXACT = Context(prec=10_000)  # money is added and multiplied without rounding
+
+Draw = Callable[[], Any]
+Domain = tuple[int, Callable[[int], Any]]  # how many values there are, and the n-th of them
+
+
+# ---- Draws: the arithmetic of random.Random without its layers ----
+
+
+def _below(rng: random.Random, n: int) -> Callable[[], int]:
+    """A draw of 0..n-1, bit for bit the one of `Random.randrange(n)`."""
+    getrandbits, bits = rng.getrandbits, n.bit_length()
+
+    def draw() -> int:
+        r = getrandbits(bits)
+        while r >= n:
+            r = getrandbits(bits)
+        return r
+
+    return draw
+
+
+def _table_draw(rng: random.Random, table: Any) -> Draw:
+    """What `random_element(table)` draws: by weight from an OrderedDict, evenly from a sequence."""
+    if isinstance(table, OrderedDict):
+        keys, sums = tuple(table), list(itertools.accumulate(table.values()))
+        uniform, total, last = rng.random, sums[-1] + 0.0, len(sums) - 1
+        return lambda: keys[bisect(sums, uniform() * total, 0, last)]
+    getrandbits, n = rng.getrandbits, len(table)
+    bits = n.bit_length()
+
+    def draw() -> Any:
+        r = getrandbits(bits)
+        while r >= n:
+            r = getrandbits(bits)
+        return table[r]
+
+    return draw
+
+
+def _key(*names: object) -> int:
+    """64 bits that stand for these names on every machine, unlike `hash`."""
+    return int.from_bytes(blake2b(json.dumps(names).encode(), digest_size=8).digest(), "big")
+
+
+def _mix(key: int, n: int) -> int:
+    """The n-th of 64-bit numbers that look random (splitmix64): any of them at once, where a Random goes in order."""
+    z = (key + (n + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return z ^ z >> 31
+
+
+def _shuffle(size: int, key: int) -> Callable[[int], int]:
+    """A shuffle of range(size) that takes no memory: a Feistel network, walked until it lands inside the range."""
+    half = (max(size - 1, 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+
+    def at(i: int) -> int:
+        while True:
+            left, right = i >> half, i & mask
+            for turn in range(4):
+                left, right = right, left ^ (_mix(key ^ turn, right) & mask)
+            i = left << half | right
+            if i < size:
+                return i
+
+    return at
+
+
+# ---- Faker, fast and the same: shadows on the instances of one generator, never on a class or a module ----
+
+
+def _element_draw(self: Any) -> Any:
+    return self.random_element(self.table)
+
+
+def _parsed_draw(self: Any) -> Any:
+    pattern: str = self.random_element(self.table)
+    return self.generator.parse(pattern)
+
+
+def _shape(function: Any, like: Any) -> str | None:
+    """The table's name, if the method's byte code is that of `like` with its own table in place of `table`."""
+    code, model = getattr(function, "__code__", None), like.__code__
+    if code is None or code.co_code != model.co_code or function.__closure__ or function.__defaults__:
+        return None
+    name: str = code.co_names[1]
+    return name if code.co_names == tuple(name if n == "table" else n for n in model.co_names) else None
+
+
+def _plain_table(provider: BaseProvider, function: Any, like: Any) -> Any:
+    """The table that a method of this shape draws from, or None."""
+    name = _shape(function, like)
+    table = inspect.getattr_static(type(provider), name, None) if name else None
+    return table if type(table) in (OrderedDict, tuple, list) and table else None
+
+
+class _Templates(dict[str, Draw]):
+    """Faker's `{{token}}` texts, each split once; bounded, since some methods make a text up for each value."""
+
+    def __init__(self, generator: FakerGenerator) -> None:
+        super().__init__()
+        self.generator, self.stock = generator, generator.parse
+
+    def __missing__(self, text: str) -> Draw:
+        from faker.generator import _re_token
+
+        pieces = _re_token.split(text)  # literal, token, argument group, literal, ...
+        draws = [getattr(self.generator, token, None) for token in pieces[1::3]]
+        if any(pieces[2::3]) or not all(draws):
+            draw: Draw = functools.partial(self.stock, text)
+        else:
+            draw = self._draw("%s".join(p.replace("%", "%%") for p in pieces[::3]), draws)
+        if len(self) < 4096:
+            self[text] = draw
+        return draw
+
+    @staticmethod
+    def _draw(form: str, draws: list[Any]) -> Draw:
+        if len(draws) == 1:
+            (a,) = draws
+            return lambda: form % (a(),)
+        if len(draws) == 2:
+            a, b = draws
+            return lambda: form % (a(), b())
+        return lambda: form % tuple([draw() for draw in draws])
+
+
+class _Frozen(type):
+    """Of a class whose calls, attributes and instances are those of `real`, but for what it defines itself."""
+
+    real: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.real, name)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, cls.real)
+
+
+def _stand_ins(rng: random.Random, now: datetime) -> dict[int, Any]:
+    """What a provider's methods see in place of the clock, the global Random and two slow helpers, by identity."""
+    import datetime as clock
+
+    import faker.decode
+    import faker.generator
+    import faker.providers.date_time
+    import faker.utils.text
+
+    def slugify(value: str, allow_dots: bool = False, allow_unicode: bool = False) -> str:
+        plain = value if allow_dots else value.replace(".", "")
+        return plain.lower() if plain.isascii() and plain.isalnum() else stock_slugify(value, allow_dots, allow_unicode)
+
+    def unidecode(txt: str) -> str:
+        return txt if txt.isascii() else stock_unidecode(txt)
+
+    stock_slugify, stock_unidecode = faker.utils.text.slugify, faker.decode.unidecode
+    utc = now.astimezone(clock.UTC).replace(tzinfo=None)
+    instants = _Frozen("datetime", (), {"real": datetime, "now": lambda tz=None: now.astimezone(tz) if tz else utc})
+    dates = _Frozen("date", (), {"real": date, "today": utc.date})
+    names = ("choice", "choices", "randint", "random", "randrange", "sample", "shuffle", "uniform")
+    pairs: list[tuple[Any, Any]] = [
+        (datetime, instants),
+        (date, dates),
+        (clock, types.SimpleNamespace(**{**vars(clock), "datetime": instants, "date": dates})),
+        (faker.providers.date_time._get_local_timezone, lambda: clock.UTC),
+        (random, rng),
+        (faker.generator.random, rng),
+        *((getattr(random, name), getattr(rng, name)) for name in names),
+        (faker.utils.text, types.SimpleNamespace(slugify=slugify)),
+        (stock_unidecode, unidecode),
+    ]
+    return {id(original): stand_in for original, stand_in in pairs}
+
+
+class _Worlds:
+    """Copies of functions that see a module's globals with stand-ins among them; the module itself is not touched."""
+
+    def __init__(self, stand_ins: Mapping[int, Any]) -> None:
+        self.stand_ins = stand_ins
+        self.worlds: dict[int, dict[str, Any]] = {}
+
+    def world(self, module: dict[str, Any]) -> dict[str, Any]:
+        """The module's globals as the copies see them: the same dict, if nothing in it has a stand-in."""
+        if id(module) not in self.worlds:
+            found = {name: self.stand_ins[id(value)] for name, value in module.items() if id(value) in self.stand_ins}
+            self.worlds[id(module)] = world = {**module, **found} if found else module
+            for name, value in module.items() if found else ():
+                if inspect.isfunction(value) and value.__globals__ is module and name not in found:
+                    world[name] = self.copy(value)
+        return self.worlds[id(module)]
+
+    def copy(self, function: Any) -> Any:
+        """The function in its new world, and so the one that a decorator wraps; itself, if nothing would differ."""
+        world = self.world(function.__globals__)
+        cells = [self._cell(cell) for cell in function.__closure__ or ()]
+        if world is function.__globals__ and all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
+            return function
+        twin = types.FunctionType(function.__code__, world, function.__name__, function.__defaults__, tuple(cells))
+        twin.__kwdefaults__ = function.__kwdefaults__
+        return twin
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        inner = cell.cell_contents
+        if not inspect.isfunction(inner):
+            return cell
+        twin = self.copy(inner)
+        return cell if twin is inner else types.CellType(twin)
+
+
+def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, Any]) -> dict[str, Callable[..., Any]]:
+    """The few methods under all others. `tables` holds, by identity, the weighted tables that classes own."""
+    getrandbits, letter_draw = rng.getrandbits, _table_draw(rng, string.ascii_letters)
+    draws: dict[int, Draw] = {}
+    digit, nonzero = _below(rng, 10), _below(rng, 9)
+
+    def random_element(elements: Any = ("a", "b", "c")) -> Any:
+        if type(elements) in (tuple, list, str) and elements:
+            n = len(elements)
+            bits = n.bit_length()
+            r = getrandbits(bits)
+            while r >= n:
+                r = getrandbits(bits)
+            return elements[r]
+        draw = draws.get(id(elements))
+        if draw is None:
+            if id(elements) not in tables:
+                return stock.random_element(elements)
+            draw = draws[id(elements)] = _table_draw(rng, elements)
+        return draw()
+
+    def numerify(text: str = "###") -> str:
+        for mark, n, first in (("#", 10, 0), ("%", 9, 1), ("$", 8, 2)):
+            if mark in text:
+                head, *rest = text.split(mark)
+                for piece in rest:
+                    r = getrandbits(4)
+                    while r >= n:
+                        r = getrandbits(4)
+                    head += "0123456789"[r + first] + piece
+                text = head
+        return stock.numerify(text) if "!" in text or "@" in text else text
+
+    def lexify(text: str = "????", letters: str = string.ascii_letters) -> str:
+        if "?" not in text:
+            return text
+        if letters is not string.ascii_letters:
+            return stock.lexify(text, letters)
+        head, *rest = text.split("?")
+        return head + "".join([letter_draw() + piece for piece in rest])
+
+    def bothify(text: str = "## ??", letters: str = string.ascii_letters) -> str:
+        return lexify(numerify(text), letters)
+
+    return {
+        "random_element": random_element,
+        "random_digit": digit,
+        "random_digit_not_null": lambda: nonzero() + 1,
+        "numerify": numerify,
+        "lexify": lexify,
+        "bothify": bothify,
+    }
+
+
+def fast_faker(locale: str, rng: random.Random, now: datetime) -> Generator:
+    """A Faker of one locale that draws from `rng`, many times faster than stock and with the same values.
+
+    Relative dates count from `now` (aware), and what ignores the seed in stock Faker (the global Random) draws from
+    `rng` too. Raises AttributeError for a locale that Faker does not have.
+    """
+    from faker.factory import Factory
+    from faker.providers import BaseProvider
+
+    generator = Factory.create(locale)
+    generator.random = rng
+    stock = BaseProvider(generator)
+    stock.__use_weighting__ = True
+    templates, worlds = _Templates(generator), _Worlds(_stand_ins(rng, now))
+    classes = {base for provider in generator.providers for base in type(provider).__mro__}
+    tables = {id(v): v for base in classes for v in vars(base).values() if type(v) is OrderedDict}
+    primitives = _primitives(rng, stock, tables)
+
+    def shadow(provider: BaseProvider, name: str) -> Any:
+        """What takes the place of this attribute on this instance, or None."""
+        own = inspect.getattr_static(type(provider), name)
+        if name in primitives and own is vars(BaseProvider)[name]:
+            return primitives[name]
+        if isinstance(own, (classmethod, staticmethod)):
+            twin = worlds.copy(own.__func__)
+            # bound to the instance: a class method then finds the other shadows through its `cls`
+            bound = types.MethodType(twin, provider) if isinstance(own, classmethod) else twin
+            return bound if twin is not own.__func__ else None
+        if not inspect.isfunction(own):
+            return None
+        if (table := _plain_table(provider, own, _element_draw)) is not None:
+            return _table_draw(rng, table)
+        if (table := _plain_table(provider, own, _parsed_draw)) is not None:
+            draw = _table_draw(rng, table)
+            return lambda: templates[draw()]()
+        twin = worlds.copy(own)
+        return types.MethodType(twin, provider) if twin is not own else None
+
+    for provider in generator.providers:
+        for name in dir(type(provider)):
+            fast = None if name.startswith("__") else shadow(provider, name)
+            if fast is not None:
+                setattr(provider, name, fast)
+                if getattr(vars(generator).get(name), "__self__", None) is provider:
+                    setattr(generator, name, fast)
+    generator.parse = lambda text: templates[text]()  # type: ignore[method-assign]
+    return generator
+
+
+# ---- Faker's methods as field types ----
+
+# Not offered: whole files as text (what they cost has no bound), and a helper that reseeds its Random.
+_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
+_WITHHELD_ARGS = frozenset({"seed"})
+# Arguments that are values; any other number says how much to make, and is bounded by MAX_SIZE_ARG.
+_VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
+_DATE_ARG = re.compile(r".*(date|start|end|birth).*")
+_SCALARS: dict[type, Kind] = {
+    str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal", date: "date", datetime: "datetime",
+    time: "text", timedelta: "float",
+}  # fmt: skip
+
+
+def faker_version() -> str:
+    """The version of Faker that values come from; the same request makes the same records with the same version."""
+    from faker import VERSION
+
+    return str(VERSION)
+
+
+def _inner_reads(raws: Iterable[Any]) -> list[str]:
+    """What the fields inside a field read; a description at fault is refused when it is compiled."""
+    names: list[str] = []
+    for raw in raws:
+        with contextlib.suppress(BadRequest):
+            names += parse_field(raw, "").reads()
+    return names
+
+
+def _methods(generator: FakerGenerator) -> dict[str, BaseProvider]:
+    """Every public method of a generator's providers, and which provider answers for it."""
+    found: dict[str, BaseProvider] = {}
+    for provider in generator.providers:
+        for name in dir(type(provider)):
+            if not name.startswith("_") and inspect.isroutine(inspect.getattr_static(type(provider), name)):
+                found.setdefault(name, provider)
+    return {name: found[name] for name in sorted(found) if name not in _WITHHELD}
+
+
+def _plain(value: Any) -> Any:
+    """A scalar that Faker made, as JSON would have it."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def _kind_of(values: Iterable[Any]) -> Kind | None:
+    """The kind that all these values have, "text" for a mixture of scalars, None if one of them is no scalar."""
+    kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
+    if any(type(value) is int and not -MAX_INT <= value <= MAX_INT for value in values):
+        return "text"
+    return None if None in kinds else kinds.pop() if len(kinds) == 1 else "text"
+
+
+# ---- Field types: one class each ----
+
+FIELD_TYPES: dict[str, type[FieldType]] = {}
+_F = TypeVar("_F", bound="type[FieldType]")
+
+
+class FieldType(BaseModel):
+    """A field of a schema. A subclass is a type: its fields are the options, its docstring is shown at /fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
+    example: ClassVar[dict[str, Any]] = {}
+    kind: ClassVar[Kind] = "text"
+    distinct: ClassVar[bool] = False  # no two values are equal, so `unique` has nothing to do
+    redraws: ClassVar[int] = 0  # how often a taken value is worth drawing again
+
+    type: str
+    null: float = Field(0, ge=0, le=1)
+    unique: bool = False
+
+    def reads(self) -> Iterable[str]:
+        """The fields, "age" or "customer.id", whose values this one is made from."""
+        return ()
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        """The function that makes a value as JSON would have it, and the kind of its values.
+
+        Called once a record type and locale; raises `scope.refuse(...)` if the options make no sense. All chance comes
+        from `scope.rng`, so that a seed settles everything.
+        """
+        domain = self.domain(scope)
+        assert domain, "a type without a domain has its own draw"
+        size, nth = domain
+        if size < 1:
+            raise scope.refuse("nothing lies between these bounds")
+        index = _below(scope.rng, size)
+        return lambda: nth(index()), self.kind
+
+    def domain(self, scope: Scope) -> Domain | None:
+        """How many values there are and the n-th of them, where that is known: `unique` is then a shuffle."""
+        return None
+
+
+def field_type(name: str) -> Callable[[_F], _F]:
+    """Register a subclass of FieldType under this name."""
+
+    def register(cls: _F) -> _F:
+        if FIELD_TYPES.setdefault(name, cls) is not cls:
+            raise ValueError(f"there is a field type {name!r} already")
+        return cls
+
+    return register
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a field type may use while it is compiled: one record type, one locale, and the field's path."""
+
+    plan: Plan
+    stream: _Stream
+    faker: FakerGenerator
+    path: str
+    depth: int = 0
+
+    @property
+    def rng(self) -> random.Random:
+        """The one source of chance for this record type."""
+        return self.stream.rng
+
+    @property
+    def now(self) -> datetime:
+        """The job's instant, in UTC."""
+        return self.plan.now
+
+    def refuse(self, message: str, *steps: str | int) -> BadRequest:
+        """The error that names this field, or an option of it."""
+        return _refusal([FieldProblem(".".join([self.path, *map(str, steps)]), message)])
+
+    def nested(self, raw: Any, *steps: str | int) -> tuple[Draw, Kind]:
+        """Compile a field inside this one."""
+        inner = replace(self, path=".".join([self.path, *map(str, steps)]), depth=self.depth + 1)
+        if inner.depth > MAX_DEPTH:
+            raise inner.refuse(f"lists and objects go at most {MAX_DEPTH} deep")
+        model = parse_field(raw, inner.path)
+        if model.unique:
+            raise inner.refuse("unique is for the fields of the record itself", "unique")
+        draw, kind = model.draw(inner)
+        return _nullable(draw, model.null, self.rng), kind
+
+    def longest(self, draw: Draw, *steps: str | int) -> int:
+        """The length of the longest of a few values, as JSON."""
+        try:
+            return max(len(_dumps(draw())) for _ in range(TRIALS))
+        except Exception as error:
+            raise self.refuse(str(error), *steps) from None
+
+    def reader(self, name: str) -> tuple[Draw, Kind]:
+        """The present value of a field of this record ("age"), or of the related record ("customer.id")."""
+        stream, related, column = self.stream, *self.plan.locate(self.stream, name, self.path)
+        if related is None:
+            slot, values = stream.index[column], stream.values
+        elif related in stream.ancestors():
+            slot, values = related.index[column], related.values
+        else:
+            return stream.lookup(related).reader(column), related.kinds[column]
+        return lambda: values[slot], (related or stream).kinds[column]
+
+
+def _refusal(problems: Sequence[FieldProblem]) -> BadRequest:
+    first, more = problems[0], len(problems) - 1
+    return BadRequest(f"{first.field}: {first.message}" + (f" (and {more} more)" if more else ""), problems)
+
+
+def parse_field(raw: Any, path: str) -> FieldType:
+    """Check a field's description, a type's name or an object with `type`; BadRequest names each option at fault."""
+    spec = {"type": raw} if isinstance(raw, str) else raw
+    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+        raise _refusal([FieldProblem(path, "should be the name of a type or an object with a type")])
+    try:
+        return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _refusal([FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details]) from None
+
+
+def _nullable(draw: Draw, chance: float, rng: random.Random) -> Draw:
+    """Now and then null: decided first, by one draw of its own."""
+    uniform = rng.random
+    return (lambda: None if uniform() < chance else draw()) if chance else draw
+
+
+@field_type("sequence")
+class SequenceField(FieldType):
+    """1, 2, 3...: `start` + `step` times the number of records before this one."""
+
+    example: ClassVar = {"type": "sequence", "start": 1000}
+    distinct: ClassVar = True
+    start: int = Field(1, ge=-MAX_INT, le=MAX_INT)
+    step: int = Field(1, ge=1, le=2**32)
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        stream, start, step = scope.stream, self.start, self.step
+        if start + step * stream.bound > MAX_INT:
+            raise scope.refuse(f"goes past {MAX_INT}", "start")
+        return lambda: start + step * stream.done, "int"
+
+
+class _Number(FieldType):
+    """Numbers from `min` to `max`: even, or bell-shaped around `mean`."""
+
+    mean: float | None = None
+    sd: float | None = Field(None, gt=0)
+
+    def bell(self, scope: Scope, low: float, high: float) -> Draw | None:
+        """A normal draw held within the bounds: redrawn a few times, then put at the nearer bound."""
+        if self.mean is None and self.sd is None:
+            return None
+        if self.mean is None or self.sd is None:
+            raise scope.refuse("mean and sd go together", "mean" if self.mean is None else "sd")
+        gauss, mean, sd = scope.rng.gauss, self.mean, self.sd
+
+        def draw() -> float:
+            for _ in range(16):
+                value = gauss(mean, sd)
+                if low <= value <= high:
+                    return value
+            return min(max(value, low), high)
+
+        return draw
+
+
+@field_type("int")
+class IntField(_Number):
+    """A whole number from `min` to `max`, both included; with `mean` and `sd`, bell-shaped."""
+
+    example: ClassVar = {"type": "int", "min": 18, "max": 65}
+    kind: ClassVar[Kind] = "int"
+    min: int = Field(0, ge=-MAX_INT, le=MAX_INT)
+    max: int = Field(9999, ge=-MAX_INT, le=MAX_INT)
+
+    def domain(self, scope: Scope) -> Domain:
+        if self.min > self.max:
+            raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
+        return self.max - self.min + 1, self.min.__add__
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        even, kind = super().draw(scope)
+        bell, low, high = self.bell(scope, self.min, self.max), self.min, self.max
+        return (lambda: min(max(round(bell()), low), high)) if bell else even, kind
+
+
+@field_type("float")
+class FloatField(_Number):
+    """A number from `min` to `max`, with `round` digits after the point; with `mean` and `sd`, bell-shaped."""
+
+    example: ClassVar = {"type": "float", "min": 0, "max": 500, "mean": 80, "sd": 30, "round": 2}
+    kind: ClassVar[Kind] = "float"
+    redraws: ClassVar = REDRAWS
+    min: float = Field(0, ge=-1e300, le=1e300)
+    max: float = Field(1, ge=-1e300, le=1e300)
+    round: int | None = Field(None, ge=0, le=15)
+
+    def domain(self, scope: Scope) -> Domain | None:
+        if self.round is None or max(abs(self.min), abs(self.max)) > 1e15:
+            return None
+        scale = 10**self.round
+        first, last = -int(-Decimal(repr(self.min)) * scale // 1), int(Decimal(repr(self.max)) * scale // 1)
+        return last - first + 1, lambda i: (first + i) / scale
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        low, high, digits, uniform = self.min, self.max, self.round, scope.rng.random
+        if low > high:
+            raise scope.refuse(f"min {low} is more than max {high}", "min")
+        draw = self.bell(scope, low, high) or (lambda: low + (high - low) * uniform())
+        if digits is None:
+            return draw, "float"
+        return lambda: min(max(round(draw(), digits), low), high), "float"
+
+
+@field_type("decimal")
+class DecimalField(_Number):
+    """An exact number from `min` to `max` with `places` digits after the point, kept as text: money."""
+
+    example: ClassVar = {"type": "decimal", "min": "0.01", "max": "99.99", "places": 2}
+    kind: ClassVar[Kind] = "decimal"
+    min: str | int | float = "0"
+    max: str | int | float = "999.99"
+    places: int = Field(2, ge=0, le=18)
+
+    def scaled(self, scope: Scope, name: str) -> int:
+        """A bound as a whole number of the last place."""
+        try:
+            value = Decimal(str(getattr(self, name)))
+            if value.is_finite() and abs(value) < Decimal("1e30"):
+                exact = EXACT.scaleb(value, self.places)
+                return int(exact.to_integral_value("ROUND_CEILING" if name == "min" else "ROUND_FLOOR"))
+        except InvalidOperation:
+            pass
+        raise scope.refuse("should be a decimal number below 1e30", name)
+
+    def domain(self, scope: Scope) -> Domain:
+        low, high, places = self.scaled(scope, "min"), self.scaled(scope, "max"), self.places
+        if low > high:
+            raise scope.refuse(f"no number of {places} places lies between {self.min} and {self.max}", "min")
+        return high - low + 1, lambda i: _decimal_text(low + i, places)
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        even, kind = super().draw(scope)
+        low, high, places = self.scaled(scope, "min"), self.scaled(scope, "max"), self.places
+        bell = self.bell(scope, low / 10**places, high / 10**places)
+        if not bell:
+            return even, kind
+        return lambda: _decimal_text(min(max(round(bell() * 10**places), low), high), places), kind
+
+
+def _decimal_text(scaled: int, places: int) -> str:
+    digits = str(abs(scaled)).zfill(places + 1)
+    sign = "-" if scaled < 0 else ""
+    return f"{sign}{digits[:-places]}.{digits[-places:]}" if places else f"{sign}{digits}"
+
+
+@field_type("bool")
+class BoolField(FieldType):
+    """True or false; `true` is how likely true is."""
+
+    example: ClassVar = {"type": "bool", "true": 0.8}
+    kind: ClassVar[Kind] = "bool"
+    true: float = Field(0.5, ge=0, le=1)
+
+    def domain(self, scope: Scope) -> Domain:
+        return 2, bool
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        uniform, true = scope.rng.random, self.true
+        return lambda: uniform() < true, "bool"
+
+
+@field_type("choice")
+class ChoiceField(FieldType):
+    """One of `values`: a list, or an object that gives each text its weight."""
+
+    example: ClassVar = {"type": "choice", "values": {"free": 80, "pro": 18, "team": 2}}
+    values: list[Any] | dict[str, float] = Field(min_length=1)
+
+    def domain(self, scope: Scope) -> Domain:
+        values = list({_dumps(value): value for value in self.values}.values())
+        return len(values), values.__getitem__
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if isinstance(self.values, dict):
+            if min(self.values.values()) < 0 or not sum(self.values.values()):
+                raise scope.refuse("weights should be positive", "values")
+            return _table_draw(scope.rng, OrderedDict(self.values)), "text"
+        return _table_draw(scope.rng, self.values), _literal_kind(self.values)
+
+
+@field_type("const")
+class ConstField(FieldType):
+    """Always `value`."""
+
+    example: ClassVar = {"type": "const", "value": "EUR"}
+    value: Any
+
+    def domain(self, scope: Scope) -> Domain:
+        return 1, lambda i: self.value
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        value = self.value
+        return lambda: value, _literal_kind([value])
+
+
+def _literal_kind(values: list[Any]) -> Kind:
+    """The kind of the values a request lists: "json" keeps a mixture as it is."""
+    kinds = {_SCALARS.get(type(value), "json") for value in values if value is not None}
+    if any(type(value) is int and not -MAX_INT <= value <= MAX_INT for value in values):
+        return "json"
+    if kinds == {"int", "float"}:
+        return "float"
+    return kinds.pop() if len(kinds) == 1 else "json" if kinds else "text"
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+_BOUND = re.compile(r"(?:(?P<name>now|today)|\{(?P<field>[^{}]+)\}|(?P<iso>\d{4}-\d\d.*?))?(?P<shift>(?:[+-]\d{1,6}[yMwdhms])*)")
+_SHIFT = re.compile(r"([+-]\d+)([yMwdhms])")
+_UNITS = {"w": timedelta(weeks=1), "d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}  # fmt: skip
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _shifted(instant: datetime, shift: str) -> datetime:
+    """An instant moved by "+1y-2d"; months and years go by the calendar, 31 January + 1M being the end of February."""
+    for amount, unit in _SHIFT.findall(shift):
+        if unit in "yM":
+            months = instant.year * 12 + instant.month - 1 + int(amount) * (12 if unit == "y" else 1)
+            year, month = months // 12, months % 12 + 1
+            instant = instant.replace(year=year, month=month, day=min(instant.day, calendar.monthrange(year, month)[1]))
+        else:
+            instant += int(amount) * _UNITS[unit]
+    return instant
+
+
+class _Moment(FieldType):
+    """Dates and instants between two bounds, both included.
+
+    A bound is ISO ("2024-12-31"), relative to now ("-90d", "-1y", "+2h", "now", "today"; units y M w d h m s), or
+    another field's value, moved or not ("{joined}", "{order.placedAt}+2h").
+    """
+
+    from_: str = Field("-1y", alias="from", max_length=200)
+    to: str = Field("now", max_length=200)
+
+    @property
+    def unit(self) -> int:
+        """The milliseconds between two neighbouring values."""
+        return DAY
+
+    def reads(self) -> Iterable[str]:
+        return [m["field"] for m in map(_BOUND.fullmatch, (self.from_, self.to)) if m and m["field"]]
+
+    def bound(self, scope: Scope, text: str, option: str) -> Callable[[], int | None]:
+        """The bound of each record, in milliseconds since 1970."""
+        match = _BOUND.fullmatch(text)
+        if not match or not text:
+            raise scope.refuse(f"{text!r} is no date, such as 2024-12-31, -90d, now or {{joined}}", option)
+        shift, last = match["shift"], option == "to"
+        if match["field"]:
+            read, kind = scope.reader(match["field"])
+            if kind not in ("date", "datetime"):
+                raise scope.refuse(f"{match['field']} is no date", option)
+            return lambda: None if (value := read()) is None else _millis(_shifted(_instant(value, last), shift))
+        try:
+            start = scope.now if match["name"] == "now" or not (match["iso"] or match["name"]) else None
+            start = start or _instant(match["iso"] or scope.now.date().isoformat(), last)
+            fixed = _millis(_shifted(start, shift))
+        except (ValueError, OverflowError) as error:
+            raise scope.refuse(f"{text!r}: {error}", option) from None
+        return lambda: fixed
+
+    def text(self, units: int) -> str:
+        """A value, counted in units since 1970, as text."""
+        raise NotImplementedError
+
+    def domain(self, scope: Scope) -> Domain | None:
+        if self.reads():
+            return None
+        low, high = (self.bound(scope, *b)() for b in ((self.from_, "from"), (self.to, "to")))
+        assert low is not None and high is not None
+        # an instant between two units: the first one not before `from`, the last one not after `to`
+        first, last = (low // self.unit if self.unit == DAY else -(-low // self.unit)), high // self.unit
+        if first > last:
+            raise scope.refuse(f"from {self.from_!r} is after to {self.to!r}", "from")
+        return last - first + 1, lambda i: self.text(first + i)
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if not self.reads():
+            return super().draw(scope)
+        low, high = self.bound(scope, self.from_, "from"), self.bound(scope, self.to, "to")
+        text, unit, uniform = self.text, self.unit, scope.rng.random
+
+        def draw() -> str | None:
+            first, last = low(), high()
+            if first is None or last is None:
+                return None
+            first = first // unit if unit == DAY else -(-first // unit)
+            # an empty range, say three days after an order of today until now, gives its `from`
+            return text(first + int(uniform() * max(1, last // unit - first + 1)))
+
+        return draw, self.kind
+
+
+DAY = 86_400_000
+
+
+def _instant(text: str, last: bool) -> datetime:
+    """An ISO date or instant in UTC; a date stands for its first or its last millisecond."""
+    if len(text) == 10:
+        return EPOCH + (date.fromisoformat(text) - EPOCH.date()) + (timedelta(milliseconds=DAY - 1) if last else timedelta())
+    instant = datetime.fromisoformat(text)
+    return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def _millis(instant: datetime) -> int:
+    return (instant - EPOCH) // timedelta(milliseconds=1)
+
+
+@field_type("date")
+class DateField(_Moment):
+    __doc__ = f"A date as YYYY-MM-DD. {_Moment.__doc__}"
+    example: ClassVar = {"type": "date", "from": "-1y", "to": "today"}
+    kind: ClassVar[Kind] = "date"
+
+    def text(self, units: int) -> str:
+        return date.fromordinal(719163 + units).isoformat()
+
+
+@field_type("datetime")
+class DatetimeField(_Moment):
+    __doc__ = f"An instant in UTC as YYYY-MM-DDTHH:MM:SSZ, with milliseconds if `ms`. {_Moment.__doc__}"
+    example: ClassVar = {"type": "datetime", "from": "2024-01-01", "to": "2024-12-31"}
+    kind: ClassVar[Kind] = "datetime"
+    ms: bool = False
+
+    @property
+    def unit(self) -> int:
+        return 1 if self.ms else 1000
+
+    def text(self, units: int) -> str:
+        instant = EPOCH.replace(tzinfo=None) + timedelta(milliseconds=units * self.unit)
+        return instant.isoformat(timespec="milliseconds" if self.ms else "seconds") + "Z"
+
+
+@field_type("pattern")
+class PatternField(FieldType):
+    """Text in which each # is a digit, each % a digit but 0 and each ? a capital letter; a backslash keeps a mark."""
+
+    example: ClassVar = {"type": "pattern", "pattern": "SKU-####-??"}
+    redraws: ClassVar = REDRAWS
+    pattern: str = Field(min_length=1, max_length=256)
+
+    def domain(self, scope: Scope) -> Domain:
+        marks = {"#": string.digits, "%": string.digits[1:], "?": string.ascii_uppercase}
+        tokens = re.findall(r"\\?.", self.pattern, re.DOTALL)
+        wheels = [marks.get(token) or token[-1] for token in tokens]
+        size = 1
+        for wheel in wheels:
+            size *= len(wheel)
+
+        def nth(i: int) -> str:
+            text = []
+            for wheel in reversed(wheels):
+                i, turn = divmod(i, len(wheel))
+                text.append(wheel[turn])
+            return "".join(reversed(text))
+
+        return size, nth
+
+
+@field_type("uuid")
+class UuidField(FieldType):
+    """A random UUID (version 4)."""
+
+    example: ClassVar = {"type": "uuid"}
+    distinct: ClassVar = True
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        getrandbits = scope.rng.getrandbits
+        return lambda: str(UUID(int=getrandbits(128), version=4)), "text"
+
+
+_HOLE = re.compile(r"\{\{|\}\}|\{([^{}|]+)((?:\|[^{}|]+)*)\}|[{}]")
+_FILTERS: dict[str, Callable[[str], str]] = {
+    "slug": lambda text: re.sub(r"[^\w]+", "-", _ascii(text).lower()).strip("-_"),
+    "lower": str.lower,
+    "upper": str.upper,
+    "initial": lambda text: text[:1],
+}
+
+
+def _ascii(text: str) -> str:
+    """The text in plain letters, for e-mail addresses and the like: Müller is Muller."""
+    if text.isascii():
+        return text
+    from faker.decode import unidecode
+
+    return unidecode(unicodedata.normalize("NFC", text))
+
+
+@field_type("template")
+class TemplateField(FieldType):
+    """Text made of other fields: "{firstName|slug}.{id}@example.com"; {{ and }} are braces.
+
+    A field is one of this record or of a related one ("{customer.name}"). Filters: slug, lower, upper, initial.
+    """
+
+    example: ClassVar = {"type": "template", "template": "{plan}-{id}"}
+    template: str = Field(max_length=MAX_SIZE_ARG)
+
+    def reads(self) -> Iterable[str]:
+        return [hole[1] for hole in _HOLE.finditer(self.template) if hole[1]]
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        draws: list[Draw] = []
+        form, at = "", 0
+        for hole in _HOLE.finditer(self.template):
+            form += self.template[at : hole.start()].replace("%", "%%")
+            at = hole.end()
+            if hole[1]:
+                form += "%s"
+                draws.append(self._part(scope, hole[1], hole[2].split("|")[1:]))
+            elif len(hole[0]) == 2:
+                form += hole[0][0]
+            else:
+                raise scope.refuse(f"a lone {hole[0]!r}; double it for a brace", "template")
+        form += self.template[at:].replace("%", "%%")
+        if len(draws) > 64:
+            raise scope.refuse("a template holds at most 64 fields", "template")
+        return lambda: (form % tuple([draw() for draw in draws]))[:MAX_TEXT], "text"
+
+    def _part(self, scope: Scope, name: str, filters: list[str]) -> Draw:
+        read, _ = scope.reader(name)
+        for unknown in set(filters) - set(_FILTERS):
+            raise scope.refuse(f"no such filter {unknown!r}; there are {', '.join(_FILTERS)}", "template")
+        steps = [_FILTERS[name] for name in filters]
+
+        def part() -> str:
+            text = "" if (value := read()) is None else str(value)
+            for step in steps:
+                text = step(text)
+            return text
+
+        return part
+
+
+@field_type("list")
+class ListField(FieldType):
+    """A list of `min` to `max` values of the type `of`, stored as JSON."""
+
+    example: ClassVar = {"type": "list", "of": "word", "min": 0, "max": 3}
+    kind: ClassVar[Kind] = "json"
+    of: Any
+    min: int = Field(1, ge=0)
+    max: int = Field(3, ge=0, le=1000)
+
+    def reads(self) -> Iterable[str]:
+        return _inner_reads([self.of])
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if self.min > self.max:
+            raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
+        draw, _ = scope.nested(self.of, "of")
+        if self.max * scope.longest(draw, "of") > MAX_TEXT:
+            raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
+        extra, low = _below(scope.rng, self.max - self.min + 1), self.min
+        return lambda: [draw() for _ in range(low + extra())], "json"
+
+
+@field_type("object")
+class ObjectField(FieldType):
+    """An object with `fields` of its own, stored as JSON."""
+
+    example: ClassVar = {"type": "object", "fields": {"city": "city", "zip": "postcode"}}
+    kind: ClassVar[Kind] = "json"
+    fields: dict[str, Any] = Field(min_length=1, max_length=100)
+
+    def reads(self) -> Iterable[str]:
+        return _inner_reads(self.fields.values())
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        draws = {name: scope.nested(raw, "fields", name)[0] for name, raw in self.fields.items()}
+        return lambda: {name: draw() for name, draw in draws.items()}, "json"
+
+
+@field_type("ref")
+class RefField(FieldType):
+    """A value of a related record: `field` is "customer.id".
+
+    In a record made `per` customer it is that customer's, else a random earlier customer's; all refs of a record to
+    one type read the same row.
+    """
+
+    example: ClassVar = {"type": "ref", "field": "customer.id"}
+    field: str
+
+    def reads(self) -> Iterable[str]:
+        return [self.field]
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        return scope.reader(self.field)
+
+
+class _Arithmetic(FieldType):
+    """A number made of others, exact for decimals; `places` rounds it."""
+
+    places: int | None = Field(None, ge=0, le=18)
+
+    def fold(self, scope: Scope, kinds: Iterable[Kind], exact: Any, plain: Any) -> tuple[Callable[[list[Any]], Any], Kind]:
+        """The function from a list of stored numbers to one: `exact` joins two decimals, `plain` a list of others."""
+        found, places = set(kinds), self.places
+        if odd := sorted(found - {"int", "float", "decimal"}):
+            raise scope.refuse(f"takes numbers, not {' or '.join(odd)}")
+        if "decimal" in found:
+            quantum = None if places is None else Decimal(1).scaleb(-places)
+
+            def finish(values: list[Any]) -> str:
+                total = functools.reduce(exact, [Decimal(str(value)) for value in values] or [Decimal(0)])
+                return format(total if quantum is None else EXACT.quantize(total, quantum), "f")
+
+            return finish, "decimal"
+        if "float" in found:
+            return lambda values: float(plain(values) if places is None else round(plain(values), places)), "float"
+        return lambda values: _bounded(plain(values)), "int"
+
+
+def _bounded(total: int) -> int:
+    if not -MAX_INT <= total <= MAX_INT:
+        raise TaskError(f"a sum or product is {total}, beyond {MAX_INT}")
+    return total
+
+
+@field_type("sum")
+class SumField(_Arithmetic):
+    """The sum of a field over the records made `per` this one: of its items' amounts, an order's total."""
+
+    example: ClassVar = {"type": "sum", "field": "item.amount"}
+    field: str
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        child, column = scope.plan.child(scope.stream, self.field, scope.path)
+        total, kind = self.fold(scope, [child.kinds[column]], EXACT.add, sum)
+        slot, family = child.index[column], child.family
+        return lambda: total([row[slot] for row in family if row[slot] is not None]), kind
+
+
+@field_type("product")
+class ProductField(_Arithmetic):
+    """The product of the fields named in `of`, price times quantity; null if one of them is."""
+
+    example: ClassVar = {"type": "product", "of": ["price", "quantity"]}
+    of: list[str] = Field(min_length=1, max_length=8)
+
+    def reads(self) -> Iterable[str]:
+        return self.of
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        reads, kinds = zip(*map(scope.reader, self.of), strict=True)
+        total, kind = self.fold(scope, kinds, EXACT.multiply, math.prod)
+        return lambda: None if None in (values := [read() for read in reads]) else total(values), kind
+
+
+@field_type("first_of")
+class FirstOfField(FieldType):
+    """The first type in `of` that the locale has: ["postcode_in_state", "postcode"]."""
+
+    example: ClassVar = {"type": "first_of", "of": ["state_abbr", "province_abbr", "city"]}
+    redraws: ClassVar = REDRAWS
+    of: list[Any] = Field(min_length=1, max_length=16)
+
+    def reads(self) -> Iterable[str]:
+        return _inner_reads(self.of)
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        known = {*FIELD_TYPES, *_methods(scope.faker)}
+        for i, raw in enumerate(self.of):
+            if (raw.get("type") if isinstance(raw, dict) else raw) in known:
+                return scope.nested(raw, "of", i)
+        raise scope.refuse("this locale has none of these types", "of")
+
+
+class FakerField(FieldType):
+    """A method of Faker, with its keyword `args`; an argument "{field}" is that field's value."""
+
+    redraws: ClassVar = REDRAWS
+    args: dict[str, Any] = {}
+
+    def reads(self) -> Iterable[str]:
+        return [hole[1] for hole in map(_ARG_HOLE.fullmatch, filter(_is_text, self.args.values())) if hole]
+
+    def domain(self, scope: Scope) -> Domain | None:
+        provider = _methods(scope.faker).get(self.type)
+        if self.args or provider is None or len(scope.plan.locales) > 1:
+            return None
+        table = _plain_table(provider, inspect.getattr_static(type(provider), self.type), _element_draw)
+        values = list(dict.fromkeys(table or ()))
+        return (len(values), values.__getitem__) if values else None
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        call, plain_text = self._call(scope)
+        try:
+            state = scope.rng.getstate()
+            values = [call() for _ in range(TRIALS)]
+            scope.rng.setstate(state)
+            again = [call() for _ in range(TRIALS)]
+        except Exception as error:  # whatever Faker makes of the arguments
+            raise scope.refuse(f"{self.type}: {error or type(error).__name__}", *["args"][: len(self.args)]) from None
+        kind = _kind_of(values)
+        if kind is None:
+            raise scope.refuse(f"{self.type!r} gives no single value, but {type(values[0]).__name__}")
+        if values != again:
+            raise scope.refuse(f"{self.type!r} ignores the seed")
+        return (call if plain_text and kind == "text" else _checked(call, kind, self.type)), kind
+
+    def _call(self, scope: Scope) -> tuple[Draw, bool]:
+        """The method with its arguments, and whether it is declared to give text."""
+        methods = _methods(scope.faker)
+        provider = methods.get(self.type)
+        if provider is None:
+            hints = nearest(self.type, [*FIELD_TYPES, *methods])
+            more = f"; did you mean {' or '.join(map(repr, hints))}?" if hints else ""
+            raise scope.refuse(f"no such type {self.type!r}{more}")
+        stock = inspect.getattr_static(type(provider), self.type).__get__(provider, type(provider))
+        signature = inspect.signature(stock)
+        self._check_names(scope, signature)
+        call = getattr(scope.faker, self.type)
+        holes = {name: _ARG_HOLE.fullmatch(value) for name, value in self.args.items() if _is_text(value)}
+        reads = {name: scope.reader(hole[1])[0] for name, hole in holes.items() if hole}
+        fixed = {name: _argument(scope, name, value, "args", name) for name, value in self.args.items() if name not in reads}
+        if reads:
+            return lambda: call(**fixed, **{n: _maybe_date(n, read()) for n, read in reads.items()}), False
+        return functools.partial(call, **fixed) if fixed else call, signature.return_annotation in (str, "str")
+
+    def _check_names(self, scope: Scope, signature: inspect.Signature) -> None:
+        known = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        for name in self.args:
+            if name not in known or name in _WITHHELD_ARGS:
+                takes = ", ".join(nearest(name, known) or known) or "no arguments"
+                raise scope.refuse(f"{self.type} has no argument {name!r}; it takes {takes}", "args", name)
+        missing = [n for n, p in known.items() if p.default is p.empty and n not in self.args]
+        if missing:
+            raise scope.refuse(f"{self.type} needs {', '.join(missing)}", "args")
+
+
+_ARG_HOLE = re.compile(r"\{([^{}]+)\}")
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str)
+
+
+def _maybe_date(name: str, value: Any) -> Any:
+    """Faker takes dates as objects; an ISO text where it wants a date becomes one."""
+    if isinstance(value, str) and _DATE_ARG.fullmatch(name) and re.match(r"\d{4}-\d\d-\d\d", value):
+        return date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
+    return value
+
+
+def _argument(scope: Scope, name: str, value: Any, *steps: str | int) -> Any:
+    """An argument that is safe to hand to Faker: none that would make it work without end, or read a template."""
+    if isinstance(value, dict):  # Faker wants its weights in an OrderedDict
+        return OrderedDict((k, _argument(scope, name, v, *steps, k)) for k, v in value.items())
+    if isinstance(value, list):
+        return [_argument(scope, name, v, *steps, i) for i, v in enumerate(value)]
+    if isinstance(value, str) and ("{" in value or len(value) > MAX_SIZE_ARG):
+        raise scope.refuse(f"a text here holds no braces and at most {MAX_SIZE_ARG} characters", *steps)
+    limit = MAX_INT if _VALUE_ARG.fullmatch(name) else MAX_SIZE_ARG
+    if isinstance(value, (int, float)) and abs(value) > limit:
+        raise scope.refuse(f"should be at most {limit}", *steps)
+    try:
+        return _maybe_date(name, value)
+    except ValueError as error:
+        raise scope.refuse(str(error), *steps) from None
+
+
+def _checked(call: Draw, kind: Kind, name: str) -> Draw:
+    """The method's values as JSON would have them, held to the kind that the table was given."""
+    if kind == "text":
+        return lambda: None if (value := call()) is None else str(_plain(value))
+
+    def draw() -> Any:
+        value = call()
+        if value is not None and _SCALARS.get(type(value)) != kind:
+            raise TaskError(f"{name} gave {value!r} where its values had been {kind}")
+        return _plain(value)
+
+    return draw
+
+
+# ---- Unique values in bounded memory ----
+
+
+class _Seen:
+    """The values that a unique field has given: a set, or for many a Bloom filter, which never forgets one.
+
+    A filter may think a value known that is not; that costs the value a number and nothing else.
+    """
+
+    def __init__(self, expected: int, room: int) -> None:
+        self.exact: set[Any] = set()
+        bits = 1 << (min(expected * 10, room * 8).bit_length() - 1)
+        self.bits = bytearray(bits // 8) if expected > EXACT_SET else None
+        self.mask = bits - 1
+
+    def add(self, value: Any) -> bool:
+        """Whether the value is new; from now on it is not."""
+        if self.bits is None:
+            before = len(self.exact)
+            self.exact.add(value)
+            return len(self.exact) > before
+        new, bits = False, self.bits
+        for n in struct.unpack("<4I", blake2b(str(value).encode(), digest_size=16).digest()):
+            at, bit = (n & self.mask) >> 3, 1 << (n & 7)
+            if not bits[at] & bit:
+                new = True
+                bits[at] |= bit
+        return new
+
+
+def _numbered(value: str, n: int) -> str:
+    """A text made another by a number: before the @ of an e-mail address, else at its end."""
+    name, at, domain = value.rpartition("@")
+    return f"{name}{n}@{domain}" if at else f"{value}{n}"
+
+
+def _unique_draw(draw: Draw, stream: _Stream, name: str, redraws: int) -> Draw:
+    """Draw until a value is new, a few times at most, then number it. The numbers of two records are never equal."""
+
+    def unique() -> Any:
+        add = stream.seen[name].add
+        for _ in range(redraws + 1):
+            value = draw()
+            if value is None or add(value):
+                return value
+        if not isinstance(value, str):
+            raise TaskError(f"{name}: no new value in {redraws + 1} draws")
+        n = stream.done + 1
+        while not add(taken := _numbered(value, n)):
+            n += stream.bound
+        return taken
+
+    return unique
+
+
+# ---- The plan: record types in order, and their rows ----
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
+
+
+class RecordSpec(BaseModel):
+    """So many records of a type, in all or `per` record of another type, and what is in each."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    count: _Count | tuple[_Count, _Count]
+    per: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The fewest and the most of them."""
+        return (self.count, self.count) if isinstance(self.count, int) else self.count
+
+
+class Past(Protocol):
+    """What is already committed of this job."""
+
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Any, ...]]:
+        """These fields of the job's rows with these 0-based ordinals (ascending, no two equal), in that order."""
+
+    def column(self, record_type: str, field: str) -> Iterator[Any]:
+        """A field of all the job's rows of the type, in order."""
+
+
+class Chunk(NamedTuple):
+    """Some more rows by record type; how many are done of how many; and where to go on after them, JSON-able."""
+
+    rows: dict[str, list[tuple[Any, ...]]]
+    done: int
+    total: int
+    checkpoint: Json
+
+
+class _Lookup:
+    """A record's random earlier row of a type that it is not made per.
+
+    Which row is settled by the record's ordinal alone, so that a block of them can be fetched at once.
+    """
+
+    def __init__(self, owner: _Stream, target: _Stream) -> None:
+        self.owner, self.target = owner, target
+        self.key = _key(owner.plan.seed, owner.name, target.name)
+        self.fields: list[str] = []
+        self.row: tuple[Any, ...] | None = None
+        self.block: dict[int, tuple[Any, ...]] = {}  # by the owner's ordinal
+
+    def reader(self, column: str) -> Draw:
+        """The field's value in the row of the present record; null while there is no earlier row."""
+        if column not in self.fields:
+            self.fields.append(column)
+        at = self.fields.index(column)
+        self.row = tuple(self.target.values[self.target.index[name]] for name in self.fields)  # for the trial
+        return lambda: self.row[at] if self.row else None
+
+    def pick(self, past: Past, fresh: Sequence[tuple[Any, ...]]) -> None:
+        """Choose the row for the owner's next record; `fresh` are the target's rows that `past` does not have yet."""
+        done, ordinal = self.target.done, self.owner.done
+        if self.target.root is self.owner.root:  # rows still come: choose among those there are by now
+            at = _mix(self.key, ordinal) % done if done else None
+            if at is None:
+                self.row = None
+            elif at >= done - len(fresh):
+                row = fresh[at - done]
+                self.row = tuple(row[self.target.index[name]] for name in self.fields)
+            else:
+                (self.row,) = past.rows(self.target.name, self.fields, [at])
+            return
+        if ordinal not in self.block:
+            chosen = {o: _mix(self.key, o) % done for o in range(ordinal, ordinal + 500)} if done else {}
+            wanted = sorted(set(chosen.values()))
+            found = dict(zip(wanted, past.rows(self.target.name, self.fields, wanted), strict=True)) if wanted else {}
+            self.block = {o: found[at] for o, at in chosen.items()}
+        self.row = self.block.get(ordinal)
+
+
+class _Stream:
+    """One record type of a plan: its fields, compiled, and how far it has come."""
+
+    def __init__(self, plan: Plan, name: str, spec: RecordSpec, path: str) -> None:
+        self.plan, self.name, self.spec, self.path = plan, name, spec, path
+        self.fields: dict[str, FieldType] = {}
+        self.index = {column: slot for slot, column in enumerate(spec.schema_)}
+        self.parent: _Stream | None = None
+        self.children: list[_Stream] = []
+        self.bound = spec.range[1]
+        self.rng = random.Random(0)
+        self.early: list[str] = []
+        self.late: list[str] = []  # wait for the children: sums, and what reads them
+        self.lookups: dict[str, _Lookup] = {}
+        self.kinds: dict[str, Kind] = {}
+        self.steps: list[list[tuple[int, Draw]]] = []  # by locale
+        self.late_steps: list[list[tuple[int, Draw]]] = []
+        self.size = 0  # characters in the longest record of the trial
+        self.values: list[Any] = [None] * len(self.index)  # the record that is being made
+        self.family: list[tuple[Any, ...]] = []  # the rows made so far for the present parent
+        self.seen: dict[str, _Seen] = {}
+        self.done = 0
+        self.locale = 0
+
+    @property
+    def root(self) -> _Stream:
+        """The type that this one is made with, at the end of `per`."""
+        return self.parent.root if self.parent else self
+
+    def ancestors(self) -> list[_Stream]:
+        """The types that this one is made per, nearest first."""
+        return [self.parent, *self.parent.ancestors()] if self.parent else []
+
+    def lookup(self, target: _Stream) -> _Lookup:
+        """The one random row of this type that all of a record's fields read."""
+        return self.lookups.setdefault(target.name, _Lookup(self, target))
+
+    def needs(self) -> list[str]:
+        """The other record types that have to be made first."""
+        read = {name.partition(".")[0] for f in self.fields.values() for name in f.reads() if name not in self.index}
+        return [name for name in self.plan.streams if name in read or name == self.spec.per]
+
+    def order(self) -> None:
+        """Settle the order of the fields: as in the schema, but what a field reads comes first."""
+        graph = {name: [n for n in model.reads() if n in self.index] for name, model in self.fields.items()}
+        ordered = _ordered(graph)
+        for name in ordered:
+            waits = isinstance(self.fields[name], SumField) or any(n in self.late for n in graph[name])
+            (self.late if waits else self.early).append(name)
+
+    def compile(self, faker: FakerGenerator, names: Iterable[str], into: list[tuple[int, Draw]]) -> Iterator[FieldProblem]:
+        """Make the functions for these fields in one locale, try each, and tell what is wrong."""
+        for name in names:
+            scope = Scope(self.plan, self, faker, f"{self.path}.schema.{name}".lstrip("."))
+            try:
+                into.append((self.index[name], self._field(scope, name)))
+            except BadRequest as refusal:
+                yield from refusal.fields
+
+    def _field(self, scope: Scope, name: str) -> Draw:
+        model = self.fields[name]
+        draw, kind = model.draw(scope)
+        if self.kinds.setdefault(name, kind) != kind:  # another locale's values are of another kind
+            self.plan.mixed.add((self.name, name))
+        if (self.name, name) in self.plan.mixed:
+            kind = self.kinds[name] = "text"
+        draw = self._stored(draw, kind, (self.name, name) in self.plan.mixed)
+        longest = scope.longest(draw)
+        if longest > MAX_TEXT:
+            raise scope.refuse(f"gives values longer than {MAX_TEXT} characters")
+        self.size += longest
+        self.values[self.index[name]] = draw()
+        if model.unique and not model.distinct:
+            draw = self._unique(scope, model, name, draw, kind)
+        return _nullable(draw, model.null, self.rng)
+
+    @staticmethod
+    def _stored(draw: Draw, kind: Kind, mixed: bool) -> Draw:
+        """JSON values as SQLite takes them."""
+        if mixed:
+            return lambda: None if (value := draw()) is None else str(value)
+        if kind == "bool":
+            return lambda: None if (value := draw()) is None else int(value)
+        if kind == "json":
+            return lambda: None if (value := draw()) is None else _dumps(value)
+        return draw
+
+    def _unique(self, scope: Scope, model: FieldType, name: str, draw: Draw, kind: Kind) -> Draw:
+        domain = model.domain(scope)
+        if domain and domain[0] < self.bound:
+            raise scope.refuse(f"there are only {domain[0]} different values for {self.bound} records", "unique")
+        if domain and domain[0] <= 2**64:
+            size, nth = domain
+            at = _shuffle(size, _key(self.plan.seed, self.name, name))
+            return self._stored(lambda: nth(at(self.done)), kind, (self.name, name) in self.plan.mixed)
+        if not model.redraws and not isinstance(model, TemplateField) or kind not in ("text", "float"):
+            raise scope.refuse(f"unique is for texts and for values that can be counted; use a type such as {kind}", "unique")
+        self.seen[name] = _Seen(1, 1)
+        return _unique_draw(draw, self, name, model.redraws)
+
+    def many(self, parent_ordinal: int) -> int:
+        """How many records there are for this parent (0 for a type of its own)."""
+        low, high = self.spec.range
+        return low + _mix(_key(self.plan.seed, self.name), parent_ordinal) % (high - low + 1)
+
+    def grow(self, past: Past, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        """Make one record and all that is made per it."""
+        for lookup in self.lookups.values():
+            lookup.pick(past, rows[lookup.target.name])
+        values = self.values
+        if self.parent:
+            self.locale = self.parent.locale
+        elif len(self.steps) > 1:
+            self.locale = self.rng.randrange(len(self.steps))
+        for slot, draw in self.steps[self.locale]:
+            values[slot] = draw()
+        for child in self.children:
+            child.family.clear()
+            for _ in range(child.many(self.done)):
+                child.grow(past, rows)
+        for slot, draw in self.late_steps[self.locale]:
+            values[slot] = draw()
+        row = tuple(values)
+        rows[self.name].append(row)
+        if self.parent:
+            self.family.append(row)
+        self.done += 1
+
+
+def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The names with every name after those it depends on, else in their own order. ValueError tells a cycle."""
+    done: dict[str, None] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise ValueError(" -> ".join([*path[path.index(name) :], name]))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*path, name))
+            done[name] = None
+
+    for name in graph:
+        visit(name, ())
+    return list(done)
+
+
+_RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
+_RESERVED = {"_id", "_job", "_created"}
+
+
+class Plan:
+    """A checked recipe: what a request will make.
+
+    `records` are the record types by name, `seed` and `now` settle everything that is drawn, `locale` is one of Faker's
+    or a list, one of which is drawn for each record. Paths in errors begin with `where`: "" is the short form of one
+    type ("schema.age.min"), "records" the long one ("records.order.schema.age.min").
+    Raises BadRequest with every problem that was found.
+    """
+
+    columns: dict[str, dict[str, Kind]]  # record type -> field -> kind; parents before children
+    bounds: dict[str, int]  # the most rows that each type can have: their number, where no range is asked for
+    total: int  # rows of all types together, an estimate where ranges are asked for
+
+    def __init__(
+        self,
+        records: Mapping[str, RecordSpec],
+        *,
+        seed: int,
+        now: datetime,
+        locale: str | Sequence[str],
+        where: str = "",
+    ) -> None:
+        self.seed, self.now = seed, now.astimezone(UTC)
+        self.locales = [locale] if isinstance(locale, str) else list(dict.fromkeys(locale))
+        self.where = where or ("records" if len(records) > 1 else "")
+        self.mixed: set[tuple[str, str]] = set()  # fields that have another kind in another locale: they become text
+        paths = {name: f"{self.where}.{name}" if self.where else "" for name in records}
+        self.streams = {name: _Stream(self, name, spec, paths[name]) for name, spec in records.items()}
+        self._refuse(p for stream in self.streams.values() for p in self._parse(stream))
+        self._refuse(self._relate())
+        self._refuse(self._compile())
+        self.columns = {name: {c: s.kinds[c] for c in s.index} for name, s in self.streams.items()}
+        self.bounds = {name: s.bound for name, s in self.streams.items()}
+        self.total = self._expected()
+
+    @staticmethod
+    def _refuse(problems: Iterable[FieldProblem]) -> None:
+        if found := list(dict.fromkeys(problems)):
+            raise _refusal(found)
+
+    def _parse(self, stream: _Stream) -> Iterator[FieldProblem]:
+        path = f"{stream.path}.".lstrip(".")
+        if not _RECORD_TYPE.fullmatch(stream.name):
+            yield FieldProblem(stream.path or "recordType", f"{stream.name!r} can not be a record type's name")
+        low, high = stream.spec.range
+        if low > high or high < 1:
+            yield FieldProblem(f"{path}count", "should be at least 1, or a range from less to more")
+        folded: dict[str, str] = {}
+        for name, raw in stream.spec.schema_.items():
+            here = f"{path}schema.{name}"
+            if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or name.lower() in _RESERVED:
+                yield FieldProblem(here, "a field's name is 1 to 64 printable characters, and not _id, _job or _created")
+            elif (other := folded.setdefault(name.lower(), name)) != name:
+                yield FieldProblem(here, f"differs from {other!r} only in case")
+            try:
+                if not _storable(raw):
+                    raise _refusal([FieldProblem(here, "holds a character that no database takes")])
+                stream.fields[name] = parse_field(raw, here)
+            except BadRequest as refusal:
+                yield from refusal.fields
+
+    def _relate(self) -> Iterator[FieldProblem]:
+        """Find the parents and put the types in order: parents before children, what is referred to before its reader."""
+        for stream in self.streams.values():
+            per, path = stream.spec.per, f"{stream.path}.".lstrip(".")
+            if per is not None and per not in self.streams:
+                yield FieldProblem(f"{path}per", _unknown("record type", per, self.streams))
+            elif per is not None:
+                stream.parent = self.streams[per]
+                self.streams[per].children.append(stream)
+        needs = {name: stream.needs() for name, stream in self.streams.items()}
+        try:
+            order = _ordered(needs)
+            trees = {name: self.streams[name].root.name for name in order}
+            between = {trees[name]: [trees[o] for n in order if trees[n] == trees[name] for o in needs[n]] for name in order}
+            roots = _ordered({root: [other for other in others if other != root] for root, others in between.items()})
+        except ValueError as cycle:
+            yield FieldProblem(self.where or "schema", f"these record types need each other: {cycle}")
+            return
+        self.streams = {name: self.streams[name] for root in roots for name in order if trees[name] == root}
+        for stream in self.streams.values():
+            if stream.parent:
+                stream.bound *= stream.parent.bound
+            family = math.prod(s.spec.range[1] for s in [stream, *stream.ancestors()[:-1]] if s.parent)
+            if family > MAX_FAMILY:
+                yield FieldProblem(f"{stream.path}.count".lstrip("."), f"at most {MAX_FAMILY} records are made per record")
+            try:
+                stream.order()
+            except ValueError as cycle:
+                yield FieldProblem(f"{stream.path}.schema".lstrip("."), f"these fields need each other: {cycle}")
+
+    def _compile(self) -> Iterator[FieldProblem]:
+        """Compile every field for every locale; once more, should a field turn out to be of two kinds."""
+        mixed = -1
+        while mixed < len(self.mixed):
+            mixed = len(self.mixed)
+            for stream in self.streams.values():
+                stream.steps, stream.late_steps, stream.seen, stream.size = [], [], {}, 0
+            for locale in self.locales:
+                yield from self._compile_locale(locale)
+        room = BLOOM_BYTES // max(1, sum(len(s.seen) for s in self.streams.values()))
+        self.room = room
+        for stream in self.streams.values():
+            if stream.size // len(self.locales) > MAX_RECORD:
+                yield FieldProblem(f"{stream.path}.schema".lstrip("."), f"makes records longer than {MAX_RECORD} characters")
+
+    def _compile_locale(self, locale: str) -> Iterator[FieldProblem]:
+        try:
+            fakers = {name: fast_faker(locale, stream.rng, self.now) for name, stream in self.streams.items()}
+        except AttributeError:
+            from faker.config import AVAILABLE_LOCALES
+
+            yield FieldProblem("locale", _unknown("locale", locale, AVAILABLE_LOCALES))
+            return
+        for _, tree in itertools.groupby(self.streams.values(), key=lambda stream: stream.root):
+            streams = list(tree)
+            for stream in streams:
+                stream.steps.append([])
+                yield from stream.compile(fakers[stream.name], stream.early, stream.steps[-1])
+                stream.family[:] = [tuple(stream.values)]
+            for stream in reversed(streams):
+                stream.late_steps.append([])
+                yield from stream.compile(fakers[stream.name], stream.late, stream.late_steps[-1])
+                stream.family[:] = [tuple(stream.values)]
+
+    def locate(self, stream: _Stream, name: str, path: str) -> tuple[_Stream | None, str]:
+        """The related record type (None for the record's own) and the field that a name stands for."""
+        if name in stream.index:
+            return None, name
+        record_type, _, column = name.partition(".")
+        related = self.streams.get(record_type)
+        if related is None or column not in related.index:
+            names = [*stream.index, *(f"{s.name}.{c}" for s in self.streams.values() if s is not stream for c in s.index)]
+            raise _refusal([FieldProblem(path, _unknown("field", name, names))])
+        if related in stream.ancestors() and column in related.late:
+            raise _refusal([FieldProblem(path, f"{name} is only known once these records are made")])
+        return related, column
+
+    def child(self, stream: _Stream, name: str, path: str) -> tuple[_Stream, str]:
+        """The record type made per this one, and its field, that a name stands for."""
+        record_type, _, column = name.partition(".")
+        child = self.streams.get(record_type)
+        if child is None or child.parent is not stream or column not in child.index:
+            names = [f"{c.name}.{column}" for c in stream.children for column in c.index]
+            raise _refusal([FieldProblem(path, _unknown("field of a record type made per this one", name, names))])
+        return child, column
+
+    def _expected(self) -> int:
+        """How many rows there will be: those made, and the mean of what is to come."""
+        expected: dict[str, float] = {}
+        for name, stream in self.streams.items():
+            if stream.parent:
+                to_come = expected[stream.parent.name] - stream.parent.done
+                expected[name] = stream.done + to_come * sum(stream.spec.range) / 2
+            else:
+                expected[name] = stream.many(0)
+        return round(sum(expected.values()))
+
+    def chunks(self, checkpoint: Json | None = None, past: Past | None = None, size: int = 500) -> Iterator[Chunk]:
+        """Make the rows, about `size` at a time (all that is made per a record comes with it), after `checkpoint`.
+
+        Each chunk is to be committed before the next is asked for: `past` reads committed rows. Without `past` the
+        plan remembers the rows itself, which is for a few of them. One iterator of a plan at a time.
+        """
+        memory = _Memory(self.columns)
+        past = past or memory
+        self._resume(checkpoint, past)
+        size = max(1, min(size, MAX_CHUNK // max(1, *(s.size for s in self.streams.values()))))
+        for root in [stream for stream in self.streams.values() if not stream.parent]:
+            count, rows = root.many(0), self._no_rows()
+            while root.done < count:
+                self._grow(root, past, rows)
+                if root.done == count or sum(map(len, rows.values())) >= size:
+                    if past is memory:
+                        memory.extend(rows)
+                    yield Chunk(rows, sum(s.done for s in self.streams.values()), self._expected(), self._checkpoint())
+                    rows = self._no_rows()
+
+    def _no_rows(self) -> dict[str, list[tuple[Any, ...]]]:
+        return {name: [] for name in self.streams}
+
+    @staticmethod
+    def _grow(root: _Stream, past: Past, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+        try:
+            root.grow(past, rows)
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{root.name} number {root.done + 1}: {type(error).__name__}: {error}") from error
+
+    def _checkpoint(self) -> Json:
+        return {name: [stream.done, *_packed(stream.rng)] for name, stream in self.streams.items()}
+
+    def _resume(self, checkpoint: Json | None, past: Past) -> None:
+        """Put every type where the checkpoint says, or at its beginning."""
+        for i, (name, stream) in enumerate(self.streams.items()):
+            stream.done = 0
+            # the first type's values are those of stock Faker under seed_instance(seed)
+            stream.rng.seed(self.seed if i == 0 else _key(self.seed, name))
+            if checkpoint:
+                stream.done, *state = checkpoint[name]
+                _unpack(stream.rng, *state)
+            for lookup in stream.lookups.values():
+                lookup.block.clear()
+            for column in stream.seen:
+                seen = stream.seen[column] = _Seen(stream.bound, self.room)
+                for value in past.column(name, column) if stream.done else ():
+                    seen.add(value)
+
+
+def _unknown(what: str, name: str, names: Iterable[str]) -> str:
+    hints = nearest(name, names)
+    return f"no such {what}: {name!r}" + (f"; did you mean {' or '.join(map(repr, hints))}?" if hints else "")
+
+
+def _storable(raw: Any) -> bool:
+    """Whether no text in it holds a NUL or half a surrogate pair: so no value made from it does."""
+    text = json.dumps(raw, ensure_ascii=False, default=str)
+    return "\\u0000" not in text and text.isascii() or not re.search(r"\\u0000|[\ud800-\udfff]", text)
+
+
+def _packed(rng: random.Random) -> tuple[str, str | None]:
+    """A Random's state as two texts: its 625 words, and the normal draw it has left over."""
+    _, words, left_over = rng.getstate()
+    return base64.b64encode(struct.pack("<625I", *words)).decode(), left_over and left_over.hex()
+
+
+def _unpack(rng: random.Random, words: str, left_over: str | None) -> None:
+    rng.setstate((3, struct.unpack("<625I", base64.b64decode(words)), left_over and float.fromhex(left_over)))
+
+
+class _Memory:
+    """A Past for plans that nobody stores, such as a preview."""
+
+    def __init__(self, columns: Mapping[str, Mapping[str, Kind]]) -> None:
+        self.index = {name: {column: i for i, column in enumerate(kinds)} for name, kinds in columns.items()}
+        self.kept: dict[str, list[tuple[Any, ...]]] = {name: [] for name in columns}
+
+    def extend(self, rows: Mapping[str, list[tuple[Any, ...]]]) -> None:
+        for name, more in rows.items():
+            self.kept[name] += more
+
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Any, ...]]:
+        slots = [self.index[record_type][name] for name in fields]
+        return [tuple(self.kept[record_type][o][slot] for slot in slots) for o in ordinals]
+
+    def column(self, record_type: str, field: str) -> Iterator[Any]:
+        slot = self.index[record_type][field]
+        return (row[slot] for row in self.kept[record_type])
+
+
+# ---- What there is to choose from ----
+
+
+def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
+    """The types that a schema may use in this locale, built-in ones first: type, kind, sample, args, doc.
+
+    `query` keeps those whose name or description holds it. Raises BadRequest for an unknown locale.
+    """
+    wanted = (query or "").lower()
+    return [entry for entry in _entries(locale) if wanted in f"{entry['type']} {entry['doc']}".lower()]
+
+
+@functools.lru_cache(16)
+def _entries(locale: str) -> list[dict[str, Any]]:
+    built_in = [_entry(locale, name, cls.example, cls, _options(cls)) for name, cls in FIELD_TYPES.items()]
+    faker = fast_faker(locale, random.Random(0), EPOCH)
+    methods = []
+    for name, provider in _methods(faker).items():
+        stock = getattr(type(provider), name)
+        parameters = list(inspect.signature(stock).parameters.values())
+        args = [{"name": p.name, "default": p.default} for p in parameters if p.name != "self"]
+        with contextlib.suppress(BadRequest):
+            methods.append(_entry(locale, name, {"type": name}, stock, args))
+    return [*built_in, *methods]
+
+
+def _options(cls: type[FieldType]) -> list[dict[str, Any]]:
+    return [
+        {"name": option.alias or name, "default": None if option.is_required() else option.default}
+        for name, option in cls.model_fields.items()
+        if name not in FieldType.model_fields
+    ]
+
+
+def _entry(locale: str, name: str, example: dict[str, Any], documented: Any, args: list[dict[str, Any]]) -> dict[str, Any]:
+    """One type, with the value that its example makes among a few fields and types to refer to."""
+    fields = {"id": "sequence", "plan": {"type": "const", "value": "pro"}, "price": {"type": "decimal"}, "quantity": "int"}
+    records = {
+        "customer": {"count": 1, "schema": fields},
+        "sample": {"per": "customer", "count": 1, "schema": {**fields, "value": example}},
+        "item": {"per": "sample", "count": 2, "schema": {"amount": fields["price"]}},
+    }
+    plan = Plan(_specs(records), seed=1, now=datetime(2026, 1, 1, tzinfo=UTC), locale=locale)
+    (chunk,) = plan.chunks()
+    doc = inspect.cleandoc(documented.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    kind = plan.columns["sample"]["value"]
+    return {"type": name, "kind": kind, "sample": chunk.rows["sample"][0][-1], "args": args, "doc": doc, "example": example}
+
+
+def _specs(records: Mapping[str, Any]) -> dict[str, RecordSpec]:
+    return {name: RecordSpec.model_validate(spec) for name, spec in records.items()}
+
+
+# ---- Presets: schemas like anyone's ----
+
+_ID = "sequence"
+_PERSON: dict[str, Any] = {
+    "id": "sequence",
+    "firstName": "first_name",
+    "lastName": "last_name",
+    "name": {"type": "template", "template": "{firstName} {lastName}"},
+    "username": {"type": "template", "template": "{firstName|slug}.{lastName|slug}", "unique": True},
+    "email": {"type": "template", "template": "{username}@example.com"},
+    "phone": "phone_number",
+    "birthDate": {"type": "date", "from": "-90y", "to": "-18y"},
+    "street": "street_address",
+    "city": "city",
+    "state": {"type": "first_of", "of": ["state_abbr", "province_abbr", "administrative_unit", "city"]},
+    "postcode": {
+        "type": "first_of",
+        "of": [
+            {"type": "postcode_in_state", "args": {"state_abbr": "{state}"}},
+            {"type": "postcode_in_province", "args": {"province_abbr": "{state}"}},
+            "postcode",
+        ],
+    },
+    "job": "job",
+    "joined": {"type": "date", "from": "-5y", "to": "today"},
+}
+PRESETS: dict[str, dict[str, Any]] = {"person": {"schema": _PERSON}}
+
+
+def preset_records(name: str, count: int) -> dict[str, RecordSpec]:
+    """The record types of a preset, `count` of the first. Raises BadRequest for a name that is no preset."""
+    preset = PRESETS.get(name)
+    if preset is None:
+        raise _refusal([FieldProblem("recordType", _unknown("preset", name, PRESETS))])
+    records = preset.get("records") or {name: preset}
+    return _specs({key: {"count": count, **spec} if i == 0 else spec for i, (key, spec) in enumerate(records.items())})
+
+
+# ==== 6 Files: the data folder: drafts, uploads, exports ====
+
+_BLOCK = 256 * 1024
+MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
+
+
+class FileType(NamedTuple):
+    """A kind of file: its media type, and the first bytes that prove it; no such bytes means text."""
+
+    content_type: str
+    magic: tuple[bytes, ...] = ()
+
+
+FILE_TYPES: Mapping[str, FileType] = {
+    "csv": FileType("text/csv; charset=utf-8"),
+    "tsv": FileType("text/tab-separated-values; charset=utf-8"),
+    "json": FileType("application/json"),
+    "ndjson": FileType("application/x-ndjson"),
+    "jsonl": FileType("application/x-ndjson"),
+    "txt": FileType("text/plain; charset=utf-8"),
+    "xml": FileType("application/xml"),
+    "gz": FileType("application/gzip", (b"\x1f\x8b",)),
+    "zip": FileType("application/zip", (b"PK\x03\x04", b"PK\x05\x06")),
+    "pdf": FileType("application/pdf", (b"%PDF-",)),
+    "png": FileType("image/png", (b"\x89PNG\r\n\x1a\n",)),
+    "jpg": FileType("image/jpeg", (b"\xff\xd8\xff",)),
+    "jpeg": FileType("image/jpeg", (b"\xff\xd8\xff",)),
+    "xlsx": FileType("application/vnd.openxmlformats-officedocument.spreadsheetml.sheet", (b"PK\x03\x04",)),
+    "parquet": FileType("application/vnd.apache.parquet", (b"PAR1",)),
+}
+
+
+def file_label(name: str) -> str:
+    """A client's file name as a label: its last part, without control characters, at most 200 characters."""
+    last = re.split(r"[/\\]", name)[-1]
+    return "".join(character for character in last if character.isprintable()).strip()[-200:]
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the disk is full") from error
+        raise StorageError(f"the data folder cannot be used: {error.strerror}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive power loss; Windows has no such call, and does not need it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Draft:
+    """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        with _disk_errors():
+            descriptor, name = tempfile.mkstemp(dir=root / "tmp")
+        self._path = Path(name)
+        self._file = os.fdopen(descriptor, "wb")
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, block: bytes) -> None:
+        """Appends; DiskFull or StorageError if that fails."""
+        with _disk_errors():
+            self._file.write(block)
+        self._hash.update(block)
+        self.bytes += len(block)
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def flush(self) -> None:
+        """Hands what was written to the operating system; DiskFull or StorageError if that fails."""
+        with _disk_errors():
+            self._file.flush()
+
+    def keep(self, path: str, filename: str, content_type: str) -> StoredFile:
+        """Moves the file to `path` (relative to the data folder), durably."""
+        target = self._root / path
+        with _disk_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._path, target)
+            _sync_folder(target.parent)
+        return StoredFile(path=path, filename=filename, content_type=content_type, bytes=self.bytes,
+                          sha256=self.sha256)
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes the file unless it was kept."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+class DataFolder:
+    """The data folder: drafts in tmp, finished files in uploads and exports."""
+
+    def __init__(self, root: Path):
+        self.root = root.absolute()
+        self.tmp = self.root / "tmp"
+        for folder in (self.tmp, self.root / "uploads", self.root / "exports"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def sweep(self, known: Container[str]) -> int:
+        """Removes drafts of an earlier process, and files that no job knows; returns how many."""
+        stray = [*self.tmp.iterdir(), *(path for folder in ("uploads", "exports")
+                                        for path in (self.root / folder).iterdir() if f"{folder}/{path.name}" not in known)]
+        for path in stray:
+            with suppress(OSError):
+                path.unlink()
+        return len(stray)
+
+    def remove(self, file: StoredFile) -> None:
+        """Removes a job's file; where a download still holds it (Windows), the next start does."""
+        with suppress(OSError):
+            (self.root / file.path).unlink(missing_ok=True)
+
+    def open(self, file: StoredFile) -> BinaryIO:
+        """Opens a job's file for reading; NotFound if it is gone."""
+        try:
+            return (self.root / file.path).open("rb")
+        except OSError:
+            raise NotFound("the file is gone from the data folder") from None
+
+    def probe(self) -> None:
+        """Really writes to the disk; raises DiskFull or StorageError if that fails."""
+        with Draft(self.root) as draft:
+            draft.write(b"\0" * _BLOCK)
+            draft.flush()
+
+
+class Received(NamedTuple):
+    """What an upload brought: the file as a draft, and the text parts."""
+
+    draft: Draft
+    filename: str
+    content_type: str
+    texts: Mapping[str, str]
+
+
+class _ContentCheck:
+    """Tells, block by block, whether content is what its name says; raises BadRequest at the first block that isn't."""
+
+    def __init__(self, suffix: str):
+        self._suffix = suffix
+        self._magic = FILE_TYPES[suffix].magic
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._head = b""
+
+    def feed(self, block: bytes, last: bool = False) -> None:
+        if self._magic:
+            self._head = (self._head + block)[:16]
+            if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
+                raise BadRequest(f"the content of the file is not {self._suffix}", [
+                    FieldProblem("file", f"does not begin as a .{self._suffix} file does")])
+            return
+        if self._decoder is None:
+            self._head += block
+            if len(self._head) < 2 and not last:
+                return
+            block = self._head
+            utf16 = block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            self._decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8")()
+        try:
+            text = self._decoder.decode(block, last)
+        except UnicodeDecodeError:
+            raise BadRequest(f"the content of the file is not {self._suffix}", [
+                FieldProblem("file", "is not text in UTF-8, or in UTF-16 with a byte order mark")]) from None
+        if "\0" in text:
+            raise BadRequest(f"the content of the file is not {self._suffix}", [
+                FieldProblem("file", "has a NUL character, so it is not text")])
+
+
+def upload_too_large(settings: Settings) -> BadRequest:
+    """The refusal of an upload over the limit; the same words before, during and after reading it."""
+    message = f"the file is larger than {settings.max_upload_bytes} bytes (TASKAPI_MAX_UPLOAD_BYTES)"
+    return BadRequest(message, [FieldProblem("file", "is too large")])
+
+
+def check_upload_head(content_type: str, length: int, settings: Settings) -> str:
+    """What an upload's headers alone can tell: returns the multipart boundary, or raises BadRequest."""
+    kind, options = multipart.parse_options_header(content_type)
+    if kind != "multipart/form-data" or not options.get("boundary"):
+        raise BadRequest("send the file as multipart/form-data, in a part named file")
+    if length > settings.max_upload_bytes + MULTIPART_OVERHEAD:
+        raise upload_too_large(settings)
+    return str(options["boundary"])
+
+
+class _UploadReceiver:
+    """Takes the events of a multipart parser; the file goes to a draft, texts into a dict."""
+
+    def __init__(self, draft: Draft, settings: Settings, text_fields: Container[str]):
+        self._draft, self._settings, self._text_fields = draft, settings, text_fields
+        self.texts: dict[str, str] = {}
+        self.filename: str | None = None
+        self.content_type = ""
+        self._check: _ContentCheck | None = None
+        self._text = b""
+        self._name = ""
+
+    def start(self, part: multipart.MultipartSegment) -> None:
+        self._name = part.name
+        if part.filename is None:
+            if part.name == "file":
+                raise BadRequest("the part named file has no file name", [FieldProblem("file", "has no file name")])
+            if part.name not in self._text_fields:
+                raise BadRequest(f"unknown part {part.name!r}", [FieldProblem(part.name, "is not known here")])
+            self._text = b""
+            return
+        if part.name != "file" or self.filename is not None:
+            raise BadRequest("send one file, in a part named file", [FieldProblem(part.name, "is one file too many")])
+        self.filename = file_label(part.filename)
+        suffix = self.filename.rpartition(".")[2].lower() if "." in self.filename else ""
+        self._check_type(suffix, part.content_type or "")
+        self._check = _ContentCheck(suffix)
+        self.content_type = FILE_TYPES[suffix].content_type
+
+    def _check_type(self, suffix: str, declared: str) -> None:
+        allowed = self._settings.upload_types
+        if suffix not in FILE_TYPES or ("jpg" if suffix == "jpeg" else suffix) not in allowed:
+            raise BadRequest(f"files of type {suffix or 'without an extension'!r} are not accepted; "
+                             f"accepted are: {', '.join(allowed)}", [FieldProblem("file", "has a type not accepted")])
+        # Clients declare texts in many ways; a binary type that is another one than the name's is a contradiction.
+        declared = declared.partition(";")[0].strip().lower()
+        others = {kind.content_type for kind in FILE_TYPES.values() if kind.magic}
+        if declared in others and declared != FILE_TYPES[suffix].content_type:
+            raise BadRequest(f"the file is declared as {declared} but named .{suffix}",
+                             [FieldProblem("file", "its declared type and its name disagree")])
+
+    def data(self, block: bytes) -> None:
+        if self._check and self._name == "file":
+            if self._draft.bytes + len(block) > self._settings.max_upload_bytes:
+                raise upload_too_large(self._settings)
+            self._check.feed(block)
+            self._draft.write(block)
+            return
+        self._text += block
+        if len(self._text) > 1024:
+            raise BadRequest(f"the part {self._name!r} is too long", [FieldProblem(self._name, "is over 1 KiB")])
+
+    def end(self) -> None:
+        if self._check and self._name == "file":
+            self._check.feed(b"", last=True)
+            return
+        try:
+            self.texts[self._name] = self._text.decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"the part {self._name!r} is not UTF-8", [FieldProblem(self._name, "is not UTF-8")]) from None
+
+
+@contextmanager
+def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: DataFolder, settings: Settings,
+                   text_fields: Container[str]) -> Iterator[Received]:
+    """Streams a multipart body to a draft, checking size and type on the way; `length` is -1 where unknown.
+
+    Raises BadRequest at the first thing that is wrong. What is not kept inside the block is gone after it.
+    """
+    boundary = check_upload_head(content_type, length, settings)
+    with Draft(folder.root) as draft:
+        receiver = _UploadReceiver(draft, settings, text_fields)
+        try:
+            parser = multipart.PushMultipartParser(boundary, content_length=length, max_segment_count=16, strict=True)
+            for event in parser.parse_blocking(stream.read, _BLOCK):
+                if isinstance(event, multipart.MultipartSegment):
+                    receiver.start(event)
+                elif event is None:
+                    receiver.end()
+                else:
+                    receiver.data(bytes(event))
+        except multipart.MultipartError as error:
+            raise BadRequest(f"the multipart body is broken: {error}") from None
+        if not receiver.filename:
+            raise BadRequest("there is no file in the upload", [FieldProblem("file", "is missing")])
+        yield Received(draft, receiver.filename, receiver.content_type, receiver.texts)
+
+
+class ExportFormat(NamedTuple):
+    """How records become a file: which text SQLite makes of each, and what stands before, between and after them."""
+
+    content_type: str
+    style: Style
+    first: str = ""
+    between: str = "\n"
+    end: str = "\n"
+    empty: str = ""  # the file without records; a header comes before this as it does before `first`
+    header: bool = False
+
+
+EXPORT_FORMATS: Mapping[str, ExportFormat] = {
+    "csv": ExportFormat("text/csv; charset=utf-8", "csv", between="\r\n", end="\r\n", header=True),
+    "json": ExportFormat("application/json", "json", first="[\n", between=",\n", end="\n]\n", empty="[]\n"),
+    "ndjson": ExportFormat("application/x-ndjson", "json"),
+}
+
+
+class ExportWriter:
+    """Writes records to a draft in one format, gzipped or not, in bounded memory."""
+
+    def __init__(self, draft: Draft, export_format: ExportFormat, fields: Sequence[str], *, gzip: bool,
+                 byte_order_mark: bool):
+        self._draft, self._format = draft, export_format
+        # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
+        self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
+        names = ",".join('"' + field.replace('"', '""') + '"' for field in fields)
+        self._head = ("\ufeff" if byte_order_mark else "") + (names + "\r\n" if export_format.header else "")
+        self.records = 0
+
+    def _put(self, text: str) -> None:
+        block = text.encode()
+        self._draft.write(self._packer.compress(block) if self._packer else block)
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Adds records, at least one."""
+        lead = self._format.between if self.records else self._head + self._format.first
+        self._put(lead + self._format.between.join(lines))
+        self.records += len(lines)
+
+    def close(self) -> None:
+        """Ends the file; without any record it is whole too."""
+        self._put(self._format.end if self.records else self._head + self._format.empty)
+        if self._packer:
+            self._draft.write(self._packer.flush())
+
+
+# ==== 7 Job types: what each job means: a model and a function ====
+
+
+class JobRequest(Shape):
+    """Base of the requests that make a job."""
+
+    def accepted(self, settings: Settings, clock: Clock) -> Self:
+        """The request with its defaults filled in, after checks that need settings; raises BadRequest."""
+        return self
+
+    @property
+    def makes(self) -> str | None:
+        """The record type that the job makes, if it makes one."""
+        return None
+
+
+class Outcome(NamedTuple):
+    """What a job ends with: the result that clients see, and its file."""
+
+    result: dict[str, Json]
+    file: StoredFile | None = None
+
+
+class JobContext:
+    """What a job's function may use while it runs."""
+
+    def __init__(self, job: Job, checkpoint: Json, jobs: Jobs, records: Records, folder: DataFolder,
+                 settings: Settings, database: Database):
+        self.job, self.checkpoint = job, checkpoint
+        self.records, self.folder, self.settings = records, folder, settings
+        self._jobs, self._database = jobs, database
+        self.interruption: str | None = None  # set from outside; the queue ends the job at its next pause
+
+    def interrupted(self) -> bool:
+        """True when the job should come to its next pause soon."""
+        return self.interruption is not None
+
+    def save(self, progress: Progress, checkpoint: Json = None,
+             work: Callable[[sqlite3.Connection], object] = lambda connection: None) -> None:
+        """Commits `work`, the progress and the checkpoint together; raises Fenced if the job is another's by now."""
+        def transaction(connection: sqlite3.Connection) -> None:
+            self._jobs.save_progress(connection, self.job, progress, checkpoint)
+            work(connection)
+
+        self._database.write(transaction)
+
+
+JobSteps = Generator[None, None, Outcome]
+R = TypeVar("R", bound=JobRequest)
+
+
+class JobType(NamedTuple):
+    """A registered job type; the function pauses at each `yield`, where it may be stopped or made to wait."""
+
+    name: str
+    model: type[JobRequest]
+    run: Callable[[JobContext, Any], JobSteps]
+    posted: bool
+
+
+JOB_TYPES: dict[str, JobType] = {}
+
+
+def job_type(name: str, model: type[R], *, posted: bool = True) -> Callable[
+        [Callable[[JobContext, R], JobSteps]], Callable[[JobContext, R], JobSteps]]:
+    """Registers a generator function as what jobs of type `name` do; it is returned unchanged.
+
+    Where `posted`, POST /{name} makes such a job from a JSON body.
+
+    It is called with a JobContext and a request of type `model`, yields wherever it may be interrupted, and returns
+    an Outcome. An exception it raises fails the job: JobFailed with its message, any other is logged as a bug.
+    """
+    def register(run: Callable[[JobContext, R], JobSteps]) -> Callable[[JobContext, R], JobSteps]:
+        if name in JOB_TYPES:
+            raise ValueError(f"there is a job type {name!r} already")
+        JOB_TYPES[name] = JobType(name, model, run, posted)
+        return run
+
+    return register
+
+
+class GenerateRequest(JobRequest):
+    """Records to make: `recordType` and `count`, with a schema unless the type is a preset; or `records`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"recordType": "person", "count": 1000, "seed": 42}]})
+
+    record_type: NewRecordType | None = Field(None, description="Table the records go to (default: person).")
+    count: int | None = Field(None, ge=1, description="How many, up to TASKAPI_MAX_RECORDS.")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
+    locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
+    now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
+    schema_: dict[str, Json] | None = Field(None, alias="schema", description="Field name: type, or object with type.")
+    records: dict[NewRecordType, RecordSpec] | None = Field(
+        None, min_length=1, max_length=50, description="Several related types in one job.")
+
+    def accepted(self, settings: Settings, clock: Clock) -> GenerateRequest:
+        """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
+        filled = self.model_copy(update={
+            "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
+            "now": instant(clock()) if self.now is None else self.now,
+            "locale": self.locale or "en_US",
+            "record_type": None if self.records else self.record_type or "person"})
+        plan = filled.plan()
+        if plan.total > settings.max_records:
+            raise BadRequest(f"that is more than {settings.max_records} records (TASKAPI_MAX_RECORDS)",
+                             [FieldProblem("count", f"must be at most {settings.max_records}")])
+        return filled
+
+    @property
+    def makes(self) -> str | None:
+        """The first record type of the recipe."""
+        return self.record_type or next(iter(self.records or ()), None)
+
+    def plan(self) -> Plan:
+        """The checked recipe; raises BadRequest with every problem it has."""
+        try:
+            now = datetime.fromisoformat(str(self.now))
+        except ValueError:
+            raise BadRequest("now is not an instant", [FieldProblem("now", "must be such as 2026-01-31T12:00:00Z")]) from None
+        return Plan(self._specs(), seed=self.seed or 0, now=now if now.tzinfo else now.replace(tzinfo=UTC),
+                    locale=self.locale or "en_US", where="records" if self.records else "")
+
+    def _specs(self) -> dict[str, RecordSpec]:
+        """The record types asked for, from one of the three forms: related types, a schema, or a preset."""
+        if self.records:
+            extra = self.model_fields_set & {"record_type", "count", "schema_"}
+            if extra:
+                name = extra.pop().rstrip("_")
+                raise BadRequest(f"records and {name} cannot be given together", [FieldProblem(to_camel(name), "belongs into records")])
+            return self.records
+        if self.count is None:
+            raise BadRequest("count: is required", [FieldProblem("count", "is required")])
+        record_type = self.record_type or "person"
+        if self.schema_ is not None:
+            return {record_type: RecordSpec(count=self.count, schema_=self.schema_)}
+        if record_type not in PRESETS:
+            raise BadRequest(f"recordType: there is no preset {record_type!r}{did_you_mean(record_type, PRESETS)}; give a schema, "
+                             f"or one of: {', '.join(PRESETS)}", [FieldProblem("recordType", "needs a schema, or to be a preset")])
+        return preset_records(record_type, self.count)
+
+
+class _OwnRows:
+    """What a generate job has committed already, for the generator to look up."""
+
+    def __init__(self, context: JobContext):
+        self._records, self._job = context.records, context.job
+
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
+        """Rows by their 0-based ordinal."""
+        return self._records.own_rows(self._job, record_type, fields, ordinals)
+
+    def column(self, record_type: str, field: str) -> Iterator[Json]:
+        """All values of a field, in order."""
+        return self._records.own_column(self._job, record_type, field)
+
+
+@job_type("generate", GenerateRequest)
+def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
+    """Makes records by a schema, in the background."""
+    plan, job = request.plan(), context.job
+    versions = {"taskapi": __version__, "faker": faker_version()}
+    state = context.checkpoint
+    if not state or state["versions"] != versions:  # other versions would not go on with the same values
+        context.records.open_job(job, plan.columns, plan.bounds)
+        state = {"versions": versions, "plan": None}
+    done = 0
+    for chunk in plan.chunks(state["plan"], _OwnRows(context)):
+        def add(connection: sqlite3.Connection, chunk: Chunk = chunk) -> None:
+            for record_type, rows in chunk.rows.items():
+                context.records.append(connection, job, record_type, list(plan.columns[record_type]), rows)
+
+        context.save(Progress(done=chunk.done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint}, add)
+        done = chunk.done
+        yield
+    return Outcome({"records": done, "versions": versions})
+
+
+def preview(request: GenerateRequest) -> str:
+    """JSON text of what a request would make: {"records": [...]}, or for related types an object of such lists."""
+    plan = request.plan()
+    texts: dict[str, list[str]] = {record_type: [] for record_type in plan.columns}
+    made: dict[str, list[tuple[Json, ...]]] = {record_type: [] for record_type in plan.columns}
+
+    class Past:
+        def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
+            places = [list(plan.columns[record_type]).index(field) for field in fields]
+            return [tuple(made[record_type][ordinal][place] for place in places) for ordinal in ordinals]
+
+        def column(self, record_type: str, field: str) -> Iterator[Json]:
+            return iter([])
+
+    for chunk in plan.chunks(None, Past()):
+        for record_type, rows in chunk.rows.items():
+            made[record_type] += rows
+            texts[record_type] += [_record_text(plan.columns[record_type], row) for row in rows]
+    lists = {record_type: f"[{', '.join(items)}]" for record_type, items in texts.items()}
+    if request.records or len(lists) > 1:
+        return f'{{"records": {{{", ".join(json.dumps(name) + ": " + items for name, items in lists.items())}}}}}'
+    return f'{{"records": {next(iter(lists.values()))}}}'
+
+
+def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
+    """A row as the JSON object that an export makes of it."""
+    def text(kind: Kind, value: Json) -> str:
+        if value is not None and kind in ("decimal", "json"):
+            return str(value)
+        return json.dumps(bool(value) if kind == "bool" and value is not None else value, ensure_ascii=False)
+
+    return "{" + ",".join(f"{json.dumps(field, ensure_ascii=False)}:{text(kind, value)}"
+                          for (field, kind), value in zip(kinds.items(), row, strict=True)) + "}"
+
+
+def _export_format(name: str) -> str:
+    if name not in EXPORT_FORMATS:
+        raise ValueError(f"no such format {name!r}{did_you_mean(name, EXPORT_FORMATS)}; "
+                         f"there are: {', '.join(EXPORT_FORMATS)}")
+    return name
+
+
+class ExportRequest(JobRequest):
+    """Which records to write to a file, and how."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}]})
+
+    format: Annotated[str, AfterValidator(_export_format)] = Field(json_schema_extra={"enum": [*EXPORT_FORMATS]})
+    filters: Filters = Filters()
+    fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    order_by: str | None = Field(None, description="A field; with - before it, descending.")
+    limit: int | None = Field(None, ge=0, le=2**63 - 1)
+    gzip: bool = False
+    excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
+
+
+@job_type("export", ExportRequest)
+def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
+    """Writes one consistent snapshot to data/exports."""
+    export_format = EXPORT_FORMATS[request.format]
+    suffix = f"{request.format}.gz" if request.gzip else request.format
+    record_type = request.filters.record_type
+    label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
+    safe = request.excel_safe and export_format.style == "csv"
+    with Draft(context.folder.root) as draft, context.records.lines(
+            request.filters, export_format.style, fields=request.fields, order_by=request.order_by,
+            limit=request.limit, excel_safe=safe, interrupted=context.interrupted) as lines:
+        writer = ExportWriter(draft, export_format, lines.fields, gzip=request.gzip, byte_order_mark=safe)
+        for number, block in enumerate(lines.blocks):
+            writer.write(block)
+            if number % 50 == 49:
+                context.save(Progress(done=writer.records, total=lines.total))
+            yield
+        writer.close()
+        context.save(Progress(done=writer.records, total=writer.records))
+        content_type = FILE_TYPES["gz"].content_type if request.gzip else export_format.content_type
+        file = draft.keep(f"exports/{context.job.job_id}.{suffix}", label, content_type)
+    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "records": writer.records},
+                   file)
+
+
+class UploadRequest(JobRequest):
+    """What an upload brought; the draft itself is not part of what the job remembers."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    filename: str
+    content_type: str
+    draft: SkipValidation[Draft] = Field(exclude=True)
+
+
+@job_type("upload", UploadRequest, posted=False)
+def run_upload(context: JobContext, request: UploadRequest) -> JobSteps:
+    """Gives an uploaded file its place in data/uploads; done while the client waits."""
+    suffix = request.filename.rpartition(".")[2].lower()
+    file = request.draft.keep(f"uploads/{context.job.job_id}.{suffix}", request.filename, request.content_type)
+    yield
+    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
+                    "contentType": file.content_type}, file)
+
+
+# ==== 8 Queue: who runs which job, and when ====
+
+_LOG = logging.getLogger("taskapi")
+_SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
+_RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
+
+
+class Runner(Protocol):
+    """What runs callables: a ThreadPoolExecutor, or something that a test steps by hand."""
+
+    def submit(self, call: Callable[[], None], /) -> object: ...
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
+
+
+class InlineRunner:
+    """Runs each callable inside `submit`; one that is submitted meanwhile runs after it, not within it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._running = False
+
+    def submit(self, call: Callable[[], None], /) -> None:
+        with self._lock:
+            self._calls.append(call)
+            if self._running:
+                return
+            self._running = True
+            try:
+                while self._calls:
+                    self._calls.popleft()()
+            finally:
+                self._running = False
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Nothing runs between calls, so there is nothing to end."""
+
+
+class _Task(NamedTuple):
+    """A claimed job and its function, paused at a yield."""
+
+    context: JobContext
+    steps: JobSteps
+
+
+class JobQueue:
+    """Runs the jobs of the table. The table is the queue: a wake-up carries nothing, and a restart is a wake-up.
+
+    At most `settings.workers` runs are on the runner at a time. A run takes one job, works on it until it ends or its
+    time slice is over while others wait, and submits the next run. A job whose slice is over is parked with its
+    function paused, and goes on later from there.
+    """
+
+    def __init__(self, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
+                 make_id: Callable[[], str] | None = None, runner: Runner | None = None):
+        self.jobs = Jobs(database, clock, make_id)
+        self.records = Records(database)
+        self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
+        self._own_threads = runner is None
+        self._runner: Runner = runner or ThreadPoolExecutor(settings.workers, thread_name_prefix="taskapi-worker")
+        self._state = threading.Condition()  # guards all below
+        self._active = 0  # runs submitted and not ended
+        self._wakes = 0  # counts wake-ups, so that one that comes while the last worker looks is not lost
+        self._running: dict[str, JobContext] = {}  # jobs in progress here, parked ones too
+        self._parked: deque[_Task] = deque()
+        self._parked_first = False  # parked and pending jobs take turns
+        self._waiters: dict[str, list[threading.Event]] = {}  # by job
+        self._stopping = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    # From outside
+
+    def start(self) -> None:
+        """Takes up what an earlier process left, and begins to work."""
+        for job in self.jobs.recover(self._settings.max_attempts):
+            _LOG.warning("job %s (%s) was interrupted in attempt %d; now %s", job.job_id, job.type, job.attempt,
+                         job.status)
+        swept = self._folder.sweep(self.jobs.stored_paths())
+        if swept:
+            _LOG.info("removed %d files that no job had finished", swept)
+        if self._own_threads:
+            self._keeper = threading.Thread(target=self._keep, name="taskapi-keeper", daemon=True)
+            self._keeper.start()
+        else:
+            self._discard_orphans()
+            self.wake()
+
+    def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None,
+                key_hash: str | None = None) -> tuple[Job, bool]:
+        """Adds a job, durably; answers (job, True), or (the job made with this key before, False)."""
+        self._refuse_when_stopping()
+        accepted = request.accepted(self._settings, self._clock)
+        job, new = self.jobs.insert(job_type_name, accepted.model_dump(mode="json", exclude_none=True),
+                                    record_type=accepted.makes, key=key, key_hash=key_hash,
+                                    max_pending=self._settings.max_pending)
+        if new:
+            _LOG.info("job %s %s pending", job.job_id, job.type)
+            self.wake()
+            if not self._own_threads:
+                job = self.jobs.get(job.job_id)  # it may have run within wake()
+        return job, new
+
+    def perform(self, job_type_name: str, request: JobRequest, key: str | None = None,
+                key_hash: str | None = None) -> tuple[Job, bool]:
+        """Does a quick job at once, in this thread, and adds it as completed; otherwise like `enqueue`."""
+        self._refuse_when_stopping()
+        body = request.model_dump(mode="json", exclude_none=True)
+        job = Job(job_id=self.jobs.new_id(), type=job_type_name, status=JobStatus.IN_PROGRESS,
+                  created_at=instant(self._clock()), request=body)
+        steps = JOB_TYPES[job_type_name].run(self._context(job, None), request)
+        outcome = self._run_out(steps)
+        assert outcome.file is not None
+        try:
+            job, new = self.jobs.insert_completed(job.job_id, job.type, body, outcome.result, outcome.file, key, key_hash)
+        except BaseException:
+            self._folder.remove(outcome.file)
+            raise
+        if not new:
+            self._folder.remove(outcome.file)
+        _LOG.info("job %s %s completed", job.job_id, job.type)
+        return job, new
+
+    def _run_out(self, steps: JobSteps) -> Outcome:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return cast(Outcome, end.value)
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise Unavailable("the server is stopping")
+
+    def wait(self, job_id: str, seconds: float | None = None) -> Job:
+        """The job once it has finished, or as it is after `seconds`; it is looked up at most twice."""
+        finished = threading.Event()
+        with self._state:
+            self._waiters.setdefault(job_id, []).append(finished)
+        try:
+            job = self.jobs.get(job_id)
+            if job.status.finished or seconds == 0:
+                return job
+            finished.wait(seconds)
+            return self.jobs.get(job_id)
+        finally:
+            with self._state:
+                waiters = self._waiters.get(job_id, [])
+                if finished in waiters:
+                    waiters.remove(finished)
+                    if not waiters:
+                        del self._waiters[job_id]
+
+    def _announce(self, job_ids: Iterable[str]) -> None:
+        """Wakes whoever waits for one of the jobs."""
+        with self._state:
+            for finished in chain.from_iterable(self._waiters.pop(job_id, ()) for job_id in job_ids):
+                finished.set()
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancels a pending job at once; a running one is asked to stop, and given a second to do so."""
+        job = self.jobs.cancel(job_id)
+        if job.status.finished:
+            self._announce([job_id])
+            _LOG.info("job %s %s canceled", job.job_id, job.type)
+            return job
+        with self._state:
+            context = self._running.get(job_id)
+            if context:
+                context.interruption = "canceled by a client"
+        self.wake()
+        return self.wait(job_id, 1.0)
+
+    def retry(self, job_id: str) -> Job:
+        """Makes a failed or canceled job pending again."""
+        job = self.jobs.retry(job_id)
+        self.wake()
+        return job
+
+    def remove(self, job_id: str) -> None:
+        """Deletes a finished job with its file and its records."""
+        job = self.jobs.remove(job_id)
+        if job.file:
+            self._folder.remove(job.file)
+        self.records.discard(job_id)
+        _LOG.info("job %s %s deleted", job.job_id, job.type)
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Waits until no job is pending or running; False if that takes longer than `seconds`."""
+        def idle() -> bool:
+            return not self._active and not self._running and self.jobs.counts() == (0, 0)
+
+        with self._state:
+            return self._state.wait_for(idle, seconds)
+
+    def stop(self, seconds: float) -> bool:
+        """Ends the work: running jobs go back to pending at their next pause. False if one does not come to it."""
+        self._stopping.set()
+        with self._state:
+            for context in self._running.values():
+                context.interruption = context.interruption or "stopped"
+            parked, self._parked = self._parked, deque()
+            waited_for = list(self._waiters)
+        self._announce(waited_for)
+        for task in parked:
+            self._interrupt(task)
+        with self._state:
+            ended = self._state.wait_for(lambda: not self._active, seconds)
+        self._runner.shutdown(wait=ended, cancel_futures=True)
+        if self._keeper:
+            self._keeper.join(seconds)
+        return ended
+
+    def check(self, seconds: float = 1.0) -> None:
+        """Asks the workers; raises Unavailable if none can take a job."""
+        if self._stopping.is_set():
+            raise Unavailable("the server is stopping")
+        with self._state:
+            if self._active >= self._settings.workers:
+                return  # every worker has a job, and will take the next one after it
+        answered = threading.Event()
+        try:
+            self._runner.submit(answered.set)
+        except RuntimeError:
+            raise Unavailable("the workers have been shut down") from None
+        if not answered.wait(seconds):
+            raise Unavailable("no worker answers")
+
+    def wake(self) -> None:
+        """There may be work: starts another run unless enough are there."""
+        with self._state:
+            self._wakes += 1
+            if self._active >= self._settings.workers or self._stopping.is_set():
+                return
+            self._active += 1
+        self._runner.submit(self._run)
+
+    # On the workers
+
+    def _run(self) -> None:
+        """Takes one job, works on it for a slice, and submits the next run; ends when there is nothing to do."""
+        more = False
+        try:
+            seen = self._wakes
+            task = self._take()
+            if task:
+                self.wake()  # there may be more, and workers free
+                self._work(task)
+            more = bool(task) or self._wakes != seen
+        except StorageError as error:
+            _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
+        except BaseException:
+            _LOG.exception("a worker met a bug outside of any job")
+        with self._state:
+            again = more and not self._stopping.is_set()
+            self._active -= not again
+            self._state.notify_all()
+        if again:
+            self._runner.submit(self._run)
+
+    def _take(self) -> _Task | None:
+        """A parked job or a pending one, in turns; None if there is neither."""
+        if self._stopping.is_set():
+            return None
+        with self._state:
+            self._parked_first = not self._parked_first
+            parked_first = self._parked_first
+        return (self._unpark() or self._claim()) if parked_first else (self._claim() or self._unpark())
+
+    def _unpark(self) -> _Task | None:
+        with self._state:
+            return self._parked.popleft() if self._parked else None
+
+    def _claim(self) -> _Task | None:
+        claimed = self.jobs.claim()
+        if not claimed:
+            return None
+        job, checkpoint = claimed
+        _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
+        context = self._context(job, checkpoint)
+        with self._state:
+            self._running[job.job_id] = context
+            if self._stopping.is_set():
+                context.interruption = "stopped"
+        return _Task(context, self._steps(context))
+
+    def _context(self, job: Job, checkpoint: Json) -> JobContext:
+        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database)
+
+    def _steps(self, context: JobContext) -> JobSteps:
+        """The job's function, with its request read back; itself a generator, so that it cannot fail before it runs."""
+        job = context.job
+        kind = JOB_TYPES.get(job.type)
+        if kind is None:
+            raise JobFailed(f"this program knows no job type {job.type!r}")
+        request = kind.model.model_validate_json(json.dumps(job.request))
+        return (yield from kind.run(context, request))
+
+    def _work(self, task: _Task) -> None:
+        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker."""
+        job = task.context.job
+        until = monotonic() + _SLICE_SECONDS
+        try:
+            while not task.context.interruption:
+                next(task.steps)
+                if monotonic() > until and self._others_wait():
+                    with self._state:
+                        if not self._stopping.is_set():
+                            self._parked.append(task)
+                            return
+            task.steps.close()
+            self._interrupt(task)
+        except StopIteration as end:
+            outcome = cast(Outcome, end.value)
+            self._settle(job, lambda: self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result,
+                                                       file=outcome.file))
+        except BaseException as error:
+            self._fail(task, error)
+
+    def _others_wait(self) -> bool:
+        return bool(self._parked) or self.jobs.counts()[0] > 0
+
+    def _interrupt(self, task: _Task) -> None:
+        """Ends a paused job that was canceled, or that the end of the process interrupts."""
+        job = task.context.job
+        task.steps.close()
+        if task.context.interruption == "stopped":
+            self._settle(job, lambda: self.jobs.release(job, charged=False))
+        else:
+            self._settle(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, "canceled by a client"))
+
+    def _fail(self, task: _Task, error: BaseException) -> None:
+        """Decides what an exception out of a job's function means."""
+        job = task.context.job
+        if isinstance(error, Fenced):
+            self._settle(job, None)
+        elif isinstance(error, Interrupted) and task.context.interruption:
+            self._interrupt(task)
+        elif isinstance(error, StorageError) and not isinstance(error, DiskFull) and (
+                job.attempt < self._settings.max_attempts):
+            _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, error)
+            self._settle(job, lambda: self.jobs.release(job, charged=True))
+        elif isinstance(error, (TaskError, ValidationError)):
+            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
+        else:
+            _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
+            message = f"unexpected {type(error).__name__}; the log has the details under this job's id"
+            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, message))
+
+    def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
+        self.records.discard(job.job_id)
+        return self.jobs.finish(job, status, error=error)
+
+    def _settle(self, job: Job, write_down: Callable[[], Job] | None) -> None:
+        """Writes down how a run ended; tries until the database can be used again or the process ends."""
+        while write_down:
+            try:
+                job = write_down()
+                _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
+                break
+            except Fenced:
+                break
+            except StorageError as error:
+                _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
+                if self._stopping.wait(_RETRY_SECONDS):
+                    break  # it is still in progress in the table, so the next start takes it up
+        with self._state:
+            self._running.pop(job.job_id, None)
+            self._state.notify_all()
+        if job.status.finished:
+            self._announce([job.job_id])
+
+    # In the background
+
+    def _keep(self) -> None:
+        """Housekeeping: finishes what is left to delete, and wakes the workers now and then, for what errors left."""
+        while True:
+            try:
+                self._discard_orphans()
+                self.wake()
+            except StorageError as error:
+                _LOG.warning("housekeeping has to wait: %s", error)
+            except Exception:
+                _LOG.exception("housekeeping met a bug")
+            if self._stopping.wait(1.0):
+                return
+
+    def _discard_orphans(self) -> None:
+        for job_id in self.records.orphans():
+            if job_id not in self._running:
+                self.records.discard(job_id)
+
+
+class Engine:
+    """A data folder at work: settings, files, jobs and the workers; all of the service but its HTTP side."""
+
+    def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
+                 runner: Runner | None = None):
+        self.settings, self.clock = settings, clock
+        self.allowed_hosts = frozenset({"localhost", "127.0.0.1", "::1", *(name.lower() for name in settings.allowed_hosts)})
+        self._started = monotonic()
+        self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
+        self._polls = threading.Semaphore(max(1, settings.threads // 2))
+        with ExitStack() as undo:
+            try:
+                self.folder = DataFolder(settings.data_dir)
+                settings.database_path.parent.mkdir(parents=True, exist_ok=True)
+                # A database outside of the folder gets a lock of its own: two folders must not share it.
+                paths = {self.folder.root / "taskapi.lock", settings.database_path.with_suffix(".lock")}
+                self._locks = [FolderLock(path, self._holder) for path in sorted(paths)]
+                for lock in self._locks:
+                    undo.callback(lock.release)
+                self._database = Database(settings.database_path)
+                undo.callback(self._database.close)
+                self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
+                self.queue.start()
+            except (OSError, StorageError) as error:
+                raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
+            undo.pop_all()
+
+    def announce(self, url: str) -> None:
+        """Tells other processes where this one serves."""
+        for lock in self._locks:
+            lock.describe({**self._holder, "url": url})
+
+    def enqueue(self, job_type_name: str, request: Mapping[str, Json]) -> Job:
+        """Makes a job as POST would; raises BadRequest."""
+        model = JOB_TYPES[job_type_name].model
+        return self.queue.enqueue(job_type_name, validated(model, lambda: model.model_validate(request)))[0]
+
+    def wait(self, job_id: str, seconds: float | None = None) -> Job:
+        """The job once it has finished, or as it is after `seconds`."""
+        return self.queue.wait(job_id, seconds)
+
+    def wait_politely(self, job_id: str, seconds: float) -> Job:
+        """Like `wait`, but answers at once when half of the threads are waiting already."""
+        if not seconds or not self._polls.acquire(blocking=False):
+            return self.queue.jobs.get(job_id)
+        try:
+            return self.queue.wait(job_id, seconds)
+        finally:
+            self._polls.release()
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Waits until no job is pending or running; False if that takes longer than `seconds`."""
+        return self.queue.drain(seconds)
+
+    def health(self) -> Health:
+        """Really writes to the database and the disk, and asks the workers."""
+        errors, database, queue = [], "ok", "ok"
+        pending = in_progress = 0
+        try:
+            self.folder.probe()
+            self._database.probe(instant(self.clock()))
+            pending, in_progress = self.queue.jobs.counts()
+        except StorageError as error:
+            database = "unavailable"
+            errors.append(str(error))
+        try:
+            self.queue.check()
+        except Unavailable as error:
+            queue = "unavailable"
+            errors.append(str(error))
+        return Health.model_validate({
+            "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
+            "in_progress": in_progress, "workers": self.settings.workers,
+            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "links": LINKS})
+
+    def close(self, seconds: float = 2.0) -> bool:
+        """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time."""
+        ended = self.queue.stop(seconds)
+        self._database.close()
+        for lock in self._locks:
+            lock.release()
+        return ended
+
+
+# ==== 9 HTTP: thin handlers, one way for bodies and errors ====
+
+_JSON_LIMIT = 2**20
+_JSON_TYPE = "application/json"
+_LONG_POLL_SECONDS = 30
+
+
+class Call:
+    """One request on its way through a handler: the engine behind it, the query, the body."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.environ: dict[str, Any] = bottle.request.environ
+        self.method: str = bottle.request.method
+
+    def header(self, name: str) -> str | None:
+        """A request header by its HTTP name."""
+        key = name.upper().replace("-", "_")
+        return self.environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}")
+
+    @property
+    def length(self) -> int:
+        """The declared length of the body; -1 if there is none."""
+        text = self.header("Content-Length") or ""
+        return int(text) if text.isdecimal() else -1
+
+    def query(self, model: type[Q]) -> Q:
+        """The query string as a model; BadRequest names an unknown or bad parameter."""
+        values: dict[str, str] = {}
+        for name, value in parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True):
+            if name in values:
+                raise BadRequest(f"query parameter {name} is given twice", [FieldProblem(name, "is given twice")])
+            values[name] = value
+        return validated(model, lambda: model.model_validate(values), values)
+
+    def body(self, model: type[Q]) -> tuple[Q, str]:
+        """The JSON body as a model, and its hash for Idempotency-Key."""
+        if (self.header("Content-Type") or "").partition(";")[0].strip().lower() != _JSON_TYPE:
+            raise UnsupportedMedia(f"send the body as Content-Type: {_JSON_TYPE}")
+        raw = self.environ["wsgi.input"].read(self.length if self.length >= 0 else _JSON_LIMIT + 1)
+        if len(raw) > _JSON_LIMIT:  # of a length that the head did not tell
+            raise body_too_large("", self.engine.settings)
+        request = validated(model, lambda: model.model_validate_json(raw))
+        return request, hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
+
+
+class Route(NamedTuple):
+    """One method of one path: its handler, the shapes it takes, and the statuses it may answer."""
+
+    method: str
+    path: str
+    handler: Callable[..., Any]
+    query: type[Shape] | None
+    body: type[Shape] | None
+    answers: Mapping[int, Any]
+
+
+ROUTES: list[Route] = []
+
+
+def route(method: str, path: str, answers: Mapping[int, Any], query: type[Shape] | None = None,
+          body: type[Shape] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a handler, and returns it unchanged; the parts of the path in braces become its arguments."""
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        ROUTES.append(Route(method, path, handler, query, body, answers))
+        return handler
+
+    return register
+
+
+class ErrorBody(Shape):
+    """Every error."""
+
+    error: str = Field(description="A short message.")
+    status: int
+    fields: list[dict[str, str]] | None = Field(None, description="Which fields are at fault, and why.")
+
+
+def reply(body: Any, status: int = 200, **headers: str) -> bottle.HTTPResponse:
+    """A JSON answer; keyword `Retry_After` becomes the header Retry-After."""
+    text = body.model_dump_json(exclude_none=False) if isinstance(body, Shape) else body
+    if not isinstance(text, (str, bytes)):
+        text = json.dumps(text, ensure_ascii=False)
+    data = text.encode() if isinstance(text, str) else text
+    response = bottle.HTTPResponse(data, status)
+    response.set_header("Content-Type", _JSON_TYPE)
+    response.set_header("Content-Length", str(len(data)))
+    for name, value in headers.items():
+        response.set_header(name.replace("_", "-"), value)
+    return response
+
+
+def error_reply(error: TaskError) -> bottle.HTTPResponse:
+    """The answer to a failure."""
+    response = reply(error.body(), error.http_status)
+    for name, value in error.headers.items():
+        response.set_header(name, value)
+    return response
+
+
+@route("GET", "/", {200: Health, 503: Health})
+def get_health(call: Call) -> bottle.HTTPResponse:
+    """The health check: really writes to the database and the disk, and asks the workers."""
+    health = call.engine.health()
+    body = health.model_dump(exclude_none=True)
+    if health.status == "ok":
+        return reply(body)
+    return reply(body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+
+
+def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
+    job, _ = answer
+    return reply(job, status, Location=f"/status/{job.job_id}")
+
+
+def _idempotency_key(call: Call) -> str | None:
+    key = call.header("Idempotency-Key")
+    if key is not None and not 1 <= len(key) <= 200:
+        raise BadRequest("Idempotency-Key must have 1 to 200 characters",
+                         [FieldProblem("Idempotency-Key", "must have 1 to 200 characters")])
+    return key
+
+
+@route("POST", "/upload", {201: Job})
+def post_upload(call: Call) -> bottle.HTTPResponse:
+    """Takes one file, as multipart/form-data with a part named `file`."""
+    engine = call.engine
+    with receive_upload(call.environ["wsgi.input"], call.header("Content-Type") or "", call.length, engine.folder,
+                        engine.settings, ()) as received:
+        request = UploadRequest(filename=received.filename, content_type=received.content_type, draft=received.draft)
+        digest = f"upload {received.filename} {received.draft.sha256}"
+        return _made(engine.queue.perform("upload", request, _idempotency_key(call), digest), 201)
+
+
+class WaitQuery(Shape):
+    """Query of GET /status/{jobId}."""
+
+    model_config = ConfigDict(strict=False)
+
+    wait: float = Field(0, ge=0, le=_LONG_POLL_SECONDS, description="Seconds to wait for the job to finish.",
+                        allow_inf_nan=False)
+
+
+@route("GET", "/status/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
+def get_status(call: Call, job_id: str) -> bottle.HTTPResponse:
+    """A job; with `wait`, as soon as it has finished."""
+    job = call.engine.wait_politely(job_id, call.query(WaitQuery).wait)
+    return reply(job) if job.status.finished else reply(job, Retry_After="1")
+
+
+class JobsQuery(Shape):
+    """Query of GET /jobs."""
+
+    model_config = ConfigDict(strict=False)
+
+    status: JobStatus | None = None
+    type: str | None = None
+    limit: int = Field(50, ge=1, le=1000)
+    after: str | None = Field(None, description="The `next` of the page before.")
+
+
+class JobPage(Shape):
+    """Jobs, newest first."""
+
+    items: list[Job]
+    next: str | None
+
+
+@route("GET", "/jobs", {200: JobPage}, query=JobsQuery)
+def get_jobs(call: Call) -> bottle.HTTPResponse:
+    """Jobs, newest first, a page at a time."""
+    query = call.query(JobsQuery)
+    jobs, more = call.engine.queue.jobs.page(query.status, query.type, query.limit, query.after)
+    return reply(JobPage(items=jobs, next=jobs[-1].job_id if more else None))
+
+
+@route("POST", "/jobs/{jobId}/cancel", {200: Job, 404: ErrorBody, 409: ErrorBody})
+def post_cancel(call: Call, job_id: str) -> bottle.HTTPResponse:
+    """Cancels a job: at once if it is pending, within a second if it runs."""
+    return reply(call.engine.queue.cancel(job_id))
+
+
+@route("POST", "/jobs/{jobId}/retry", {202: Job, 404: ErrorBody, 409: ErrorBody})
+def post_retry(call: Call, job_id: str) -> bottle.HTTPResponse:
+    """Makes a failed or canceled job pending again."""
+    return _made((call.engine.queue.retry(job_id), True), 202)
+
+
+@route("DELETE", "/jobs/{jobId}", {204: None, 404: ErrorBody, 409: ErrorBody})
+def delete_job(call: Call, job_id: str) -> bottle.HTTPResponse:
+    """Deletes a finished job, its file and its records."""
+    call.engine.queue.remove(job_id)
+    return bottle.HTTPResponse(b"", 204)
+
+
+@route("GET", "/records", {200: dict})
+def get_record_types(call: Call) -> bottle.HTTPResponse:
+    """The record types, with counts and fields."""
+    return reply({"items": [info.model_dump() | {"links": {"records": f"/records/{info.record_type}"}}
+                            for info in call.engine.queue.records.types()], "next": None})
+
+
+class RecordsQuery(Shape):
+    """Query of GET /records/{recordType}."""
+
+    model_config = ConfigDict(strict=False)
+
+    job_id: str | None = None
+    limit: int = Field(100, ge=1, le=1000)
+    after: int | None = Field(None, ge=0, le=2**63 - 1, description="The `next` of the page before.")
+
+
+@route("GET", "/records/{recordType}", {200: dict, 404: ErrorBody}, query=RecordsQuery)
+def get_records(call: Call, record_type: str) -> bottle.HTTPResponse:
+    """Records of one type, oldest first, a page at a time."""
+    query = call.query(RecordsQuery)
+    filters = Filters.model_construct(record_type=record_type, job_id=query.job_id, where={})
+    try:
+        rows = call.engine.queue.records.page(filters, query.limit + 1, query.after)
+    except JobFailed as error:
+        raise NotFound(str(error)) from None
+    shown = rows[:query.limit]
+    following = f'"{shown[-1][0]}"' if len(rows) > query.limit else "null"
+    return reply(f'{{"items": [{", ".join(text for _, text in shown)}], "next": {following}}}')
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    with file:
+        while size > 0 and (block := file.read(min(_BLOCK, size))):
+            size -= len(block)
+            yield block
+
+
+def _http_date(moment: str) -> str:
+    return format_datetime(datetime.fromisoformat(moment), usegmt=True)
+
+
+def _matches(header: str | None, etag: str) -> bool:
+    """If-None-Match (RFC 9110, 13.1.2): weak comparison, * matches all."""
+    tags = [tag.strip().removeprefix("W/") for tag in (header or "").split(",")]
+    return etag in tags or "*" in tags
+
+
+def _byte_range(header: str, size: int) -> tuple[int, int, str]:
+    """(first byte, byte after the last, Content-Range) of a Range header (RFC 9110, 14.2).
+
+    A header that is no single byte range is ignored, as the RFC allows: the whole file, and no Content-Range.
+    """
+    match = re.fullmatch(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header, re.ASCII)
+    if not match or not (match[1] or match[2]):
+        return 0, size, ""
+    if match[1]:
+        start, end = int(match[1]), min(int(match[2]) + 1 if match[2] else size, size)
+        if match[2] and int(match[2]) < start:
+            return 0, size, ""
+    else:
+        start, end = max(0, size - int(match[2])), size
+    if start >= size or start >= end:
+        raise RangeNotSatisfiable(f"the file has {size} bytes", headers={"Content-Range": f"bytes */{size}"})
+    return start, end, f"bytes {start}-{end - 1}/{size}"
+
+
+def content_disposition(filename: str) -> str:
+    """Attachment with a name for old clients and one for all others (RFC 6266)."""
+    plain = re.sub(r'[^\x20-\x7e]|["\\%]', "_", filename)
+    header = f'attachment; filename="{plain}"'
+    return header if plain == filename else f"{header}; filename*=UTF-8''{quote(filename, safe='')}"
+
+
+@route("GET", "/download/{jobId}", {200: bytes, 206: bytes, 304: None, 404: ErrorBody, 416: ErrorBody})
+def get_download(call: Call, job_id: str) -> bottle.HTTPResponse:
+    """A job's file: whole, or the range that was asked for."""
+    job = call.engine.queue.jobs.get(job_id)
+    if not job.file:
+        raise NotFound(f"job {job_id} has no file: it is a {job.status} {job.type} job")
+    headers = {"ETag": f'"{job.file.sha256[:32]}"', "Accept-Ranges": "bytes", "Cache-Control": "private, no-cache",
+               "Last-Modified": _http_date(job.finished_at or job.created_at)}
+    if _matches(call.header("If-None-Match"), headers["ETag"]):
+        return bottle.HTTPResponse(b"", 304, headers)
+    start, end = 0, job.file.bytes
+    wanted = call.header("Range")
+    if wanted and call.header("If-Range") in (None, headers["ETag"], headers["Last-Modified"]):
+        start, end, headers["Content-Range"] = _byte_range(wanted, job.file.bytes)
+    status = 206 if headers.get("Content-Range") else 200
+    headers |= {"Content-Type": job.file.content_type, "Content-Length": str(end - start),
+                "Content-Disposition": content_disposition(job.file.filename)}
+    headers = {name: value for name, value in headers.items() if value}
+    file = call.engine.folder.open(job.file)
+    if call.method == "HEAD":
+        file.close()
+        return bottle.HTTPResponse(b"", status, headers)
+    file.seek(start)
+    wrapper = call.environ.get("wsgi.file_wrapper")
+    if wrapper and hasattr(wrapper, "prepare"):
+        body: Any = wrapper(file, _BLOCK)  # Waitress sends it without holding a thread, as far as Content-Length says
+    else:
+        body = _blocks(file, end - start)
+    return bottle.HTTPResponse(body, status, headers)
+
+
+class FieldsQuery(Shape):
+    """Query of GET /fields."""
+
+    model_config = ConfigDict(strict=False)
+
+    locale: str = Field("en_US", max_length=20)
+    q: str | None = Field(None, description="Words to look for in names and descriptions.", max_length=100)
+
+
+@route("GET", "/fields", {200: dict}, query=FieldsQuery)
+def get_fields(call: Call) -> bottle.HTTPResponse:
+    """The types and Faker methods that a schema may use; without a search, the presets too."""
+    query = call.query(FieldsQuery)
+    types = catalogue(query.locale, query.q)
+    return reply({"items": types} | ({} if query.q else {"presets": PRESETS}))
+
+
+@route("POST", "/preview", {200: dict}, body=GenerateRequest)
+def post_preview(call: Call) -> bottle.HTTPResponse:
+    """What /generate would make, up to 100 records, at once; nothing is stored."""
+    request, _ = call.body(GenerateRequest)
+    if (request.count or 0) > 100:
+        raise BadRequest("a preview has at most 100 records", [FieldProblem("count", "must be at most 100")])
+    return reply(preview(request.accepted(call.engine.settings, call.engine.clock)))
+
+
+def check_origin(method: str, host: str | None, origin: str | None, fetch_site: str | None,
+                 allowed_hosts: Container[str]) -> None:
+    """The guard against web pages: raises WrongHost or CrossSite, or returns.
+
+    A page of another site can send requests to loopback, and can give its own name the address 127.0.0.1; its
+    requests then carry that name as Host, or its Origin, or Sec-Fetch-Site. Other clients send none of these.
+    """
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if host is not None and (name is None or name not in allowed_hosts):
+        raise WrongHost("this server does not answer for that host (TASKAPI_ALLOWED_HOSTS adds names)")
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return
+    if fetch_site not in (None, "same-origin", "none") or (
+            origin is not None and urlsplit(origin).netloc.lower() != (host or "").lower()):
+        raise CrossSite("cross-site requests from web pages are refused")
+
+
+def check_head(method: str, path: str, header: Callable[[str], str | None], length: int, settings: Settings,
+               allowed_hosts: Container[str]) -> int:
+    """What the head of a request tells before its body is read; `length` is -1 where unknown.
+
+    Returns how many bytes the body may have. The channel asks before it reads, and the app again, for other servers.
+    """
+    check_origin(method, header("Host"), header("Origin"), header("Sec-Fetch-Site"), allowed_hosts)
+    if method == "POST" and path == "/upload":
+        check_upload_head(header("Content-Type") or "", length, settings)
+        return settings.max_upload_bytes + MULTIPART_OVERHEAD
+    if length > _JSON_LIMIT:
+        raise body_too_large(path, settings)
+    return _JSON_LIMIT
+
+
+def body_too_large(path: str, settings: Settings) -> TaskError:
+    """The refusal of a body that is over the limit of its path."""
+    return upload_too_large(settings) if path == "/upload" else TooLarge(f"the body is larger than {_JSON_LIMIT} bytes")
+
+
+SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+                 "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"([A-Z])", lambda match: "_" + match[1].lower(), name)
+
+
+def bug_report(what: str) -> TaskError:
+    """Logs the exception at hand, and returns the error to answer: it names the log's entry and nothing else."""
+    number = secrets.token_hex(4)
+    _LOG.exception("error %s: %s", number, what)
+    return TaskError(f"internal error {number}: the server's log has the details")
+
+
+class _Gate:
+    """The one Bottle plugin: checks before each handler, failures into answers, headers on all of them."""
+
+    name, api = "gate", 2
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def apply(self, callback: Callable[..., Any], _: bottle.Route) -> Callable[..., bottle.HTTPResponse]:
+        """Wraps a handler."""
+        return lambda **arguments: self.answer(callback, **arguments)
+
+    def answer(self, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
+        """What the handler answers, or the answer to what it raises."""
+        call = Call(self._engine)
+        what = f"{call.method} {bottle.request.path}"
+        try:
+            check_head(call.method, bottle.request.path, call.header, call.length, self._engine.settings,
+                       self._engine.allowed_hosts)
+            response = handler(call, **arguments)
+        except TaskError as error:
+            if isinstance(error, StorageError):
+                _LOG.error("%s: %s", what, error)
+            response = error_reply(error)
+        except Exception:
+            response = error_reply(bug_report(what))
+        for name, value in {"Cache-Control": "no-store", **SAFE_HEADERS}.items():
+            if name not in response.headers:
+                response.set_header(name, value)
+        return response
+
+
+def _routes() -> list[Route]:
+    """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
+    def poster(kind: JobType) -> Callable[[Call], bottle.HTTPResponse]:
+        def post_job(call: Call) -> bottle.HTTPResponse:
+            request, digest = call.body(kind.model)
+            return _made(call.engine.queue.enqueue(kind.name, request, _idempotency_key(call), f"{kind.name} {digest}"), 202)
+
+        post_job.__doc__ = kind.run.__doc__
+        return post_job
+
+    return [*ROUTES, *(Route("POST", f"/{kind.name}", poster(kind), None, kind.model, {202: Job})
+                       for kind in JOB_TYPES.values() if kind.posted)]
+
+
+def build_app(engine: Engine) -> bottle.Bottle:
+    """The WSGI application of an engine."""
+    app = bottle.Bottle()
+    gate = _Gate(engine)
+    app.install(gate)
+    routes = _routes()
+    for entry in routes:
+        app.route(re.sub(r"{(\w+)}", lambda match: f"<{_snake(match[1])}>", entry.path), entry.method, entry.handler)
+
+    def refuse(_: Call, error: bottle.HTTPError) -> bottle.HTTPResponse:
+        """Bottle's own refusals (no such path, wrong method, a path that is not UTF-8), in our shape."""
+        method, path = bottle.request.method, bottle.request.path
+        if error.status_code == 405:
+            allow = error.headers.get("Allow", "")
+            raise MethodNotAllowed(f"{method} is not allowed here, but {allow}", headers={"Allow": allow})
+        if error.status_code == 404:
+            raise NotFound(f"there is nothing at {path}{did_you_mean(path, {entry.path for entry in routes})}")
+        if error.status_code < 500:
+            raise BadRequest("the request is malformed")
+        raise error.exception if isinstance(error.exception, Exception) else error
+
+    def unrouted(error: bottle.HTTPError) -> bytes:
+        response = gate.answer(refuse, error=error)
+        response.apply(bottle.response)
+        return cast(bytes, response.body)
+
+    app.default_error_handler = unrouted
+    return app
+
+
+# ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
+
+_DRAIN_SECONDS = 2.0  # for requests in flight when the server stops; jobs get as long: within five in all
+_LINGER_SECONDS = 5.0  # how long a refused client may go on sending before its connection is cut
+
+
+class _Refusal:
+    """A TaskError in the form in which Waitress's parser reports errors."""
+
+    def __init__(self, error: TaskError):
+        self._error = error
+
+    def to_response(self, _ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
+        """Status line, headers and body."""
+        status = self._error.http_status
+        headers = {"Content-Type": _JSON_TYPE, "Cache-Control": "no-store", **SAFE_HEADERS, **self._error.headers}
+        return f"{status} {HTTPStatus(status).phrase}", [*headers.items()], json.dumps(self._error.body()).encode()
+
+
+class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitress has no types
+    """Applies our checks of a request's head before its body is read, and bounds bodies of unknown length."""
+
+    check: ClassVar[Callable[[str, str, Callable[[str], str | None], int], int]]
+    too_large: ClassVar[Callable[[str], TaskError]]
+    _body_limit = 0
+
+    def received(self, data: bytes) -> int:
+        """Takes bytes in; whatever is refused is complete at once."""
+        in_head = not self.headers_finished
+        consumed: int = super().received(data)
+        if in_head and self.headers_finished and not self.empty and self.error is None:
+            try:
+                self._body_limit = type(self).check(self.command, self.path, self._header,
+                                                    -1 if self.chunked else self.content_length)
+            except TaskError as error:
+                self._refuse(error)
+        elif self.error is None and self.body_bytes_received > self._body_limit > 0:
+            self._refuse(type(self).too_large(self.path))
+        if self.completed:
+            self.expect_continue = False  # nothing more is wanted; Waitress would ask for it, and wait
+        return consumed
+
+    def _header(self, name: str) -> str | None:
+        value: str | None = self.headers.get(name.upper().replace("-", "_"))
+        return value
+
+    def _refuse(self, error: TaskError) -> None:
+        self.error = _Refusal(error)
+        self.completed = True
+
+
+class _ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
+    """Answers what the server itself refuses in the same shape as all other errors."""
+
+    def execute(self) -> None:
+        """Writes the answer; the connection closes after it."""
+        error = self.request.error
+        if not isinstance(error, _Refusal):
+            reason = str(error.body)[:100]
+            self.request.error = _Refusal({
+                400: BadRequest(f"malformed HTTP request: {reason}"),
+                413: TooLarge("the body is too large"),
+                431: HeadersTooLarge(f"the headers are larger than {self.channel.adj.max_request_header_size} bytes"),
+                501: NotImplementedByServer(reason),
+            }.get(error.code, TaskError("internal error")))
+        self.channel.refused = True
+        super().execute()
+
+
+class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress has no types
+    """A connection that, after a refusal, reads on for a while: closing at once would reset it, and the client,
+    still sending, would never see the answer (RFC 9112, 9.6)."""
+
+    error_task_class = _ErrorTask
+    refused = False
+    _linger_until: float | None = None
+
+    def handle_write(self) -> None:
+        """Flushes; when a refusal is out, says so to the client, and lingers instead of closing."""
+        if self.refused and self.close_when_flushed and self._linger_until is None:
+            self._flush_exception(self._flush_some)
+            if not self.total_outbufs_len and not self.will_close:
+                self._linger_until = monotonic() + _LINGER_SECONDS
+                with suppress(OSError):
+                    self.socket.shutdown(socket.SHUT_WR)
+            return
+        super().handle_write()
+
+    def writable(self) -> bool:
+        """Not while lingering, unless the connection is to be closed."""
+        return bool(self.will_close if self._linger_until is not None else super().writable())
+
+    def readable(self) -> bool:
+        """While lingering, always."""
+        return self._linger_until is not None or bool(super().readable())
+
+    def handle_read(self) -> None:
+        """Takes in a request; while lingering, throws away what comes until the client or our patience ends."""
+        if self._linger_until is None:
+            super().handle_read()
+            return
+        try:
+            data = self.recv(self.adj.recv_bytes)
+        except OSError:
+            data = b""
+        if not data or monotonic() > self._linger_until:
+            self.handle_close()
+
+
+class HttpServer:
+    """Waitress around a service: a loop that can be told to stop, and lets requests in flight finish."""
+
+    def __init__(self, service: Service, host: str, port: int):
+        settings = service.settings
+        parser = type("Parser", (_Parser,), {
+            "check": staticmethod(lambda method, path, header, length: check_head(
+                method, path, header, length, settings, service.allowed_hosts)),
+            "too_large": staticmethod(lambda path: body_too_large(path, settings))})
+        try:
+            self._server = waitress.create_server(
+                service.app, host=host, port=port, threads=settings.threads, ident="taskapi",
+                max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
+                channel_timeout=60, connection_limit=1000, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+        except OSError as error:
+            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes any free port") from None
+        self._server.channel_class = type("Channel", (_Channel,), {"parser_class": parser})
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.effective_port}"
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Makes `run` return soon; may be called from any thread, and from a signal handler."""
+        self._stop.set()
+        with suppress(OSError):
+            self._server.pull_trigger()
+
+    def run(self) -> None:
+        """Serves until `stop`, then until the requests in flight are answered, for two seconds at most."""
+        while not self._stop.is_set():
+            self._turn(1.0)
+        waitress.wasyncore.dispatcher.close(self._server)  # no new connections; the trigger is still needed
+        until = monotonic() + _DRAIN_SECONDS
+        while self._close_idle() and monotonic() < until:
+            self._turn(0.05)
+        self._server.task_dispatcher.shutdown(timeout=0.5)
+        waitress.wasyncore.close_all(self._server._map)
+
+    def _turn(self, seconds: float) -> None:
+        self._server.asyncore.loop(timeout=seconds, map=self._server._map, use_poll=True, count=1)
+
+    def _close_idle(self) -> int:
+        """Closes connections that wait for nothing; returns how many are left."""
+        for channel in list(self._server.active_channels.values()):
+            if not (channel.requests or channel.request or channel.total_outbufs_len):
+                channel.handle_close()
+        return len(self._server.active_channels)
+
+
+class Service(Engine):
+    """A data folder at work with its WSGI application; a context manager that leaves nothing behind."""
+
+    def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
+                 runner: Runner | None = None):
+        super().__init__(settings, clock, make_id, runner)
+        self.app = build_app(self)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def serving(self, port: int | None = None) -> Iterator[str]:
+        """Serves from a thread of its own for as long as the block lasts; gives the URL, without a slash at the end."""
+        server = HttpServer(self, self.settings.host, self.settings.port if port is None else port)
+        self.announce(server.url)
+        thread = threading.Thread(target=server.run, name="taskapi-http")
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.stop()
+            thread.join()
+
+
+def open_service(data_dir: Path | str | None = None, *, inline: bool = False, settings: Settings | None = None,
+                 clock: Clock = utc_now, make_id: Callable[[], str] | None = None, runner: Runner | None = None,
+                 **overrides: Any) -> Service:
+    """Opens a data folder, for use in a `with`.
+
+    inline: a job runs inside the call that makes it, without threads. settings: all of them at once; or single ones
+    by name (`workers=1`). clock, make_id, runner: what a test wants to hold. Raises StartupError, for one when
+    another process uses the folder, and SettingError.
+    """
+    chosen = settings or Settings()
+    if data_dir is not None:
+        overrides["data_dir"] = Path(data_dir)
+    try:
+        chosen = Settings.model_validate({**chosen.model_dump(), **overrides})
+    except ValidationError as error:
+        problem = field_problems(error)[0]
+        raise SettingError(f"{problem.field}: {problem.message}") from None
+    return Service(chosen, clock, make_id, InlineRunner() if inline else runner)
+
+
+class _LogFormat(logging.Formatter):
+    """One line an event, as text or as JSON; control characters are escaped, so that nobody can forge a line."""
+
+    def __init__(self, style: str):
+        super().__init__()
+        self._json = style == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        at = instant(datetime.fromtimestamp(record.created, UTC))
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        if self._json:
+            return json.dumps({"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message})
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        return f"{at} {record.levelname:<7} {shown}"
+
+
+def _set_up_process(settings: Settings) -> None:
+    """What only a process of our own may change: logging, and where temporary files go."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormat(settings.log_format))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
+    tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # large bodies wait on the disk they go to
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: starts the server, and returns the exit code once it has stopped."""
+    try:
+        settings = Settings.load(sys.argv[1:] if argv is None else argv, os.environ, Path.cwd())
+        _set_up_process(settings)
+        with Service(settings) as service:
+            server = HttpServer(service, settings.host, settings.port)
+            service.announce(server.url)
+            for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+                if hasattr(signal, name):
+                    signal.signal(getattr(signal, name), lambda *_: server.stop())
+            print(f"taskapi {__version__} at {server.url} with data in {service.folder.root} (Ctrl-C stops it)", flush=True)
+            server.run()
+            ended = service.close(_DRAIN_SECONDS)
+    except StartupError as error:
+        print(f"taskapi: {error}", file=sys.stderr)
+        return error.exit_code
+    if not ended:
+        # A job does not come to a pause. It is in progress in the table, so the next start takes it up; Python would
+        # wait here for its thread.
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
