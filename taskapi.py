@@ -42,14 +42,17 @@ import errno
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -60,17 +63,16 @@ import tempfile
 import threading
 import tomllib
 import types
-import unicodedata
 import uuid
 import zlib
 from bisect import bisect
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
-from decimal import Context, Decimal, InvalidOperation
+from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from email.utils import format_datetime
 from enum import StrEnum
 from hashlib import blake2b
@@ -89,7 +91,6 @@ from typing import (
     NamedTuple,
     Protocol,
     Self,
-    TypeGuard,
     TypeVar,
     cast,
 )
@@ -116,6 +117,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import models_json_schema
 from sqlite_utils import Migrations
 
 if TYPE_CHECKING:
@@ -526,6 +528,15 @@ class StoredFile(Shape):
     sha256: str
 
 
+class Interruption(Shape):
+    """Why an attempt at a job did not come to an end."""
+
+    attempt: int
+    started_at: str | None
+    at: str
+    reason: str
+
+
 class Job(Shape):
     """A job, as GET /status/{jobId} shows it."""
 
@@ -540,6 +551,9 @@ class Job(Shape):
     request: dict[str, Json] = Field(description="The request as accepted, with its defaults filled in.")
     result: dict[str, Json] | None = None
     error: str | None = None
+    eta: float | None = Field(None, description="Seconds that a running job still needs, as far as can be told.")
+    after: str | None = Field(None, description="The job that has to be completed before this one runs.")
+    interruptions: list[Interruption] = Field([], description="Earlier attempts that did not come to an end.")
     record_type: str | None = Field(None, exclude=True)
     file: StoredFile | None = Field(None, exclude=True)
     cancel_requested: bool = Field(False, exclude=True)
@@ -599,6 +613,7 @@ class Health(Shape):
     workers: int
     uptime: float = Field(description="Seconds since the service was opened.")
     errors: list[str] | None = None
+    checks: dict[str, str] = Field({}, description="What was found at the start.")
     links: dict[str, str]
 
 
@@ -622,14 +637,17 @@ def first_tables(db: sqlite_utils.Database) -> None:
     db.table("jobs").create({
         "id": str, "type": str, "status": str, "created_at": str, "started_at": str, "finished_at": str,
         "attempt": int, "cancel_requested": int, "record_type": str, "error": str, "file": str, "result": str,
-        "idempotency_key": str, "idempotency_hash": str, "request": str,
+        "idempotency_key": str, "idempotency_hash": str, "after": str, "interruptions": str, "request": str,
     }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
         defaults={"attempt": 0, "cancel_requested": 0}, strict=True)
     # Partial, so that claims and counts cost the same however many jobs have finished.
     db.execute("CREATE INDEX jobs_open ON jobs(status, id) WHERE status IN ('pending', 'in-progress')")
     db.execute("CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL")
+    db.execute("CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'")
+    db.execute("CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL")
     # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
-    db.table("_progress").create({"job": str, "done": int, "total": int, "checkpoint": str}, pk="job", strict=True)
+    db.table("_progress").create({"job": str, "done": int, "total": int, "done_before": int, "checkpoint": str},
+                                 pk="job", strict=True)
     db.table("_types").create({"record_type": str, "next_id": int}, pk="record_type", strict=True)
     db.table("_fields").create({"record_type": str, "field": str, "kind": str, "position": int},
                                pk=("record_type", "field"), strict=True)
@@ -658,8 +676,9 @@ class KindSql(NamedTuple):
     compare: str = "{c}"  # what filters and ORDER BY look at
 
 
-# SQLite prints 15 digits of a REAL; where that does not read back equal, Python's 17 are asked for.
-_FLOAT_SQL = "iif(CAST(CAST({c} AS TEXT) AS REAL) = {c}, CAST({c} AS TEXT), exact_float({c}))"
+# SQLite prints 15 digits of a REAL, and its reading of digits is not always rounded right: only whole numbers are
+# left to it, all others are asked of Python.
+_FLOAT_SQL = "iif({c} = CAST({c} AS INTEGER) AND abs({c}) < 1e15, CAST({c} AS INTEGER) || '.0', exact_float({c}))"
 _CSV_TEXT = """'"' || replace({c}, '"', '""') || '"'"""
 _TEXT = KindSql("TEXT", f"coalesce({_CSV_TEXT}, '')", "json_quote({c})")
 KIND_SQL: Mapping[Kind, KindSql] = {
@@ -768,6 +787,9 @@ class Database:
                 raise DiskFull("the disk is full") from error
             if name.startswith("SQLITE_INTERRUPT"):
                 raise Interrupted from error
+            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+                raise StorageError(f"the database {self.path} is damaged ({error}) and was left as it is: restore a copy, "
+                                   f"or save what it holds with: sqlite3 {self.path} .recover") from error
             if name in ("SQLITE_ERROR", ""):
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
@@ -850,6 +872,7 @@ class Database:
         with self._storage_errors():
             if not self._current():
                 self.write(lambda connection: None)  # reopens
+            identity = self._identity
             connection = self._take_reader()
             try:
                 connection.execute("BEGIN")
@@ -859,7 +882,7 @@ class Database:
                     connection.set_progress_handler(None, 0)
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
-                if self._closed:
+                if self._closed or identity != self._identity:  # a reader of a file that was replaced
                     connection.close()
                 else:
                     self._readers.append(connection)
@@ -884,6 +907,12 @@ class Database:
         with self.read() as connection:
             connection.execute("SELECT at FROM _heartbeat").fetchone()
 
+    def quick_check(self, interrupted: Callable[[], bool]) -> str:
+        """`ok`, or what SQLite finds damaged; reads the whole file, so that it may take long."""
+        with self.read() as connection:
+            connection.set_progress_handler(interrupted, 200_000)
+            return "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
+
     def close(self) -> None:
         """Closes every connection; what still waits gets a StorageError."""
         with self._lock:
@@ -900,10 +929,12 @@ class FolderLock:
 
     def __init__(self, path: Path, holder: Mapping[str, Json]):
         self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        self._holder = dict(holder)
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("CREATE TABLE IF NOT EXISTS holder(id INTEGER PRIMARY KEY, about TEXT)")
-            self.describe(holder)
+            self.unclean = not self._about().get("clean", True)  # the last holder ended without letting go
+            self.describe(clean=False)
         except sqlite3.Error as error:
             message = self._refusal(path, error)
             self._connection.close()
@@ -912,41 +943,60 @@ class FolderLock:
     def _refusal(self, path: Path, error: sqlite3.Error) -> str:
         if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
             return f"cannot use the data folder {path.parent}: {error}"
-        about: dict[str, Json] = {}
-        with suppress(sqlite3.Error, TypeError):
-            about = json.loads(self._connection.execute("SELECT about FROM holder").fetchone()[0])
+        about = self._about()
         who = f"process {about['pid']} on {about['host']}" if about else "another process"
         at = f", serving {about['url']}" if about.get("url") else ""
         return f"the data folder {path.parent} is in use by {who}{at}"
 
-    def describe(self, holder: Mapping[str, Json]) -> None:
-        """Tells others who holds the lock. Committing lets go for a moment, so the lock is taken anew."""
-        self._connection.execute("INSERT OR REPLACE INTO holder VALUES (1, ?)", (json.dumps(dict(holder)),))
+    def _about(self) -> dict[str, Json]:
+        with suppress(sqlite3.Error, TypeError, ValueError):
+            return dict(json.loads(self._connection.execute("SELECT about FROM holder").fetchone()[0]))
+        return {}
+
+    def describe(self, **more: Json) -> None:
+        """Tells others more about who holds the lock. Committing lets go for a moment, so the lock is taken anew."""
+        self._holder |= more
+        self._connection.execute("INSERT OR REPLACE INTO holder VALUES (1, ?)", (json.dumps(self._holder),))
         self._connection.execute("COMMIT")
         self._connection.execute("BEGIN IMMEDIATE")
 
     def release(self) -> None:
         """Lets the next process in."""
+        with suppress(sqlite3.Error):
+            self.describe(clean=True)
         self._connection.close()
 
 
-_JOB_QUERY = "SELECT jobs.*, done, total FROM jobs LEFT JOIN _progress ON job = id"
+def sqlite_check() -> str:
+    """The SQLite in use, and whether it has the WAL-reset bug (sqlite.org/wal.html)."""
+    version = sqlite3.sqlite_version_info
+    mended = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    note = "" if mended else " with the WAL-reset bug, which cannot strike while one connection writes and checkpoints"
+    return f"{sqlite3.sqlite_version}{note}"
 
 
-def _job(row: sqlite3.Row) -> Job:
+_JOB_QUERY = "SELECT jobs.*, done, total, done_before FROM jobs LEFT JOIN _progress ON job = id"
+
+
+def _eta(row: sqlite3.Row, now: str) -> float | None:
+    """Seconds that a running job still needs, at the pace of this attempt so far."""
+    made = (row["done"] or 0) - (row["done_before"] or 0)
+    if row["status"] != JobStatus.IN_PROGRESS or row["total"] is None or made <= 0:
+        return None
+    elapsed = datetime.fromisoformat(now) - datetime.fromisoformat(row["started_at"])
+    pace = max(0.0, elapsed.total_seconds()) / made
+    return round(float(pace * (row["total"] - row["done"])), 1)
+
+
+def _job(row: sqlite3.Row, now: str) -> Job:
     return Job(
         job_id=row["id"], type=row["type"], status=JobStatus(row["status"]), created_at=row["created_at"],
         started_at=row["started_at"], finished_at=row["finished_at"], attempt=row["attempt"],
         progress=Progress(done=row["done"] or 0, total=row["total"]), request=json.loads(row["request"]),
         result=json.loads(row["result"]) if row["result"] else None, error=row["error"],
+        eta=_eta(row, now), after=row["after"], interruptions=json.loads(row["interruptions"] or "[]"),
         record_type=row["record_type"], cancel_requested=bool(row["cancel_requested"]),
         file=StoredFile(**json.loads(row["file"])) if row["file"] else None)
-
-
-def _jobs(connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> list[Job]:
-    cursor = connection.cursor()
-    cursor.row_factory = sqlite3.Row
-    return [_job(row) for row in cursor.execute(query, parameters).fetchall()]
 
 
 def _json_text(value: Json) -> str | None:
@@ -970,11 +1020,19 @@ class Jobs:
     def _now(self) -> str:
         return instant(self._clock())
 
+    def _jobs(self, connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> list[Job]:
+        cursor = connection.cursor()
+        cursor.row_factory = sqlite3.Row
+        now = self._now()
+        return [_job(row, now) for row in cursor.execute(query, parameters).fetchall()]
+
     def insert(self, job_type: str, request: Mapping[str, Json], *, record_type: str | None = None,
-               key: str | None = None, key_hash: str | None = None, max_pending: int | None = None) -> tuple[Job, bool]:
+               after: str | None = None, key: str | None = None, key_hash: str | None = None,
+               max_pending: int | None = None) -> tuple[Job, bool]:
         """Adds a pending job and answers (job, True), durably; or (the job made with this key before, False).
 
-        Raises Conflict if the key was used for another request, Unavailable if `max_pending` jobs wait already.
+        `after` is a job that has to be completed first. Raises BadRequest if there is none, Conflict if the key was
+        used for another request, Unavailable if `max_pending` jobs wait already.
         """
         def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
             earlier = self._by_key(connection, key, key_hash)
@@ -982,11 +1040,13 @@ class Jobs:
                 return earlier, False
             if max_pending is not None and self._count(connection, JobStatus.PENDING) >= max_pending:
                 raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+            if after is not None and not connection.execute("SELECT 1 FROM jobs WHERE id = ?", (after,)).fetchone():
+                raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
             job_id = self._make_id()
             connection.execute(
-                "INSERT INTO jobs(id, type, status, created_at, record_type, request, idempotency_key, "
-                "idempotency_hash) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?)",
-                (job_id, job_type, self._now(), record_type, _json_text(request), key, key_hash))
+                "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
+                "idempotency_hash) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?)",
+                (job_id, job_type, self._now(), record_type, _json_text(request), after, key, key_hash))
             return self._get(connection, job_id), True
 
         return self._database.write(work, durable=True)
@@ -1021,7 +1081,7 @@ class Jobs:
         return self._get(connection, row[0]) if row else None
 
     def _get(self, connection: sqlite3.Connection, job_id: str) -> Job:
-        found = _jobs(connection, f"{_JOB_QUERY} WHERE id = ?", (job_id,))
+        found = self._jobs(connection, f"{_JOB_QUERY} WHERE id = ?", (job_id,))
         if not found:
             raise NotFound(f"there is no job {job_id!r}")
         return found[0]
@@ -1037,7 +1097,7 @@ class Jobs:
         used = {sql: value for sql, value in conditions.items() if value is not None}
         where = f"WHERE {' AND '.join(used)}" if used else ""
         with self._database.read() as connection:
-            jobs = _jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
+            jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
         return jobs[:limit], len(jobs) > limit
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
@@ -1050,17 +1110,22 @@ class Jobs:
         with self._database.read() as connection:
             return self._count(connection, JobStatus.PENDING), self._count(connection, JobStatus.IN_PROGRESS)
 
-    def claim(self) -> tuple[Job, Json] | None:
-        """Takes the oldest pending job, with its checkpoint; counts the attempt. None if nothing waits."""
+    def claim(self, *, suspects: bool = True) -> tuple[Job, Json] | None:
+        """Takes the oldest pending job whose turn it is, with its checkpoint; counts the attempt. None if there is none.
+
+        Without `suspects`, a job that was interrupted before stays where it is.
+        """
         def work(connection: sqlite3.Connection) -> tuple[Job, Json] | None:
             row = connection.execute(
                 "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
-                "(SELECT id FROM jobs WHERE status = 'pending' ORDER BY id LIMIT 1) RETURNING id",
-                (self._now(),)).fetchall()
+                "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR ?) AND (after IS NULL OR EXISTS "
+                "(SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND before.status = 'completed')) "
+                "ORDER BY id LIMIT 1) RETURNING id", (self._now(), suspects)).fetchall()
             if not row:
                 return None
+            connection.execute("UPDATE _progress SET done_before = done WHERE job = ?", row[0])
             job = self._get(connection, row[0][0])
-            state = connection.execute("SELECT checkpoint FROM _progress WHERE job = ?", (job.job_id,)).fetchone()
+            state = connection.execute("SELECT checkpoint FROM _progress WHERE job = ?", row[0]).fetchone()
             return job, json.loads(state[0]) if state and state[0] else None
 
         with self._database.read() as connection:  # most wake-ups find nothing: do not take the write lock for them
@@ -1068,14 +1133,47 @@ class Jobs:
                 return None
         return self._database.write(work)
 
+    def fail_followers(self) -> list[Job]:
+        """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
+        doomed = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
+                  "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
+
+        def work(connection: sqlite3.Connection) -> list[Job]:
+            ended = []
+            while rows := connection.execute(f"SELECT id, after {doomed}").fetchall():  # failing one may doom others
+                connection.executemany(
+                    "UPDATE jobs SET status = 'failed', finished_at = ?, error = 'job ' || after || ', which this one "
+                    "was to follow, was not completed' WHERE id = ?", [(self._now(), row[0]) for row in rows])
+                ended += [self._get(connection, row[0]) for row in rows]
+            return ended
+
+        with self._database.read() as connection:
+            if not connection.execute(f"SELECT 1 {doomed} LIMIT 1").fetchone():
+                return []
+        return self._database.write(work, durable=True)
+
+    def oldest_pending(self) -> str | None:
+        """When the job that waits longest was made."""
+        with self._database.read() as connection:
+            row = connection.execute("SELECT created_at FROM jobs WHERE status = 'pending' ORDER BY id LIMIT 1").fetchone()
+            return row[0] if row else None
+
+    def finished_before(self, moment: str, limit: int) -> list[str]:
+        """Ids of up to `limit` jobs that finished before an instant, the oldest first."""
+        with self._database.read() as connection:
+            return [row[0] for row in connection.execute(
+                "SELECT id FROM jobs WHERE finished_at < ? ORDER BY finished_at LIMIT ?", (moment, limit))]
+
     def save_progress(self, connection: sqlite3.Connection, job: Job, progress: Progress, checkpoint: Json) -> None:
         """Within a chunk's transaction: notes how far the job is. Raises Fenced if the job is not ours any more."""
         ours = connection.execute("SELECT 1 FROM jobs WHERE id = ? AND attempt = ? AND status = 'in-progress'",
                                   (job.job_id, job.attempt)).fetchone()
         if not ours:
             raise Fenced
-        connection.execute("INSERT OR REPLACE INTO _progress(job, done, total, checkpoint) VALUES (?, ?, ?, ?)",
-                           (job.job_id, progress.done, progress.total, _json_text(checkpoint)))
+        connection.execute(
+            "INSERT INTO _progress(job, done, total, checkpoint) VALUES (?1, ?2, ?3, ?4) "
+            "ON CONFLICT(job) DO UPDATE SET done = ?2, total = ?3, checkpoint = ?4",
+            (job.job_id, progress.done, progress.total, _json_text(checkpoint)))
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
@@ -1089,13 +1187,19 @@ class Jobs:
 
         return self._database.write(work, durable=True)
 
-    def release(self, job: Job, *, charged: bool) -> Job:
-        """Puts a running job back to pending; an attempt that is not `charged` is not counted."""
+    def release(self, job: Job, reason: str, *, charged: bool) -> Job:
+        """Puts a running job back to pending, and notes why; an attempt that is not `charged` is not counted."""
         def work(connection: sqlite3.Connection) -> Job:
-            self._move(connection, job, JobStatus.PENDING, "attempt = attempt - ?", (0 if charged else 1,))
+            self._move(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
+                       (0 if charged else 1, self._interruptions(job, reason)))
             return self._get(connection, job.job_id)
 
         return self._database.write(work)
+
+    def _interruptions(self, job: Job, reason: str) -> str | None:
+        """The job's history with one more entry; the last twenty are kept."""
+        entry = Interruption(attempt=job.attempt, started_at=job.started_at, at=self._now(), reason=reason)
+        return _json_text([past.model_dump(by_alias=False) for past in (*job.interruptions, entry)][-20:])
 
     def _move(self, connection: sqlite3.Connection, job: Job, status: JobStatus, assignments: str,
               values: Sequence[Json]) -> None:
@@ -1110,7 +1214,7 @@ class Jobs:
     def recover(self, max_attempts: int) -> list[Job]:
         """At start: whatever was in progress when the last process ended goes on, or has been tried often enough."""
         def work(connection: sqlite3.Connection) -> list[Job]:
-            jobs = _jobs(connection, f"{_JOB_QUERY} WHERE status = 'in-progress' ORDER BY id")
+            jobs = self._jobs(connection, f"{_JOB_QUERY} WHERE status = 'in-progress' ORDER BY id")
             for job in jobs:
                 status, error = JobStatus.PENDING, None
                 if job.cancel_requested:
@@ -1118,8 +1222,9 @@ class Jobs:
                 elif job.attempt >= max_attempts:
                     times = "once" if job.attempt == 1 else f"{job.attempt} times"
                     status, error = JobStatus.FAILED, f"interrupted {times}: the server ended while the job ran"
-                self._move(connection, job, status, "error = ?, finished_at = ?",
-                           (error, self._now() if status.finished else None))
+                self._move(connection, job, status, "error = ?, finished_at = ?, interruptions = ?",
+                           (error, self._now() if status.finished else None,
+                            self._interruptions(job, "the server ended while the job ran")))
             return [self._get(connection, job.job_id) for job in jobs]
 
         return self._database.write(work, durable=True)
@@ -1198,9 +1303,9 @@ def _date_bound(text: str, last: bool) -> str:
             date.fromisoformat(text)
             return text + ("T23:59:59.999Z" if last else "T00:00:00.000Z")
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):
         raise JobFailed(f"{text!r} is not a date such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
-    return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
 _OPERATORS = {"eq": "IS", "ne": "IS NOT", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "LIKE"}
@@ -1213,12 +1318,15 @@ def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple
         return f"{column} IS {'' if value else 'NOT '}NULL", []
     if operator == "in_":
         return f"{column} IN (SELECT value FROM json_each(?))", [
-            json.dumps([_comparable(kind, field, item) for item in value])]
+            json.dumps([item for item in (_comparable(kind, field, item) for item in value)
+                        if not isinstance(item, float) or math.isfinite(item)])]
     return f"{column} {_OPERATORS[operator]} ?", [value if operator == "like" else _comparable(kind, field, value)]
 
 
 def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
     """A filter's value as the column would hold it; JobFailed if no value of that kind can be equal to it."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        value = math.copysign(math.inf, value)  # beyond what SQLite can hold, and so beyond every value there is
     if value is None or kind in (None, "any"):
         return value
     if kind in ("int", "float", "decimal") and not isinstance(value, bool):
@@ -1327,7 +1435,7 @@ class _Selection:
             cells = [self._csv_cell(record_type, field, excel_safe) for field in self.fields]
             cells = [_literal(f'"{record_type}"'), *cells] if self._several else cells
             for cell in cells:
-                parts += ["','", cell] if parts else [cell]
+                parts += ["','", cell] if parts else ["''", cell]  # the empty text makes even one number a text
             return _concat(parts)
         names = [field for field in self.fields if self._kind(record_type, field)]
         members = [(json.dumps(field, ensure_ascii=False), self._json_value(record_type, field)) for field in names]
@@ -1560,44 +1668,32 @@ class Records:
 
 MAX_INT = 2**63 - 1
 MAX_TEXT = 65_536  # characters in one value
-MAX_RECORD = 1_048_576  # characters in one record
-MAX_SIZE_ARG = 4_096  # what an argument may ask for: characters of a text, digits of a number, levels of a domain
+MAX_RECORD = 2**20  # characters in one record
+MAX_CHUNK = 2**23  # characters in one chunk, which sets how many large records it holds
+MAX_FAMILY = 100_000  # records that one record may bring along
+MAX_SIZE_ARG = 4_096  # what an argument may ask for: letters of a text, digits of a number, levels of a domain
 MAX_DEPTH = 8  # lists and objects inside each other
-TRIALS = 20  # values drawn from each field before a job exists: they show its kind and size
-EXACT_SET = 50_000  # up to here the values of a `unique` field are remembered as they are, beyond in a Bloom filter
-BLOOM_BYTES = 16 * 2**20  # for all the unique fields of a job
-REDRAWS = 8  # how often a taken value is drawn again before it takes a number instead
-MAX_FAMILY = 100_000  # rows that one row of the topmost type can bring along
-MAX_CHUNK = 8 * 2**20  # characters in one chunk
-EXACT = Context(prec=10_000)  # money is added and multiplied without rounding
+TRIALS = 20  # values drawn from a field before there is a job: they show its kind and size
+REDRAWS = 8  # how often a unique field draws a taken value again before it takes a number instead
+EXACT_SET = 50_000  # up to here the values of a unique field are remembered as they are, beyond in a Bloom filter
+BLOOM_BYTES = 2**24  # for all the unique fields of a job
+EXACT = Context(prec=10_000, rounding=ROUND_HALF_UP)  # money is added and multiplied without loss
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Draw = Callable[[], Any]
+Row = tuple[Any, ...]
 Domain = tuple[int, Callable[[int], Any]]  # how many values there are, and the n-th of them
 
-
-# ---- Draws: the arithmetic of random.Random without its layers ----
-
-
-def _below(rng: random.Random, n: int) -> Callable[[], int]:
-    """A draw of 0..n-1, bit for bit the one of `Random.randrange(n)`."""
-    getrandbits, bits = rng.getrandbits, n.bit_length()
-
-    def draw() -> int:
-        r = getrandbits(bits)
-        while r >= n:
-            r = getrandbits(bits)
-        return r
-
-    return draw
+# ---- Draws: what random.Random draws, without its layers ----
 
 
-def _table_draw(rng: random.Random, table: Any) -> Draw:
-    """What `random_element(table)` draws: by weight from an OrderedDict, evenly from a sequence."""
+def _pick(rng: random.Random, table: Any) -> Draw:
+    """A draw from a table, bit for bit Faker's: by weight from an OrderedDict, evenly from a sequence or range."""
     if isinstance(table, OrderedDict):
         keys, sums = tuple(table), list(itertools.accumulate(table.values()))
         uniform, total, last = rng.random, sums[-1] + 0.0, len(sums) - 1
         return lambda: keys[bisect(sums, uniform() * total, 0, last)]
-    getrandbits, n = rng.getrandbits, len(table)
+    getrandbits, n = rng.getrandbits, table.stop - table.start if isinstance(table, range) else len(table)
     bits = n.bit_length()
 
     def draw() -> Any:
@@ -1615,60 +1711,53 @@ def _key(*names: object) -> int:
 
 
 def _mix(key: int, n: int) -> int:
-    """The n-th of 64-bit numbers that look random (splitmix64): any of them at once, where a Random goes in order."""
+    """The n-th of a row of 64-bit numbers that look random (splitmix64): any at once, where a Random goes in order."""
     z = (key + (n + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return z ^ z >> 31
 
 
-def _shuffle(size: int, key: int) -> Callable[[int], int]:
-    """A shuffle of range(size) that takes no memory: a Feistel network, walked until it lands inside the range."""
+def _shuffled(size: int, key: int, i: int) -> int:
+    """Where a shuffle of range(size) puts i; no memory: a Feistel network, walked until it lands inside the range."""
     half = (max(size - 1, 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
-
-    def at(i: int) -> int:
-        while True:
-            left, right = i >> half, i & mask
-            for turn in range(4):
-                left, right = right, left ^ (_mix(key ^ turn, right) & mask)
-            i = left << half | right
-            if i < size:
-                return i
-
-    return at
+    while True:
+        left, right = i >> half, i & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(key ^ turn, right) & mask)
+        i = left << half | right
+        if i < size:
+            return i
 
 
-# ---- Faker, fast and the same: shadows on the instances of one generator, never on a class or a module ----
+# ---- Faker, fast and the same: shadows on one generator's own instances, never on a class or a module ----
 
 
-def _element_draw(self: Any) -> Any:
+def _drawn(self: Any) -> Any:
     return self.random_element(self.table)
 
 
-def _parsed_draw(self: Any) -> Any:
+def _parsed(self: Any) -> Any:
     pattern: str = self.random_element(self.table)
     return self.generator.parse(pattern)
 
 
-def _shape(function: Any, like: Any) -> str | None:
-    """The table's name, if the method's byte code is that of `like` with its own table in place of `table`."""
-    code, model = getattr(function, "__code__", None), like.__code__
-    if code is None or code.co_code != model.co_code or function.__closure__ or function.__defaults__:
+def _table(provider: BaseProvider, name: str, like: Any) -> Any:
+    """The table a method draws from, if its byte code is that of `like` with another table's name; else None."""
+    function, model = inspect.getattr_static(type(provider), name), like.__code__
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_code != model.co_code or function.__closure__ or code.co_argcount != 1:
         return None
-    name: str = code.co_names[1]
-    return name if code.co_names == tuple(name if n == "table" else n for n in model.co_names) else None
-
-
-def _plain_table(provider: BaseProvider, function: Any, like: Any) -> Any:
-    """The table that a method of this shape draws from, or None."""
-    name = _shape(function, like)
-    table = inspect.getattr_static(type(provider), name, None) if name else None
+    own = code.co_names[1]
+    if code.co_names != tuple(own if name == "table" else name for name in model.co_names):
+        return None
+    table = inspect.getattr_static(type(provider), own, None)
     return table if type(table) in (OrderedDict, tuple, list) and table else None
 
 
 class _Templates(dict[str, Draw]):
-    """Faker's `{{token}}` texts, each split once; bounded, since some methods make a text up for each value."""
+    """Faker's `{{token}}` texts, each split once; bounded, since some methods make up a text for each value."""
 
     def __init__(self, generator: FakerGenerator) -> None:
         super().__init__()
@@ -1678,28 +1767,23 @@ class _Templates(dict[str, Draw]):
         from faker.generator import _re_token
 
         pieces = _re_token.split(text)  # literal, token, argument group, literal, ...
-        draws = [getattr(self.generator, token, None) for token in pieces[1::3]]
+        draws: list[Any] = [getattr(self.generator, token, None) for token in pieces[1::3]]
+        form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
+        draw: Draw
         if any(pieces[2::3]) or not all(draws):
-            draw: Draw = functools.partial(self.stock, text)
+            draw = functools.partial(self.stock, text)
+        elif len(draws) == 2:
+            a, b = draws
+            draw = lambda: form % (a(), b())  # noqa: E731 - most names: two draws, no list
         else:
-            draw = self._draw("%s".join(p.replace("%", "%%") for p in pieces[::3]), draws)
+            draw = lambda: form % tuple([draw() for draw in draws])  # noqa: E731
         if len(self) < 4096:
             self[text] = draw
         return draw
 
-    @staticmethod
-    def _draw(form: str, draws: list[Any]) -> Draw:
-        if len(draws) == 1:
-            (a,) = draws
-            return lambda: form % (a(),)
-        if len(draws) == 2:
-            a, b = draws
-            return lambda: form % (a(), b())
-        return lambda: form % tuple([draw() for draw in draws])
-
 
 class _Frozen(type):
-    """Of a class whose calls, attributes and instances are those of `real`, but for what it defines itself."""
+    """Of a class that stands for `real`: it makes and recognises the real thing, but for what it defines itself."""
 
     real: type
 
@@ -1715,8 +1799,6 @@ class _Frozen(type):
 
 def _stand_ins(rng: random.Random, now: datetime) -> dict[int, Any]:
     """What a provider's methods see in place of the clock, the global Random and two slow helpers, by identity."""
-    import datetime as clock
-
     import faker.decode
     import faker.generator
     import faker.providers.date_time
@@ -1730,15 +1812,16 @@ def _stand_ins(rng: random.Random, now: datetime) -> dict[int, Any]:
         return txt if txt.isascii() else stock_unidecode(txt)
 
     stock_slugify, stock_unidecode = faker.utils.text.slugify, faker.decode.unidecode
-    utc = now.astimezone(clock.UTC).replace(tzinfo=None)
+    utc = now.astimezone(UTC).replace(tzinfo=None)
     instants = _Frozen("datetime", (), {"real": datetime, "now": lambda tz=None: now.astimezone(tz) if tz else utc})
     dates = _Frozen("date", (), {"real": date, "today": utc.date})
+    clock = sys.modules["datetime"]
     names = ("choice", "choices", "randint", "random", "randrange", "sample", "shuffle", "uniform")
     pairs: list[tuple[Any, Any]] = [
         (datetime, instants),
         (date, dates),
         (clock, types.SimpleNamespace(**{**vars(clock), "datetime": instants, "date": dates})),
-        (faker.providers.date_time._get_local_timezone, lambda: clock.UTC),
+        (faker.providers.date_time._get_local_timezone, lambda: UTC),
         (random, rng),
         (faker.generator.random, rng),
         *((getattr(random, name), getattr(rng, name)) for name in names),
@@ -1769,7 +1852,7 @@ class _Worlds:
         """The function in its new world, and so the one that a decorator wraps; itself, if nothing would differ."""
         world = self.world(function.__globals__)
         cells = [self._cell(cell) for cell in function.__closure__ or ()]
-        if world is function.__globals__ and all(a is b for a, b in zip(cells, function.__closure__ or (), strict=True)):
+        if world is function.__globals__ and all(map(operator.is_, cells, function.__closure__ or ())):
             return function
         twin = types.FunctionType(function.__code__, world, function.__name__, function.__defaults__, tuple(cells))
         twin.__kwdefaults__ = function.__kwdefaults__
@@ -1785,9 +1868,8 @@ class _Worlds:
 
 def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, Any]) -> dict[str, Callable[..., Any]]:
     """The few methods under all others. `tables` holds, by identity, the weighted tables that classes own."""
-    getrandbits, letter_draw = rng.getrandbits, _table_draw(rng, string.ascii_letters)
+    getrandbits, letter, nonzero = rng.getrandbits, _pick(rng, string.ascii_letters), _pick(rng, range(1, 10))
     draws: dict[int, Draw] = {}
-    digit, nonzero = _below(rng, 10), _below(rng, 9)
 
     def random_element(elements: Any = ("a", "b", "c")) -> Any:
         if type(elements) in (tuple, list, str) and elements:
@@ -1797,51 +1879,43 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
             while r >= n:
                 r = getrandbits(bits)
             return elements[r]
+        if id(elements) not in tables:  # made for this one call: nothing to keep
+            return stock.random_element(elements)
         draw = draws.get(id(elements))
         if draw is None:
-            if id(elements) not in tables:
-                return stock.random_element(elements)
-            draw = draws[id(elements)] = _table_draw(rng, elements)
+            draw = draws[id(elements)] = _pick(rng, elements)
         return draw()
 
     def numerify(text: str = "###") -> str:
         for mark, n, first in (("#", 10, 0), ("%", 9, 1), ("$", 8, 2)):
             if mark in text:
-                head, *rest = text.split(mark)
+                text, *rest = text.split(mark)
                 for piece in rest:
                     r = getrandbits(4)
                     while r >= n:
                         r = getrandbits(4)
-                    head += "0123456789"[r + first] + piece
-                text = head
+                    text += "0123456789"[r + first] + piece
         return stock.numerify(text) if "!" in text or "@" in text else text
 
     def lexify(text: str = "????", letters: str = string.ascii_letters) -> str:
-        if "?" not in text:
-            return text
-        if letters is not string.ascii_letters:
+        if "?" not in text or letters is not string.ascii_letters:
             return stock.lexify(text, letters)
         head, *rest = text.split("?")
-        return head + "".join([letter_draw() + piece for piece in rest])
+        return head + "".join([letter() + piece for piece in rest])
 
     def bothify(text: str = "## ??", letters: str = string.ascii_letters) -> str:
-        return lexify(numerify(text), letters)
+        text = numerify(text)
+        return lexify(text, letters) if "?" in text else text
 
-    return {
-        "random_element": random_element,
-        "random_digit": digit,
-        "random_digit_not_null": lambda: nonzero() + 1,
-        "numerify": numerify,
-        "lexify": lexify,
-        "bothify": bothify,
-    }
+    digits = {"random_digit": _pick(rng, range(10)), "random_digit_not_null": nonzero}
+    return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **digits}
 
 
-def fast_faker(locale: str, rng: random.Random, now: datetime) -> Generator:
+def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator:
     """A Faker of one locale that draws from `rng`, many times faster than stock and with the same values.
 
-    Relative dates count from `now` (aware), and what ignores the seed in stock Faker (the global Random) draws from
-    `rng` too. Raises AttributeError for a locale that Faker does not have.
+    Relative dates count from `now` (aware); methods that in stock Faker ignore the seed, for they use the global
+    Random, draw from `rng` too. Raises AttributeError for a locale that Faker does not have.
     """
     from faker.factory import Factory
     from faker.providers import BaseProvider
@@ -1852,33 +1926,29 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> Generator:
     stock.__use_weighting__ = True
     templates, worlds = _Templates(generator), _Worlds(_stand_ins(rng, now))
     classes = {base for provider in generator.providers for base in type(provider).__mro__}
-    tables = {id(v): v for base in classes for v in vars(base).values() if type(v) is OrderedDict}
+    tables = {id(value): value for base in classes for value in vars(base).values() if type(value) is OrderedDict}
     primitives = _primitives(rng, stock, tables)
 
     def shadow(provider: BaseProvider, name: str) -> Any:
-        """What takes the place of this attribute on this instance, or None."""
+        """What takes this attribute's place on this instance, or None."""
         own = inspect.getattr_static(type(provider), name)
         if name in primitives and own is vars(BaseProvider)[name]:
             return primitives[name]
-        if isinstance(own, (classmethod, staticmethod)):
-            twin = worlds.copy(own.__func__)
-            # bound to the instance: a class method then finds the other shadows through its `cls`
-            bound = types.MethodType(twin, provider) if isinstance(own, classmethod) else twin
-            return bound if twin is not own.__func__ else None
-        if not inspect.isfunction(own):
-            return None
-        if (table := _plain_table(provider, own, _element_draw)) is not None:
-            return _table_draw(rng, table)
-        if (table := _plain_table(provider, own, _parsed_draw)) is not None:
-            draw = _table_draw(rng, table)
+        if table := _table(provider, name, _drawn):
+            return _pick(rng, table)
+        if table := _table(provider, name, _parsed):
+            draw = _pick(rng, table)
             return lambda: templates[draw()]()
-        twin = worlds.copy(own)
-        return types.MethodType(twin, provider) if twin is not own else None
+        function: Any = own if inspect.isfunction(own) else getattr(own, "__func__", None)
+        twin: Any = function and worlds.copy(function)
+        if twin is function:
+            return None
+        # a class method too is bound to the instance: it then finds the other shadows through its `cls`
+        return twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
 
     for provider in generator.providers:
         for name in dir(type(provider)):
-            fast = None if name.startswith("__") else shadow(provider, name)
-            if fast is not None:
+            if not name.startswith("__") and (fast := shadow(provider, name)) is not None:
                 setattr(provider, name, fast)
                 if getattr(vars(generator).get(name), "__self__", None) is provider:
                     setattr(generator, name, fast)
@@ -1886,109 +1956,52 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> Generator:
     return generator
 
 
-# ---- Faker's methods as field types ----
-
-# Not offered: whole files as text (what they cost has no bound), and a helper that reseeds its Random.
-_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
-_WITHHELD_ARGS = frozenset({"seed"})
-# Arguments that are values; any other number says how much to make, and is bounded by MAX_SIZE_ARG.
-_VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
-_DATE_ARG = re.compile(r".*(date|start|end|birth).*")
-_SCALARS: dict[type, Kind] = {
-    str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal", date: "date", datetime: "datetime",
-    time: "text", timedelta: "float",
-}  # fmt: skip
-
-
-def faker_version() -> str:
-    """The version of Faker that values come from; the same request makes the same records with the same version."""
-    from faker import VERSION
-
-    return str(VERSION)
-
-
-def _inner_reads(raws: Iterable[Any]) -> list[str]:
-    """What the fields inside a field read; a description at fault is refused when it is compiled."""
-    names: list[str] = []
-    for raw in raws:
-        with contextlib.suppress(BadRequest):
-            names += parse_field(raw, "").reads()
-    return names
-
-
-def _methods(generator: FakerGenerator) -> dict[str, BaseProvider]:
-    """Every public method of a generator's providers, and which provider answers for it."""
-    found: dict[str, BaseProvider] = {}
-    for provider in generator.providers:
-        for name in dir(type(provider)):
-            if not name.startswith("_") and inspect.isroutine(inspect.getattr_static(type(provider), name)):
-                found.setdefault(name, provider)
-    return {name: found[name] for name in sorted(found) if name not in _WITHHELD}
-
-
-def _plain(value: Any) -> Any:
-    """A scalar that Faker made, as JSON would have it."""
-    if isinstance(value, Decimal):
-        return format(value, "f")
-    if isinstance(value, datetime):
-        return value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    return value.total_seconds() if isinstance(value, timedelta) else value
-
-
-def _kind_of(values: Iterable[Any]) -> Kind | None:
-    """The kind that all these values have, "text" for a mixture of scalars, None if one of them is no scalar."""
-    kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
-    if any(type(value) is int and not -MAX_INT <= value <= MAX_INT for value in values):
-        return "text"
-    return None if None in kinds else kinds.pop() if len(kinds) == 1 else "text"
-
-
 # ---- Field types: one class each ----
 
+_SCALARS: dict[type, Kind] = {
+    **{str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal"},
+    **{date: "date", datetime: "datetime", time: "text", timedelta: "float"},
+}
 FIELD_TYPES: dict[str, type[FieldType]] = {}
 _F = TypeVar("_F", bound="type[FieldType]")
 
 
 class FieldType(BaseModel):
-    """A field of a schema. A subclass is a type: its fields are the options, its docstring is shown at /fields."""
+    """A field of a schema. A subclass is a type: its attributes are the options, its docstring is shown at /fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
     example: ClassVar[dict[str, Any]] = {}
     kind: ClassVar[Kind] = "text"
-    distinct: ClassVar[bool] = False  # no two values are equal, so `unique` has nothing to do
-    redraws: ClassVar[int] = 0  # how often a taken value is worth drawing again
+    redraws: ClassVar[int | None] = None  # for `unique`: how often to draw a taken value again; None: only if countable
+    distinct: ClassVar[bool] = False  # no two values are ever equal
 
     type: str
     null: float = Field(0, ge=0, le=1)
     unique: bool = False
 
     def reads(self) -> Iterable[str]:
-        """The fields, "age" or "customer.id", whose values this one is made from."""
+        """The fields, "age" or "customer.id", that values of this one are made from."""
         return ()
 
-    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        """The function that makes a value as JSON would have it, and the kind of its values.
-
-        Called once a record type and locale; raises `scope.refuse(...)` if the options make no sense. All chance comes
-        from `scope.rng`, so that a seed settles everything.
-        """
-        domain = self.domain(scope)
-        assert domain, "a type without a domain has its own draw"
-        size, nth = domain
-        if size < 1:
-            raise scope.refuse("nothing lies between these bounds")
-        index = _below(scope.rng, size)
-        return lambda: nth(index()), self.kind
-
     def domain(self, scope: Scope) -> Domain | None:
-        """How many values there are and the n-th of them, where that is known: `unique` is then a shuffle."""
+        """How many values there are and the n-th of them, where that can be told: `unique` is then a shuffle."""
         return None
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        """The function that makes a value as JSON would have it, and the kind of the values.
+
+        Called once for each locale. `scope.rng` is the only source of chance, so that a seed settles everything.
+        Raises `scope.refuse(...)` if the options make no sense.
+        """
+        size, nth = self.domain(scope) or (0, str)
+        if size < 1:
+            raise scope.refuse("no value lies between these bounds")
+        index = _pick(scope.rng, range(size))
+        return lambda: nth(index()), self.kind
 
 
 def field_type(name: str) -> Callable[[_F], _F]:
-    """Register a subclass of FieldType under this name."""
+    """Register a subclass of FieldType under this name; ValueError if the name is taken."""
 
     def register(cls: _F) -> _F:
         if FIELD_TYPES.setdefault(name, cls) is not cls:
@@ -1998,86 +2011,103 @@ def field_type(name: str) -> Callable[[_F], _F]:
     return register
 
 
+def _refusal(*problems: FieldProblem) -> BadRequest:
+    if not problems:  # the fault is another field's, named there
+        return BadRequest("a field that this one needs is at fault")
+    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    return BadRequest(f"{problems[0].field}: {problems[0].message}{more}", problems)
+
+
+def _unknown(what: str, name: str, names: Iterable[str]) -> str:
+    hints = nearest(name, names)
+    return f"no such {what} {name!r}" + (f"; did you mean {' or '.join(map(repr, hints))}?" if hints else "")
+
+
+def parse_field(raw: Any, path: str) -> FieldType:
+    """A field's description, checked: a type's name or an object with `type`. BadRequest names each option at fault."""
+    spec = {"type": raw} if isinstance(raw, str) else raw
+    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+        raise _refusal(FieldProblem(path, "should be the name of a type, or an object with a type"))
+    try:
+        return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _refusal(*(FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details)) from None
+
+
+def _nullable(draw: Draw, chance: float, rng: random.Random) -> Draw:
+    """Now and then null: settled first, by one draw of its own."""
+    uniform = rng.random
+    return (lambda: None if uniform() < chance else draw()) if chance else draw
+
+
 @dataclass(frozen=True)
 class Scope:
-    """What a field type may use while it is compiled: one record type, one locale, and the field's path."""
+    """What a field type may use while it is compiled: its record type, one locale's Faker, the instant, its path."""
 
-    plan: Plan
     stream: _Stream
     faker: FakerGenerator
+    now: datetime
     path: str
     depth: int = 0
 
     @property
     def rng(self) -> random.Random:
-        """The one source of chance for this record type."""
+        """The one source of chance of this record type."""
         return self.stream.rng
-
-    @property
-    def now(self) -> datetime:
-        """The job's instant, in UTC."""
-        return self.plan.now
 
     def refuse(self, message: str, *steps: str | int) -> BadRequest:
         """The error that names this field, or an option of it."""
-        return _refusal([FieldProblem(".".join([self.path, *map(str, steps)]), message)])
+        return _refusal(FieldProblem(".".join([self.path, *map(str, steps)]), message))
 
     def nested(self, raw: Any, *steps: str | int) -> tuple[Draw, Kind]:
         """Compile a field inside this one."""
         inner = replace(self, path=".".join([self.path, *map(str, steps)]), depth=self.depth + 1)
         if inner.depth > MAX_DEPTH:
-            raise inner.refuse(f"lists and objects go at most {MAX_DEPTH} deep")
+            raise inner.refuse(f"fields go at most {MAX_DEPTH} deep")
         model = parse_field(raw, inner.path)
         if model.unique:
-            raise inner.refuse("unique is for the fields of the record itself", "unique")
+            raise inner.refuse("only the fields of the record itself can be unique", "unique")
         draw, kind = model.draw(inner)
         return _nullable(draw, model.null, self.rng), kind
 
     def longest(self, draw: Draw, *steps: str | int) -> int:
-        """The length of the longest of a few values, as JSON."""
+        """The length, as JSON, of the longest of a few values."""
         try:
             return max(len(_dumps(draw())) for _ in range(TRIALS))
-        except Exception as error:
-            raise self.refuse(str(error), *steps) from None
+        except Exception as error:  # a field type's or Faker's; either way this request can not be made
+            raise self.refuse(str(error) or type(error).__name__, *steps) from None
+
+    def find(self, name: str, among: Iterable[_Stream]) -> tuple[_Stream, str]:
+        """The record type and the field of it that a name stands for: "age" of this one, "customer.id" of another."""
+        names = {f"{s.name}.{column}": (s, column) for s in among for column in s.index if s is not self.stream}
+        found = names.get(name)
+        if found is None:
+            raise self.refuse(_unknown("field", name, names))
+        return found
 
     def reader(self, name: str) -> tuple[Draw, Kind]:
-        """The present value of a field of this record ("age"), or of the related record ("customer.id")."""
-        stream, related, column = self.stream, *self.plan.locate(self.stream, name, self.path)
-        if related is None:
-            slot, values = stream.index[column], stream.values
-        elif related in stream.ancestors():
-            slot, values = related.index[column], related.values
-        else:
-            return stream.lookup(related).reader(column), related.kinds[column]
-        return lambda: values[slot], (related or stream).kinds[column]
+        """The present value of a field of this record, or of the one it is related to."""
+        owner, column = (
+            (self.stream, name) if name in self.stream.index else self.find(name, self.stream.plan.streams.values())
+        )
+        if column not in owner.kinds and column not in owner.late:
+            raise _refusal()
+        if owner is not self.stream and owner not in self.stream.ancestors():
+            return self.stream.lookup(owner).reader(column), owner.kinds[column]
+        if owner is not self.stream and column in owner.late:
+            raise self.refuse(f"{name} is only known once these records are made")
+        slot, values = owner.index[column], owner.values
+        return lambda: values[slot], owner.kinds[column]
 
 
-def _refusal(problems: Sequence[FieldProblem]) -> BadRequest:
-    first, more = problems[0], len(problems) - 1
-    return BadRequest(f"{first.field}: {first.message}" + (f" (and {more} more)" if more else ""), problems)
-
-
-def parse_field(raw: Any, path: str) -> FieldType:
-    """Check a field's description, a type's name or an object with `type`; BadRequest names each option at fault."""
-    spec = {"type": raw} if isinstance(raw, str) else raw
-    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
-        raise _refusal([FieldProblem(path, "should be the name of a type or an object with a type")])
-    try:
-        return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec)
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _refusal([FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details]) from None
-
-
-def _nullable(draw: Draw, chance: float, rng: random.Random) -> Draw:
-    """Now and then null: decided first, by one draw of its own."""
-    uniform = rng.random
-    return (lambda: None if uniform() < chance else draw()) if chance else draw
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @field_type("sequence")
 class SequenceField(FieldType):
-    """1, 2, 3...: `start` + `step` times the number of records before this one."""
+    """1, 2, 3...: `start`, and `step` more for each record before this one."""
 
     example: ClassVar = {"type": "sequence", "start": 1000}
     distinct: ClassVar = True
@@ -2092,24 +2122,23 @@ class SequenceField(FieldType):
 
 
 class _Number(FieldType):
-    """Numbers from `min` to `max`: even, or bell-shaped around `mean`."""
-
     mean: float | None = None
     sd: float | None = Field(None, gt=0)
 
-    def bell(self, scope: Scope, low: float, high: float) -> Draw | None:
-        """A normal draw held within the bounds: redrawn a few times, then put at the nearer bound."""
-        if self.mean is None and self.sd is None:
-            return None
-        if self.mean is None or self.sd is None:
+    def bell(self, scope: Scope, low: float, high: float, even: Draw) -> Draw:
+        """`even`, or with mean and sd a normal draw: drawn again if out of bounds, at last put at the nearer one."""
+        if low > high:
+            raise scope.refuse(f"min {low} is more than max {high}", "min")
+        if (self.mean is None) != (self.sd is None):
             raise scope.refuse("mean and sd go together", "mean" if self.mean is None else "sd")
+        if self.mean is None or self.sd is None:
+            return even
         gauss, mean, sd = scope.rng.gauss, self.mean, self.sd
 
         def draw() -> float:
             for _ in range(16):
-                value = gauss(mean, sd)
-                if low <= value <= high:
-                    return value
+                if low <= (value := gauss(mean, sd)) <= high:
+                    break
             return min(max(value, low), high)
 
         return draw
@@ -2117,30 +2146,27 @@ class _Number(FieldType):
 
 @field_type("int")
 class IntField(_Number):
-    """A whole number from `min` to `max`, both included; with `mean` and `sd`, bell-shaped."""
+    """A whole number from `min` to `max`, both included; with `mean` and `sd` bell-shaped."""
 
     example: ClassVar = {"type": "int", "min": 18, "max": 65}
-    kind: ClassVar[Kind] = "int"
     min: int = Field(0, ge=-MAX_INT, le=MAX_INT)
     max: int = Field(9999, ge=-MAX_INT, le=MAX_INT)
 
     def domain(self, scope: Scope) -> Domain:
-        if self.min > self.max:
-            raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
         return self.max - self.min + 1, self.min.__add__
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        even, kind = super().draw(scope)
-        bell, low, high = self.bell(scope, self.min, self.max), self.min, self.max
-        return (lambda: min(max(round(bell()), low), high)) if bell else even, kind
+        low, high = self.min, self.max
+        even = _pick(scope.rng, range(low, high + 1)) if low <= high else int
+        draw = self.bell(scope, low, high, even)
+        return even if draw is even else lambda: min(max(round(draw()), low), high), "int"
 
 
 @field_type("float")
 class FloatField(_Number):
-    """A number from `min` to `max`, with `round` digits after the point; with `mean` and `sd`, bell-shaped."""
+    """A number from `min` to `max`, with `round` digits after the point; with `mean` and `sd` bell-shaped."""
 
     example: ClassVar = {"type": "float", "min": 0, "max": 500, "mean": 80, "sd": 30, "round": 2}
-    kind: ClassVar[Kind] = "float"
     redraws: ClassVar = REDRAWS
     min: float = Field(0, ge=-1e300, le=1e300)
     max: float = Field(1, ge=-1e300, le=1e300)
@@ -2150,17 +2176,13 @@ class FloatField(_Number):
         if self.round is None or max(abs(self.min), abs(self.max)) > 1e15:
             return None
         scale = 10**self.round
-        first, last = -int(-Decimal(repr(self.min)) * scale // 1), int(Decimal(repr(self.max)) * scale // 1)
+        first, last = math.ceil(Decimal(repr(self.min)) * scale), math.floor(Decimal(repr(self.max)) * scale)
         return last - first + 1, lambda i: (first + i) / scale
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         low, high, digits, uniform = self.min, self.max, self.round, scope.rng.random
-        if low > high:
-            raise scope.refuse(f"min {low} is more than max {high}", "min")
-        draw = self.bell(scope, low, high) or (lambda: low + (high - low) * uniform())
-        if digits is None:
-            return draw, "float"
-        return lambda: min(max(round(draw(), digits), low), high), "float"
+        draw = self.bell(scope, low, high, lambda: low + (high - low) * uniform())
+        return draw if digits is None else lambda: min(max(round(draw(), digits), low), high), "float"
 
 
 @field_type("decimal")
@@ -2168,41 +2190,38 @@ class DecimalField(_Number):
     """An exact number from `min` to `max` with `places` digits after the point, kept as text: money."""
 
     example: ClassVar = {"type": "decimal", "min": "0.01", "max": "99.99", "places": 2}
-    kind: ClassVar[Kind] = "decimal"
     min: str | int | float = "0"
     max: str | int | float = "999.99"
     places: int = Field(2, ge=0, le=18)
 
-    def scaled(self, scope: Scope, name: str) -> int:
-        """A bound as a whole number of the last place."""
-        try:
-            value = Decimal(str(getattr(self, name)))
-            if value.is_finite() and abs(value) < Decimal("1e30"):
-                exact = EXACT.scaleb(value, self.places)
-                return int(exact.to_integral_value("ROUND_CEILING" if name == "min" else "ROUND_FLOOR"))
-        except InvalidOperation:
-            pass
-        raise scope.refuse("should be a decimal number below 1e30", name)
+    def scaled(self, scope: Scope) -> tuple[int, int]:
+        """The bounds, counted in units of the last place."""
+        bounds = []
+        for option, inwards in (("min", math.ceil), ("max", math.floor)):
+            try:
+                value = Decimal(str(getattr(self, option)))
+            except InvalidOperation:
+                value = Decimal("NaN")
+            if not value.is_finite() or abs(value) > Decimal("1e30"):
+                raise scope.refuse("should be a decimal number up to 1e30", option)
+            bounds.append(inwards(EXACT.scaleb(value, self.places)))
+        return bounds[0], bounds[1]
+
+    def text(self, scaled: int) -> str:
+        """The number as text, "-0.05" for -5 units."""
+        return format(EXACT.scaleb(Decimal(scaled), -self.places), "f")
 
     def domain(self, scope: Scope) -> Domain:
-        low, high, places = self.scaled(scope, "min"), self.scaled(scope, "max"), self.places
-        if low > high:
-            raise scope.refuse(f"no number of {places} places lies between {self.min} and {self.max}", "min")
-        return high - low + 1, lambda i: _decimal_text(low + i, places)
+        low, high = self.scaled(scope)
+        return high - low + 1, lambda i: self.text(low + i)
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        even, kind = super().draw(scope)
-        low, high, places = self.scaled(scope, "min"), self.scaled(scope, "max"), self.places
-        bell = self.bell(scope, low / 10**places, high / 10**places)
-        if not bell:
-            return even, kind
-        return lambda: _decimal_text(min(max(round(bell() * 10**places), low), high), places), kind
-
-
-def _decimal_text(scaled: int, places: int) -> str:
-    digits = str(abs(scaled)).zfill(places + 1)
-    sign = "-" if scaled < 0 else ""
-    return f"{sign}{digits[:-places]}.{digits[-places:]}" if places else f"{sign}{digits}"
+        (low, high), text, scale = self.scaled(scope), self.text, 10**self.places
+        even = _pick(scope.rng, range(low, high + 1)) if low <= high else int
+        draw = self.bell(scope, low / scale, high / scale, even)
+        if draw is even:
+            return lambda: text(even()), "decimal"
+        return lambda: text(min(max(round(draw() * scale), low), high)), "decimal"
 
 
 @field_type("bool")
@@ -2210,7 +2229,6 @@ class BoolField(FieldType):
     """True or false; `true` is how likely true is."""
 
     example: ClassVar = {"type": "bool", "true": 0.8}
-    kind: ClassVar[Kind] = "bool"
     true: float = Field(0.5, ge=0, le=1)
 
     def domain(self, scope: Scope) -> Domain:
@@ -2233,11 +2251,11 @@ class ChoiceField(FieldType):
         return len(values), values.__getitem__
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        if isinstance(self.values, dict):
-            if min(self.values.values()) < 0 or not sum(self.values.values()):
-                raise scope.refuse("weights should be positive", "values")
-            return _table_draw(scope.rng, OrderedDict(self.values)), "text"
-        return _table_draw(scope.rng, self.values), _literal_kind(self.values)
+        if isinstance(self.values, list):
+            return _pick(scope.rng, self.values), _literal_kind(self.values)
+        if min(self.values.values()) < 0 or not 0 < sum(self.values.values()) < math.inf:
+            raise scope.refuse("a weight is 0 or more, and not all of them 0", "values")
+        return _pick(scope.rng, OrderedDict(self.values)), "text"
 
 
 @field_type("const")
@@ -2251,155 +2269,135 @@ class ConstField(FieldType):
         return 1, lambda i: self.value
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        value = self.value
-        return lambda: value, _literal_kind([value])
+        return lambda: self.value, _literal_kind([self.value])
 
 
 def _literal_kind(values: list[Any]) -> Kind:
-    """The kind of the values a request lists: "json" keeps a mixture as it is."""
+    """The kind of values that a request lists; "json" keeps a mixture as it is."""
     kinds = {_SCALARS.get(type(value), "json") for value in values if value is not None}
-    if any(type(value) is int and not -MAX_INT <= value <= MAX_INT for value in values):
+    if any(type(value) is int and abs(value) > MAX_INT for value in values):
         return "json"
-    if kinds == {"int", "float"}:
-        return "float"
-    return kinds.pop() if len(kinds) == 1 else "json" if kinds else "text"
+    return "float" if kinds == {"int", "float"} else kinds.pop() if len(kinds) == 1 else "json" if kinds else "text"
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_BOUND = re.compile(
+    r"(?:(?P<name>now|today)|\{(?P<field>[^{}]+)\}|(?P<iso>\d{4}-\d\d-\d\d(?:[T ][\d:.]+(?:Z|[+-]\d\d:\d\d)?)?))?"
+    r"(?P<shift>(?:[+-]\d{1,6}[yMwdhms])*)"
+)
+_UNITS = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+DAY = 86_400_000  # milliseconds
 
 
-_BOUND = re.compile(r"(?:(?P<name>now|today)|\{(?P<field>[^{}]+)\}|(?P<iso>\d{4}-\d\d.*?))?(?P<shift>(?:[+-]\d{1,6}[yMwdhms])*)")
-_SHIFT = re.compile(r"([+-]\d+)([yMwdhms])")
-_UNITS = {"w": timedelta(weeks=1), "d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}  # fmt: skip
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def _shifted(instant: datetime, shift: str) -> datetime:
-    """An instant moved by "+1y-2d"; months and years go by the calendar, 31 January + 1M being the end of February."""
-    for amount, unit in _SHIFT.findall(shift):
-        if unit in "yM":
-            months = instant.year * 12 + instant.month - 1 + int(amount) * (12 if unit == "y" else 1)
-            year, month = months // 12, months % 12 + 1
-            instant = instant.replace(year=year, month=month, day=min(instant.day, calendar.monthrange(year, month)[1]))
+def _shifted(instant: datetime, shift: str) -> int:
+    """An instant moved by "+1y-2d", in milliseconds since 1970; a month after 31 January is the end of February."""
+    for amount, unit in re.findall(r"([+-]\d+)(\w)", shift):
+        if unit in _UNITS:
+            instant += timedelta(**{_UNITS[unit]: int(amount)})
         else:
-            instant += int(amount) * _UNITS[unit]
-    return instant
+            year, month = divmod(instant.year * 12 + instant.month - 1 + int(amount) * (12 if unit == "y" else 1), 12)
+            day = min(instant.day, calendar.monthrange(year, month + 1)[1])
+            instant = instant.replace(year=year, month=month + 1, day=day)
+    return (instant - EPOCH) // timedelta(milliseconds=1)
 
 
-class _Moment(FieldType):
-    """Dates and instants between two bounds, both included.
+def _instant(text: str, last: bool) -> datetime:
+    """An ISO date or instant in UTC; a date stands for its first or its last millisecond."""
+    instant = datetime.fromisoformat(text)
+    instant = instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+    return instant + timedelta(milliseconds=DAY - 1) if last and len(text) == 10 else instant
+
+
+@field_type("datetime")
+class DatetimeField(FieldType):
+    """An instant in UTC between `from` and `to`, both included, as YYYY-MM-DDTHH:MM:SSZ, with milliseconds if `ms`.
 
     A bound is ISO ("2024-12-31"), relative to now ("-90d", "-1y", "+2h", "now", "today"; units y M w d h m s), or
-    another field's value, moved or not ("{joined}", "{order.placedAt}+2h").
+    another field, moved or not ("{joined}", "{order.placedAt}+2h"); then an empty range gives its `from`.
     """
 
+    example: ClassVar = {"type": "datetime", "from": "2024-01-01", "to": "2024-12-31"}
+    kind: ClassVar[Kind] = "datetime"
     from_: str = Field("-1y", alias="from", max_length=200)
     to: str = Field("now", max_length=200)
-
-    @property
-    def unit(self) -> int:
-        """The milliseconds between two neighbouring values."""
-        return DAY
-
-    def reads(self) -> Iterable[str]:
-        return [m["field"] for m in map(_BOUND.fullmatch, (self.from_, self.to)) if m and m["field"]]
-
-    def bound(self, scope: Scope, text: str, option: str) -> Callable[[], int | None]:
-        """The bound of each record, in milliseconds since 1970."""
-        match = _BOUND.fullmatch(text)
-        if not match or not text:
-            raise scope.refuse(f"{text!r} is no date, such as 2024-12-31, -90d, now or {{joined}}", option)
-        shift, last = match["shift"], option == "to"
-        if match["field"]:
-            read, kind = scope.reader(match["field"])
-            if kind not in ("date", "datetime"):
-                raise scope.refuse(f"{match['field']} is no date", option)
-            return lambda: None if (value := read()) is None else _millis(_shifted(_instant(value, last), shift))
-        try:
-            start = scope.now if match["name"] == "now" or not (match["iso"] or match["name"]) else None
-            start = start or _instant(match["iso"] or scope.now.date().isoformat(), last)
-            fixed = _millis(_shifted(start, shift))
-        except (ValueError, OverflowError) as error:
-            raise scope.refuse(f"{text!r}: {error}", option) from None
-        return lambda: fixed
+    ms: bool = False
 
     def text(self, units: int) -> str:
         """A value, counted in units since 1970, as text."""
-        raise NotImplementedError
+        if self.ms:
+            return (EPOCH + timedelta(milliseconds=units)).isoformat(timespec="milliseconds")[:-6] + "Z"
+        return (EPOCH + timedelta(seconds=units)).isoformat()[:-6] + "Z"
+
+    def unit(self) -> int:
+        """The milliseconds between two neighbours."""
+        return 1 if self.ms else 1000
+
+    def reads(self) -> Iterable[str]:
+        return [found["field"] for found in map(_BOUND.fullmatch, (self.from_, self.to)) if found and found["field"]]
+
+    def bound(self, scope: Scope, option: str) -> Draw:
+        """A function that gives a record's bound in milliseconds since 1970, null where the field it reads is null."""
+        text, last = getattr(self, option), option == "to"
+        found = _BOUND.fullmatch(text)
+        if not found or not text:
+            raise scope.refuse(f"{text!r} is no date such as 2024-12-31, -90d, now or {{joined}}", option.rstrip("_"))
+        shift = found["shift"]
+        if found["field"]:
+            read, kind = scope.reader(found["field"])
+            if kind not in ("date", "datetime"):
+                raise scope.refuse(f"{found['field']} is no date", option.rstrip("_"))
+            return lambda: None if (value := read()) is None else _shifted(_instant(value, last), shift)
+        iso = found["iso"] or (scope.now.date().isoformat() if found["name"] == "today" else scope.now.isoformat())
+        try:
+            fixed = _shifted(_instant(iso, last), shift)
+        except (ValueError, OverflowError) as error:
+            raise scope.refuse(f"{text!r}: {error}", option.rstrip("_")) from None
+        return lambda: fixed
+
+    def first(self, millis: int) -> int:
+        """The first unit that does not come before this instant; of days, the one it lies in."""
+        return -(-millis // self.unit()) if self.kind == "datetime" else millis // DAY
 
     def domain(self, scope: Scope) -> Domain | None:
         if self.reads():
             return None
-        low, high = (self.bound(scope, *b)() for b in ((self.from_, "from"), (self.to, "to")))
-        assert low is not None and high is not None
-        # an instant between two units: the first one not before `from`, the last one not after `to`
-        first, last = (low // self.unit if self.unit == DAY else -(-low // self.unit)), high // self.unit
+        first, last = self.first(self.bound(scope, "from_")()), self.bound(scope, "to")() // self.unit()
         if first > last:
-            raise scope.refuse(f"from {self.from_!r} is after to {self.to!r}", "from")
+            raise scope.refuse(f"from {self.from_!r} comes after to {self.to!r}", "from")
         return last - first + 1, lambda i: self.text(first + i)
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         if not self.reads():
             return super().draw(scope)
-        low, high = self.bound(scope, self.from_, "from"), self.bound(scope, self.to, "to")
-        text, unit, uniform = self.text, self.unit, scope.rng.random
+        low, high, uniform, unit = self.bound(scope, "from_"), self.bound(scope, "to"), scope.rng.random, self.unit()
 
         def draw() -> str | None:
-            first, last = low(), high()
-            if first is None or last is None:
+            u, start, end = uniform(), low(), high()
+            if start is None or end is None:
                 return None
-            first = first // unit if unit == DAY else -(-first // unit)
-            # an empty range, say three days after an order of today until now, gives its `from`
-            return text(first + int(uniform() * max(1, last // unit - first + 1)))
+            first = self.first(start)
+            return self.text(first + int(u * max(1, end // unit - first + 1)))
 
         return draw, self.kind
 
 
-DAY = 86_400_000
-
-
-def _instant(text: str, last: bool) -> datetime:
-    """An ISO date or instant in UTC; a date stands for its first or its last millisecond."""
-    if len(text) == 10:
-        return EPOCH + (date.fromisoformat(text) - EPOCH.date()) + (timedelta(milliseconds=DAY - 1) if last else timedelta())
-    instant = datetime.fromisoformat(text)
-    return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
-
-
-def _millis(instant: datetime) -> int:
-    return (instant - EPOCH) // timedelta(milliseconds=1)
-
-
 @field_type("date")
-class DateField(_Moment):
-    __doc__ = f"A date as YYYY-MM-DD. {_Moment.__doc__}"
-    example: ClassVar = {"type": "date", "from": "-1y", "to": "today"}
+class DateField(DatetimeField):
+    """A date between `from` and `to`, both included, as YYYY-MM-DD; bounds as for datetime."""
+
+    example: ClassVar = {"type": "date", "from": "-1y", "to": "now"}
     kind: ClassVar[Kind] = "date"
+    ms: ClassVar[bool] = False  # type: ignore[misc]
 
     def text(self, units: int) -> str:
-        return date.fromordinal(719163 + units).isoformat()
+        return date.fromordinal(EPOCH.toordinal() + units).isoformat()
 
-
-@field_type("datetime")
-class DatetimeField(_Moment):
-    __doc__ = f"An instant in UTC as YYYY-MM-DDTHH:MM:SSZ, with milliseconds if `ms`. {_Moment.__doc__}"
-    example: ClassVar = {"type": "datetime", "from": "2024-01-01", "to": "2024-12-31"}
-    kind: ClassVar[Kind] = "datetime"
-    ms: bool = False
-
-    @property
     def unit(self) -> int:
-        return 1 if self.ms else 1000
-
-    def text(self, units: int) -> str:
-        instant = EPOCH.replace(tzinfo=None) + timedelta(milliseconds=units * self.unit)
-        return instant.isoformat(timespec="milliseconds" if self.ms else "seconds") + "Z"
+        return DAY
 
 
 @field_type("pattern")
 class PatternField(FieldType):
-    """Text in which each # is a digit, each % a digit but 0 and each ? a capital letter; a backslash keeps a mark."""
+    r"""Text in which each # is a digit, % a digit but 0, ? a capital letter; a backslash keeps the mark after it."""
 
     example: ClassVar = {"type": "pattern", "pattern": "SKU-####-??"}
     redraws: ClassVar = REDRAWS
@@ -2407,20 +2405,16 @@ class PatternField(FieldType):
 
     def domain(self, scope: Scope) -> Domain:
         marks = {"#": string.digits, "%": string.digits[1:], "?": string.ascii_uppercase}
-        tokens = re.findall(r"\\?.", self.pattern, re.DOTALL)
-        wheels = [marks.get(token) or token[-1] for token in tokens]
-        size = 1
-        for wheel in wheels:
-            size *= len(wheel)
+        wheels = [marks.get(token, token[-1]) for token in re.findall(r"\\?.", self.pattern, re.DOTALL)]
 
         def nth(i: int) -> str:
-            text = []
+            letters = []
             for wheel in reversed(wheels):
                 i, turn = divmod(i, len(wheel))
-                text.append(wheel[turn])
-            return "".join(reversed(text))
+                letters.append(wheel[turn])
+            return "".join(reversed(letters))
 
-        return size, nth
+        return math.prod(map(len, wheels)), nth
 
 
 @field_type("uuid")
@@ -2435,68 +2429,58 @@ class UuidField(FieldType):
         return lambda: str(UUID(int=getrandbits(128), version=4)), "text"
 
 
+def _slug(text: str) -> str:
+    """The text as an address has it: Jean-Luc Müller is jean-luc-muller."""
+    if not text.isascii():
+        from faker.decode import unidecode
+
+        text = unidecode(text)
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
 _HOLE = re.compile(r"\{\{|\}\}|\{([^{}|]+)((?:\|[^{}|]+)*)\}|[{}]")
-_FILTERS: dict[str, Callable[[str], str]] = {
-    "slug": lambda text: re.sub(r"[^\w]+", "-", _ascii(text).lower()).strip("-_"),
-    "lower": str.lower,
-    "upper": str.upper,
-    "initial": lambda text: text[:1],
-}
-
-
-def _ascii(text: str) -> str:
-    """The text in plain letters, for e-mail addresses and the like: Müller is Muller."""
-    if text.isascii():
-        return text
-    from faker.decode import unidecode
-
-    return unidecode(unicodedata.normalize("NFC", text))
+_FILTERS: dict[str, Callable[[str], str]] = {"slug": _slug, "lower": str.lower, "upper": str.upper}
 
 
 @field_type("template")
 class TemplateField(FieldType):
-    """Text made of other fields: "{firstName|slug}.{id}@example.com"; {{ and }} are braces.
+    """Text made of other fields, "{firstName|slug}.{id}@example.com"; {{ and }} are braces.
 
-    A field is one of this record or of a related one ("{customer.name}"). Filters: slug, lower, upper, initial.
+    A field is one of this record or of a related one ("{customer.name}"); the filters are slug, lower and upper.
     """
 
     example: ClassVar = {"type": "template", "template": "{plan}-{id}"}
+    redraws: ClassVar = 0
     template: str = Field(max_length=MAX_SIZE_ARG)
 
     def reads(self) -> Iterable[str]:
         return [hole[1] for hole in _HOLE.finditer(self.template) if hole[1]]
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        draws: list[Draw] = []
-        form, at = "", 0
-        for hole in _HOLE.finditer(self.template):
-            form += self.template[at : hole.start()].replace("%", "%%")
-            at = hole.end()
-            if hole[1]:
-                form += "%s"
-                draws.append(self._part(scope, hole[1], hole[2].split("|")[1:]))
-            elif len(hole[0]) == 2:
-                form += hole[0][0]
-            else:
-                raise scope.refuse(f"a lone {hole[0]!r}; double it for a brace", "template")
-        form += self.template[at:].replace("%", "%%")
-        if len(draws) > 64:
+        holes = list(_HOLE.finditer(self.template))
+        if any(hole[0] in ("{", "}") for hole in holes):
+            raise scope.refuse("a lone brace; double it to keep it", "template")
+        parts = [self._part(scope, hole[1], hole[2].split("|")[1:]) for hole in holes if hole[1]]
+        if len(parts) > 64:
             raise scope.refuse("a template holds at most 64 fields", "template")
-        return lambda: (form % tuple([draw() for draw in draws]))[:MAX_TEXT], "text"
+        form = _HOLE.sub(lambda hole: "%s" if hole[1] else hole[0][0], self.template.replace("%", "%%"))
+        return lambda: (form % tuple([part() for part in parts]))[:MAX_TEXT], "text"
 
     def _part(self, scope: Scope, name: str, filters: list[str]) -> Draw:
-        read, _ = scope.reader(name)
-        for unknown in set(filters) - set(_FILTERS):
-            raise scope.refuse(f"no such filter {unknown!r}; there are {', '.join(_FILTERS)}", "template")
-        steps = [_FILTERS[name] for name in filters]
+        read, _ = scope.reader(name.replace("%%", "%"))
+        for unknown in [name for name in filters if name not in _FILTERS]:
+            raise scope.refuse(_unknown("filter", unknown, _FILTERS), "template")
+        steps: list[Callable[[Any], str]] = [str, *(_FILTERS[name] for name in filters)]
+        return lambda: "" if (value := read()) is None else functools.reduce(lambda v, step: step(v), steps, value)
 
-        def part() -> str:
-            text = "" if (value := read()) is None else str(value)
-            for step in steps:
-                text = step(text)
-            return text
 
-        return part
+def _inner_reads(raws: Iterable[Any]) -> list[str]:
+    """What fields inside a field read; one at fault is refused when it is compiled."""
+    names: list[str] = []
+    for raw in raws:
+        with contextlib.suppress(BadRequest):
+            names += parse_field(raw, "").reads()
+    return names
 
 
 @field_type("list")
@@ -2504,7 +2488,6 @@ class ListField(FieldType):
     """A list of `min` to `max` values of the type `of`, stored as JSON."""
 
     example: ClassVar = {"type": "list", "of": "word", "min": 0, "max": 3}
-    kind: ClassVar[Kind] = "json"
     of: Any
     min: int = Field(1, ge=0)
     max: int = Field(3, ge=0, le=1000)
@@ -2518,8 +2501,8 @@ class ListField(FieldType):
         draw, _ = scope.nested(self.of, "of")
         if self.max * scope.longest(draw, "of") > MAX_TEXT:
             raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
-        extra, low = _below(scope.rng, self.max - self.min + 1), self.min
-        return lambda: [draw() for _ in range(low + extra())], "json"
+        length = _pick(scope.rng, range(self.min, self.max + 1))
+        return lambda: [draw() for _ in range(length())], "json"
 
 
 @field_type("object")
@@ -2527,23 +2510,22 @@ class ObjectField(FieldType):
     """An object with `fields` of its own, stored as JSON."""
 
     example: ClassVar = {"type": "object", "fields": {"city": "city", "zip": "postcode"}}
-    kind: ClassVar[Kind] = "json"
     fields: dict[str, Any] = Field(min_length=1, max_length=100)
 
     def reads(self) -> Iterable[str]:
         return _inner_reads(self.fields.values())
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        draws = {name: scope.nested(raw, "fields", name)[0] for name, raw in self.fields.items()}
-        return lambda: {name: draw() for name, draw in draws.items()}, "json"
+        draws = [(name, scope.nested(raw, "fields", name)[0]) for name, raw in self.fields.items()]
+        return lambda: {name: draw() for name, draw in draws}, "json"
 
 
 @field_type("ref")
 class RefField(FieldType):
-    """A value of a related record: `field` is "customer.id".
+    """A field of a related record, "customer.id".
 
-    In a record made `per` customer it is that customer's, else a random earlier customer's; all refs of a record to
-    one type read the same row.
+    In a record made `per` customer it is that customer's, else a random earlier customer's: the same row for all refs
+    of a record.
     """
 
     example: ClassVar = {"type": "ref", "field": "customer.id"}
@@ -2557,43 +2539,37 @@ class RefField(FieldType):
 
 
 class _Arithmetic(FieldType):
-    """A number made of others, exact for decimals; `places` rounds it."""
-
     places: int | None = Field(None, ge=0, le=18)
 
-    def fold(self, scope: Scope, kinds: Iterable[Kind], exact: Any, plain: Any) -> tuple[Callable[[list[Any]], Any], Kind]:
-        """The function from a list of stored numbers to one: `exact` joins two decimals, `plain` a list of others."""
+    def fold(
+        self, scope: Scope, kinds: Iterable[Kind], exact: Any, plain: Any
+    ) -> tuple[Callable[[list[Any]], Any], Kind]:
+        """The function from stored numbers to one: `exact` joins two decimals, `plain` all of a list of others."""
         found, places = set(kinds), self.places
         if odd := sorted(found - {"int", "float", "decimal"}):
             raise scope.refuse(f"takes numbers, not {' or '.join(odd)}")
         if "decimal" in found:
             quantum = None if places is None else Decimal(1).scaleb(-places)
 
-            def finish(values: list[Any]) -> str:
+            def join(values: list[Any]) -> str:
                 total = functools.reduce(exact, [Decimal(str(value)) for value in values] or [Decimal(0)])
                 return format(total if quantum is None else EXACT.quantize(total, quantum), "f")
 
-            return finish, "decimal"
+            return join, "decimal"
         if "float" in found:
             return lambda values: float(plain(values) if places is None else round(plain(values), places)), "float"
-        return lambda values: _bounded(plain(values)), "int"
-
-
-def _bounded(total: int) -> int:
-    if not -MAX_INT <= total <= MAX_INT:
-        raise TaskError(f"a sum or product is {total}, beyond {MAX_INT}")
-    return total
+        return plain, "int"
 
 
 @field_type("sum")
 class SumField(_Arithmetic):
-    """The sum of a field over the records made `per` this one: of its items' amounts, an order's total."""
+    """The sum of a field over the records made `per` this one: of its items' amounts an order's total."""
 
-    example: ClassVar = {"type": "sum", "field": "item.amount"}
+    example: ClassVar = {"type": "sum", "field": "item.amount", "places": 2}
     field: str
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        child, column = scope.plan.child(scope.stream, self.field, scope.path)
+        child, column = scope.find(self.field, scope.stream.children)
         total, kind = self.fold(scope, [child.kinds[column]], EXACT.add, sum)
         slot, family = child.index[column], child.family
         return lambda: total([row[slot] for row in family if row[slot] is not None]), kind
@@ -2601,7 +2577,7 @@ class SumField(_Arithmetic):
 
 @field_type("product")
 class ProductField(_Arithmetic):
-    """The product of the fields named in `of`, price times quantity; null if one of them is."""
+    """The product of the fields in `of`, price times quantity, rounded to `places`; null if one of them is."""
 
     example: ClassVar = {"type": "product", "of": ["price", "quantity"]}
     of: list[str] = Field(min_length=1, max_length=8)
@@ -2617,7 +2593,7 @@ class ProductField(_Arithmetic):
 
 @field_type("first_of")
 class FirstOfField(FieldType):
-    """The first type in `of` that the locale has: ["postcode_in_state", "postcode"]."""
+    """The first type of `of` that the locale has: ["state_abbr", "province_abbr", "city"]."""
 
     example: ClassVar = {"type": "first_of", "of": ["state_abbr", "province_abbr", "city"]}
     redraws: ClassVar = REDRAWS
@@ -2627,159 +2603,188 @@ class FirstOfField(FieldType):
         return _inner_reads(self.of)
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        known = {*FIELD_TYPES, *_methods(scope.faker)}
         for i, raw in enumerate(self.of):
-            if (raw.get("type") if isinstance(raw, dict) else raw) in known:
+            name = raw.get("type") if isinstance(raw, dict) else raw
+            if name in FIELD_TYPES or _provider(scope.faker, str(name)):
                 return scope.nested(raw, "of", i)
         raise scope.refuse("this locale has none of these types", "of")
 
 
+# ---- Faker's methods as field types ----
+
+# Whole files as text: what they cost has no bound. And two that hand their caller's text to Faker's own templates.
+_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
+# Arguments that are values; any other number says how much to make.
+_VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
+_DATE_ARG = re.compile(r".*(date|start|end|birth).*")
+
+
+def faker_version() -> str:
+    """The version of Faker: with the same one, the same request makes the same records."""
+    from faker import VERSION
+
+    return str(VERSION)
+
+
+def _provider(generator: FakerGenerator, name: str) -> BaseProvider | None:
+    """The provider that answers for a method; None for what is no public method, or withheld."""
+    for provider in generator.providers if not name.startswith("_") and name not in _WITHHELD else ():
+        if inspect.isroutine(inspect.getattr_static(type(provider), name, None)):
+            return provider
+    return None
+
+
+def _methods(generator: FakerGenerator) -> list[str]:
+    """Every public method of a generator's providers, by name."""
+    names = {name for provider in generator.providers for name in dir(type(provider))}
+    return [name for name in sorted(names) if _provider(generator, name)]
+
+
 class FakerField(FieldType):
-    """A method of Faker, with its keyword `args`; an argument "{field}" is that field's value."""
+    """A method of Faker with its keyword `args`; an argument "{field}" is that field's value."""
 
     redraws: ClassVar = REDRAWS
     args: dict[str, Any] = {}
 
+    def holes(self) -> dict[str, str]:
+        """The arguments that are another field's value, and the field."""
+        found = {name: re.fullmatch(r"\{([^{}]+)\}", value) for name, value in self.args.items() if type(value) is str}
+        return {name: hole[1] for name, hole in found.items() if hole}
+
     def reads(self) -> Iterable[str]:
-        return [hole[1] for hole in map(_ARG_HOLE.fullmatch, filter(_is_text, self.args.values())) if hole]
+        return self.holes().values()
 
     def domain(self, scope: Scope) -> Domain | None:
-        provider = _methods(scope.faker).get(self.type)
-        if self.args or provider is None or len(scope.plan.locales) > 1:
-            return None
-        table = _plain_table(provider, inspect.getattr_static(type(provider), self.type), _element_draw)
-        values = list(dict.fromkeys(table or ()))
+        provider = None if self.args or len(scope.stream.plan.locales) > 1 else _provider(scope.faker, self.type)
+        values = list(dict.fromkeys((provider and _table(provider, self.type, _drawn)) or ()))
         return (len(values), values.__getitem__) if values else None
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        call, plain_text = self._call(scope)
+        provider = _provider(scope.faker, self.type)
+        if provider is None:
+            raise scope.refuse(_unknown("type", self.type, [*FIELD_TYPES, *_methods(scope.faker)]))
+        stock = inspect.getattr_static(type(provider), self.type).__get__(provider, type(provider))
+        signature = inspect.signature(stock)
+        self._check_args(scope, signature)
+        call, state = self._call(scope), scope.rng.getstate()
         try:
-            state = scope.rng.getstate()
             values = [call() for _ in range(TRIALS)]
             scope.rng.setstate(state)
             again = [call() for _ in range(TRIALS)]
         except Exception as error:  # whatever Faker makes of the arguments
-            raise scope.refuse(f"{self.type}: {error or type(error).__name__}", *["args"][: len(self.args)]) from None
-        kind = _kind_of(values)
-        if kind is None:
-            raise scope.refuse(f"{self.type!r} gives no single value, but {type(values[0]).__name__}")
+            raise scope.refuse(str(error) or type(error).__name__, *["args"][: len(self.args)]) from None
+        kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
+        if None in kinds:
+            raise scope.refuse(f"{self.type!r} gives no single value")
         if values != again:
             raise scope.refuse(f"{self.type!r} ignores the seed")
-        return (call if plain_text and kind == "text" else _checked(call, kind, self.type)), kind
+        whole = all(type(value) is not int or abs(value) <= MAX_INT for value in values)
+        kind = kinds.pop() or "text" if len(kinds) == 1 and whole else "text"
+        plain = kind == "text" and signature.return_annotation is str and not self.holes()
+        return (call if plain else _checked(call, kind, self.type)), kind
 
-    def _call(self, scope: Scope) -> tuple[Draw, bool]:
-        """The method with its arguments, and whether it is declared to give text."""
-        methods = _methods(scope.faker)
-        provider = methods.get(self.type)
-        if provider is None:
-            hints = nearest(self.type, [*FIELD_TYPES, *methods])
-            more = f"; did you mean {' or '.join(map(repr, hints))}?" if hints else ""
-            raise scope.refuse(f"no such type {self.type!r}{more}")
-        stock = inspect.getattr_static(type(provider), self.type).__get__(provider, type(provider))
-        signature = inspect.signature(stock)
-        self._check_names(scope, signature)
-        call = getattr(scope.faker, self.type)
-        holes = {name: _ARG_HOLE.fullmatch(value) for name, value in self.args.items() if _is_text(value)}
-        reads = {name: scope.reader(hole[1])[0] for name, hole in holes.items() if hole}
-        fixed = {name: _argument(scope, name, value, "args", name) for name, value in self.args.items() if name not in reads}
-        if reads:
-            return lambda: call(**fixed, **{n: _maybe_date(n, read()) for n, read in reads.items()}), False
-        return functools.partial(call, **fixed) if fixed else call, signature.return_annotation in (str, "str")
-
-    def _check_names(self, scope: Scope, signature: inspect.Signature) -> None:
+    def _check_args(self, scope: Scope, signature: inspect.Signature) -> None:
         known = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        for name in self.args:
-            if name not in known or name in _WITHHELD_ARGS:
-                takes = ", ".join(nearest(name, known) or known) or "no arguments"
-                raise scope.refuse(f"{self.type} has no argument {name!r}; it takes {takes}", "args", name)
-        missing = [n for n, p in known.items() if p.default is p.empty and n not in self.args]
+        known.pop("seed", None)  # there is one seed
+        for name in [name for name in self.args if name not in known]:
+            takes = ", ".join(nearest(name, known) or known) or "no arguments"
+            raise scope.refuse(f"{self.type} has no argument {name!r}; it takes {takes}", "args", name)
+        missing = [name for name, p in known.items() if p.default is p.empty and name not in self.args]
         if missing:
             raise scope.refuse(f"{self.type} needs {', '.join(missing)}", "args")
 
+    def _call(self, scope: Scope) -> Draw:
+        """The method with its arguments."""
+        method = getattr(scope.faker, self.type)
+        reads = {name: scope.reader(field)[0] for name, field in self.holes().items()}
+        fixed = {n: _argument(scope, n, value, "args", n) for n, value in self.args.items() if n not in reads}
+        if reads:
+            return lambda: method(**fixed, **{name: _dated(name, read()) for name, read in reads.items()})
+        return functools.partial(method, **fixed) if fixed else method
 
-_ARG_HOLE = re.compile(r"\{([^{}]+)\}")
 
-
-def _is_text(value: object) -> TypeGuard[str]:
-    return isinstance(value, str)
-
-
-def _maybe_date(name: str, value: Any) -> Any:
-    """Faker takes dates as objects; an ISO text where it wants a date becomes one."""
+def _dated(name: str, value: Any) -> Any:
+    """Faker takes a date as an object: an ISO text becomes one where a date is due."""
     if isinstance(value, str) and _DATE_ARG.fullmatch(name) and re.match(r"\d{4}-\d\d-\d\d", value):
         return date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
     return value
 
 
 def _argument(scope: Scope, name: str, value: Any, *steps: str | int) -> Any:
-    """An argument that is safe to hand to Faker: none that would make it work without end, or read a template."""
-    if isinstance(value, dict):  # Faker wants its weights in an OrderedDict
-        return OrderedDict((k, _argument(scope, name, v, *steps, k)) for k, v in value.items())
+    """An argument that is safe to hand to Faker: none makes it work without end, none is a template of its own."""
+    if isinstance(value, dict):  # Faker wants weights in an OrderedDict
+        return OrderedDict((key, _argument(scope, name, inner, *steps, key)) for key, inner in value.items())
     if isinstance(value, list):
-        return [_argument(scope, name, v, *steps, i) for i, v in enumerate(value)]
+        return [_argument(scope, name, inner, *steps, i) for i, inner in enumerate(value)]
     if isinstance(value, str) and ("{" in value or len(value) > MAX_SIZE_ARG):
-        raise scope.refuse(f"a text here holds no braces and at most {MAX_SIZE_ARG} characters", *steps)
+        raise scope.refuse(f"a text here has no braces and at most {MAX_SIZE_ARG} characters", *steps)
     limit = MAX_INT if _VALUE_ARG.fullmatch(name) else MAX_SIZE_ARG
     if isinstance(value, (int, float)) and abs(value) > limit:
         raise scope.refuse(f"should be at most {limit}", *steps)
     try:
-        return _maybe_date(name, value)
+        return _dated(name, value)
     except ValueError as error:
         raise scope.refuse(str(error), *steps) from None
 
 
+def _plain(value: Any) -> Any:
+    """A scalar of Faker's as JSON would have it."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
 def _checked(call: Draw, kind: Kind, name: str) -> Draw:
-    """The method's values as JSON would have them, held to the kind that the table was given."""
-    if kind == "text":
-        return lambda: None if (value := call()) is None else str(_plain(value))
+    """The method's values as JSON would have them, held to the kind that its trial showed."""
 
     def draw() -> Any:
         value = call()
-        if value is not None and _SCALARS.get(type(value)) != kind:
-            raise TaskError(f"{name} gave {value!r} where its values had been {kind}")
+        if value is None or kind == "text":
+            return None if value is None else str(_plain(value))
+        if _SCALARS.get(type(value)) != kind:
+            raise TaskError(f"{name} gave {value!r} where it had given {kind}")
         return _plain(value)
 
     return draw
 
 
-# ---- Unique values in bounded memory ----
+# ---- Unique values, in bounded memory ----
 
 
 class _Seen:
-    """The values that a unique field has given: a set, or for many a Bloom filter, which never forgets one.
+    """The values that a unique field has given: a set or, for many, a Bloom filter.
 
-    A filter may think a value known that is not; that costs the value a number and nothing else.
+    A filter never takes a known value for a new one; it may take a new one for known, which then gets a number.
     """
 
     def __init__(self, expected: int, room: int) -> None:
-        self.exact: set[Any] = set()
-        bits = 1 << (min(expected * 10, room * 8).bit_length() - 1)
-        self.bits = bytearray(bits // 8) if expected > EXACT_SET else None
-        self.mask = bits - 1
+        self.exact: set[Any] | None = set() if expected <= EXACT_SET else None
+        bits = 1 << min(expected * 10, room * 8).bit_length() - 1  # a power of two
+        self.bits, self.mask = bytearray(0 if self.exact is not None else bits // 8), bits - 1
 
     def add(self, value: Any) -> bool:
         """Whether the value is new; from now on it is not."""
-        if self.bits is None:
+        if self.exact is not None:
             before = len(self.exact)
             self.exact.add(value)
             return len(self.exact) > before
         new, bits = False, self.bits
         for n in struct.unpack("<4I", blake2b(str(value).encode(), digest_size=16).digest()):
             at, bit = (n & self.mask) >> 3, 1 << (n & 7)
-            if not bits[at] & bit:
-                new = True
-                bits[at] |= bit
+            new |= not bits[at] & bit
+            bits[at] |= bit
         return new
 
 
-def _numbered(value: str, n: int) -> str:
-    """A text made another by a number: before the @ of an e-mail address, else at its end."""
-    name, at, domain = value.rpartition("@")
-    return f"{name}{n}@{domain}" if at else f"{value}{n}"
-
-
 def _unique_draw(draw: Draw, stream: _Stream, name: str, redraws: int) -> Draw:
-    """Draw until a value is new, a few times at most, then number it. The numbers of two records are never equal."""
+    """Draw until a value is new, a few times at most; then give it a number, before the @ or at its end.
+
+    No two records try the same number, so this does not get slower as values run out.
+    """
 
     def unique() -> Any:
         add = stream.seen[name].add
@@ -2788,26 +2793,25 @@ def _unique_draw(draw: Draw, stream: _Stream, name: str, redraws: int) -> Draw:
             if value is None or add(value):
                 return value
         if not isinstance(value, str):
-            raise TaskError(f"{name}: no new value in {redraws + 1} draws")
+            raise TaskError(f"{stream.name}.{name}: no new value in {redraws + 1} draws")
+        start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
         n = stream.done + 1
-        while not add(taken := _numbered(value, n)):
+        while not add(numbered := f"{start}{n}{at}{end}"):
             n += stream.bound
-        return taken
+        return numbered
 
     return unique
 
 
 # ---- The plan: record types in order, and their rows ----
 
-
 _Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
 
 
 class RecordSpec(BaseModel):
-    """So many records of a type, in all or `per` record of another type, and what is in each."""
+    """So many records of a type, in all or `per` record of another type, and the fields of each."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
     count: _Count | tuple[_Count, _Count]
     per: str | None = None
     schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
@@ -2821,7 +2825,7 @@ class RecordSpec(BaseModel):
 class Past(Protocol):
     """What is already committed of this job."""
 
-    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Any, ...]]:
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
         """These fields of the job's rows with these 0-based ordinals (ascending, no two equal), in that order."""
 
     def column(self, record_type: str, field: str) -> Iterator[Any]:
@@ -2829,9 +2833,9 @@ class Past(Protocol):
 
 
 class Chunk(NamedTuple):
-    """Some more rows by record type; how many are done of how many; and where to go on after them, JSON-able."""
+    """More rows by record type; how many are done of how many; and from where to go on after them, JSON-able."""
 
-    rows: dict[str, list[tuple[Any, ...]]]
+    rows: dict[str, list[Row]]
     done: int
     total: int
     checkpoint: Json
@@ -2840,39 +2844,39 @@ class Chunk(NamedTuple):
 class _Lookup:
     """A record's random earlier row of a type that it is not made per.
 
-    Which row is settled by the record's ordinal alone, so that a block of them can be fetched at once.
+    The record's ordinal settles which row, not the stream of draws, so that a block of rows can be fetched at once.
     """
 
     def __init__(self, owner: _Stream, target: _Stream) -> None:
         self.owner, self.target = owner, target
         self.key = _key(owner.plan.seed, owner.name, target.name)
         self.fields: list[str] = []
-        self.row: tuple[Any, ...] | None = None
-        self.block: dict[int, tuple[Any, ...]] = {}  # by the owner's ordinal
+        self.row: Row | None = None
+        self.block: dict[int, Row] = {}  # by the owner's ordinal
 
     def reader(self, column: str) -> Draw:
-        """The field's value in the row of the present record; null while there is no earlier row."""
+        """The field in the present record's row; null while there is no earlier row."""
         if column not in self.fields:
             self.fields.append(column)
         at = self.fields.index(column)
-        self.row = tuple(self.target.values[self.target.index[name]] for name in self.fields)  # for the trial
+        self.row = self._columns(self.target.values)  # for the trial
         return lambda: self.row[at] if self.row else None
 
-    def pick(self, past: Past, fresh: Sequence[tuple[Any, ...]]) -> None:
-        """Choose the row for the owner's next record; `fresh` are the target's rows that `past` does not have yet."""
+    def _columns(self, row: Sequence[Any]) -> Row:
+        return tuple([row[self.target.index[name]] for name in self.fields])
+
+    def pick(self, past: Past, fresh: Sequence[Row]) -> None:
+        """Settle the row of the owner's next record; `fresh` are the target's last rows, which `past` lacks."""
         done, ordinal = self.target.done, self.owner.done
-        if self.target.root is self.owner.root:  # rows still come: choose among those there are by now
-            at = _mix(self.key, ordinal) % done if done else None
-            if at is None:
-                self.row = None
-            elif at >= done - len(fresh):
-                row = fresh[at - done]
-                self.row = tuple(row[self.target.index[name]] for name in self.fields)
-            else:
-                (self.row,) = past.rows(self.target.name, self.fields, [at])
+        if self.target.root is self.owner.root:  # the two grow together: of the rows there are by now
+            at = _mix(self.key, ordinal) % done if done else 0
+            old = at < done - len(fresh)
+            self.row = past.rows(self.target.name, self.fields, [at])[0] if old else None
+            if done and not old:
+                self.row = self._columns(fresh[at - done])
             return
         if ordinal not in self.block:
-            chosen = {o: _mix(self.key, o) % done for o in range(ordinal, ordinal + 500)} if done else {}
+            chosen = {o: _mix(self.key, o) % done for o in range(ordinal, ordinal + 500 if done else ordinal)}
             wanted = sorted(set(chosen.values()))
             found = dict(zip(wanted, past.rows(self.target.name, self.fields, wanted), strict=True)) if wanted else {}
             self.block = {o: found[at] for o, at in chosen.items()}
@@ -2884,28 +2888,30 @@ class _Stream:
 
     def __init__(self, plan: Plan, name: str, spec: RecordSpec, path: str) -> None:
         self.plan, self.name, self.spec, self.path = plan, name, spec, path
-        self.fields: dict[str, FieldType] = {}
-        self.index = {column: slot for slot, column in enumerate(spec.schema_)}
         self.parent: _Stream | None = None
         self.children: list[_Stream] = []
         self.bound = spec.range[1]
+        self.key = _key(plan.seed, name)
         self.rng = random.Random(0)
-        self.early: list[str] = []
-        self.late: list[str] = []  # wait for the children: sums, and what reads them
-        self.lookups: dict[str, _Lookup] = {}
+        self.fields: dict[str, FieldType] = {}
+        self.index = {column: slot for slot, column in enumerate(spec.schema_)}
         self.kinds: dict[str, Kind] = {}
-        self.steps: list[list[tuple[int, Draw]]] = []  # by locale
-        self.late_steps: list[list[tuple[int, Draw]]] = []
-        self.size = 0  # characters in the longest record of the trial
+        self.late: set[str] = set()  # fields that wait for the children: sums, and what reads them
+        self.lookups: dict[str, _Lookup] = {}
+        self.draws: list[dict[str, Draw]] = []  # by locale
+        self.steps: list[tuple[list[tuple[int, Draw]], list[tuple[int, Draw]]]] = []  # by locale: early, late
         self.values: list[Any] = [None] * len(self.index)  # the record that is being made
-        self.family: list[tuple[Any, ...]] = []  # the rows made so far for the present parent
+        self.family: list[Row] = []  # the rows made so far for the present parent
         self.seen: dict[str, _Seen] = {}
-        self.done = 0
-        self.locale = 0
+        self.size = self.done = self.locale = 0
+
+    def at(self, *steps: str) -> str:
+        """The path of a part of this record type's description."""
+        return ".".join([*filter(None, [self.path]), *steps])
 
     @property
     def root(self) -> _Stream:
-        """The type that this one is made with, at the end of `per`."""
+        """The type at the upper end of `per`."""
         return self.parent.root if self.parent else self
 
     def ancestors(self) -> list[_Stream]:
@@ -2913,7 +2919,7 @@ class _Stream:
         return [self.parent, *self.parent.ancestors()] if self.parent else []
 
     def lookup(self, target: _Stream) -> _Lookup:
-        """The one random row of this type that all of a record's fields read."""
+        """The one random row of this type that all fields of a record read."""
         return self.lookups.setdefault(target.name, _Lookup(self, target))
 
     def needs(self) -> list[str]:
@@ -2921,95 +2927,122 @@ class _Stream:
         read = {name.partition(".")[0] for f in self.fields.values() for name in f.reads() if name not in self.index}
         return [name for name in self.plan.streams if name in read or name == self.spec.per]
 
-    def order(self) -> None:
-        """Settle the order of the fields: as in the schema, but what a field reads comes first."""
-        graph = {name: [n for n in model.reads() if n in self.index] for name, model in self.fields.items()}
-        ordered = _ordered(graph)
-        for name in ordered:
-            waits = isinstance(self.fields[name], SumField) or any(n in self.late for n in graph[name])
-            (self.late if waits else self.early).append(name)
-
-    def compile(self, faker: FakerGenerator, names: Iterable[str], into: list[tuple[int, Draw]]) -> Iterator[FieldProblem]:
-        """Make the functions for these fields in one locale, try each, and tell what is wrong."""
-        for name in names:
-            scope = Scope(self.plan, self, faker, f"{self.path}.schema.{name}".lstrip("."))
+    def parse(self) -> Iterator[FieldProblem]:
+        """Check all that can be checked of the description by itself."""
+        low, high = self.spec.range
+        if not _RECORD_TYPE.fullmatch(self.name):
+            yield FieldProblem(self.path or "recordType", f"{self.name!r} can not be the name of a record type")
+        if low > high or high < 1:
+            yield FieldProblem(self.at("count"), "should be 1 or more, or a range from less to more")
+        folded: dict[str, str] = {}
+        for name, raw in self.spec.schema_.items():
+            path = self.at("schema", name)
+            if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or name.lower() in _RESERVED:
+                yield FieldProblem(path, "a name has 1 to 64 printable characters, and is not _id, _job or _created")
+            elif (other := folded.setdefault(name.lower(), name)) != name:
+                yield FieldProblem(path, f"differs from {other!r} only in case")
+            if not _storable(raw):
+                yield FieldProblem(path, "holds a character that a database can not")
+                continue
             try:
-                into.append((self.index[name], self._field(scope, name)))
+                self.fields[name] = parse_field(raw, path)
             except BadRequest as refusal:
                 yield from refusal.fields
 
-    def _field(self, scope: Scope, name: str) -> Draw:
-        model = self.fields[name]
-        draw, kind = model.draw(scope)
-        if self.kinds.setdefault(name, kind) != kind:  # another locale's values are of another kind
-            self.plan.mixed.add((self.name, name))
-        if (self.name, name) in self.plan.mixed:
-            kind = self.kinds[name] = "text"
-        draw = self._stored(draw, kind, (self.name, name) in self.plan.mixed)
-        longest = scope.longest(draw)
-        if longest > MAX_TEXT:
-            raise scope.refuse(f"gives values longer than {MAX_TEXT} characters")
-        self.size += longest
-        self.values[self.index[name]] = draw()
-        if model.unique and not model.distinct:
-            draw = self._unique(scope, model, name, draw, kind)
-        return _nullable(draw, model.null, self.rng)
+    def order(self) -> None:
+        """Put the fields in order: as in the schema, but what a field reads comes first. ValueError tells a cycle."""
+        graph = {name: [n for n in model.reads() if n in self.fields] for name, model in self.fields.items()}
+        self.fields = {name: self.fields[name] for name in _ordered(graph)}
+        for name, model in self.fields.items():
+            if isinstance(model, SumField) or any(other in self.late for other in graph[name]):
+                self.late.add(name)
 
-    @staticmethod
-    def _stored(draw: Draw, kind: Kind, mixed: bool) -> Draw:
-        """JSON values as SQLite takes them."""
-        if mixed:
-            return lambda: None if (value := draw()) is None else str(value)
-        if kind == "bool":
-            return lambda: None if (value := draw()) is None else int(value)
-        if kind == "json":
-            return lambda: None if (value := draw()) is None else _dumps(value)
-        return draw
+    def compile(self, faker: FakerGenerator, late: bool) -> Iterator[FieldProblem]:
+        """Make these fields' functions for one more locale, try each, and tell what is wrong."""
+        for name, model in self.fields.items():
+            if (name in self.late) is late:
+                scope = Scope(self, faker, self.plan.now, self.at("schema", name))
+                try:
+                    draw, kind = model.draw(scope)
+                    if (longest := scope.longest(draw)) > MAX_TEXT:
+                        raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
+                    self.size += longest
+                    self.values[self.index[name]] = draw()
+                    # another locale's values may be of another kind: text holds both
+                    self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
+                    self.draws[-1][name] = self._unique(scope, model, name, draw) if model.unique else draw
+                except BadRequest as refusal:
+                    yield from refusal.fields
+        self.family[:] = [tuple(self.values)]
 
-    def _unique(self, scope: Scope, model: FieldType, name: str, draw: Draw, kind: Kind) -> Draw:
-        domain = model.domain(scope)
-        if domain and domain[0] < self.bound:
-            raise scope.refuse(f"there are only {domain[0]} different values for {self.bound} records", "unique")
-        if domain and domain[0] <= 2**64:
-            size, nth = domain
-            at = _shuffle(size, _key(self.plan.seed, self.name, name))
-            return self._stored(lambda: nth(at(self.done)), kind, (self.name, name) in self.plan.mixed)
-        if not model.redraws and not isinstance(model, TemplateField) or kind not in ("text", "float"):
-            raise scope.refuse(f"unique is for texts and for values that can be counted; use a type such as {kind}", "unique")
+    def _unique(self, scope: Scope, model: FieldType, name: str, draw: Draw) -> Draw:
+        size, nth = (None if model.distinct else model.domain(scope)) or (2**64 + 1, str)
+        if size < self.bound:
+            raise scope.refuse(f"has only {size} different values for {self.bound} records", "unique")
+        if size <= 2**64:
+            key = _key(self.plan.seed, self.name, name)
+            return lambda: nth(_shuffled(size, key, self.done))
+        if model.distinct:
+            return draw
+        if model.redraws is None or self.kinds[name] not in ("text", "float"):
+            raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
         self.seen[name] = _Seen(1, 1)
         return _unique_draw(draw, self, name, model.redraws)
 
-    def many(self, parent_ordinal: int) -> int:
-        """How many records there are for this parent (0 for a type of its own)."""
-        low, high = self.spec.range
-        return low + _mix(_key(self.plan.seed, self.name), parent_ordinal) % (high - low + 1)
+    def finish(self) -> None:
+        """Settle the steps of a record, now that the kinds of all fields are known."""
+        store: dict[str, Callable[[Any], Any]] = {"bool": int, "json": _dumps}
+        for draws in self.draws:
+            steps: tuple[list[tuple[int, Draw]], list[tuple[int, Draw]]] = ([], [])
+            for name, draw in draws.items():
+                draw = _stored(draw, store.get(self.kinds[name]))
+                step = self.index[name], _nullable(draw, self.fields[name].null, self.rng)
+                steps[name in self.late].append(step)
+            self.steps.append(steps)
 
-    def grow(self, past: Past, rows: dict[str, list[tuple[Any, ...]]]) -> None:
-        """Make one record and all that is made per it."""
+    def many(self, parent_ordinal: int) -> int:
+        """How many records are made for this parent (0 for a type that has none)."""
+        low, high = self.spec.range
+        return low + _mix(self.key, parent_ordinal) % (high - low + 1)
+
+    def grow(self, past: Past, rows: dict[str, list[Row]]) -> None:
+        """Make one record, and all that is made per it."""
         for lookup in self.lookups.values():
             lookup.pick(past, rows[lookup.target.name])
-        values = self.values
         if self.parent:
             self.locale = self.parent.locale
         elif len(self.steps) > 1:
             self.locale = self.rng.randrange(len(self.steps))
-        for slot, draw in self.steps[self.locale]:
+        values, (early, late) = self.values, self.steps[self.locale]
+        for slot, draw in early:
             values[slot] = draw()
         for child in self.children:
             child.family.clear()
             for _ in range(child.many(self.done)):
                 child.grow(past, rows)
-        for slot, draw in self.late_steps[self.locale]:
+        for slot, draw in late:
             values[slot] = draw()
         row = tuple(values)
         rows[self.name].append(row)
-        if self.parent:
-            self.family.append(row)
+        self.family.append(row)
         self.done += 1
 
 
+def _stored(draw: Draw, store: Callable[[Any], Any] | None) -> Draw:
+    """JSON values as SQLite takes them."""
+    return (lambda: None if (value := draw()) is None else store(value)) if store else draw
+
+
+def _storable(raw: Any) -> bool:
+    """Whether no text in it holds a NUL or half a surrogate pair; then no value made from it does."""
+    if isinstance(raw, str):
+        return not re.search("[\0\ud800-\udfff]", raw)
+    items = [*raw.keys(), *raw.values()] if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
+    return all(map(_storable, items))
+
+
 def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
-    """The names with every name after those it depends on, else in their own order. ValueError tells a cycle."""
+    """The names, each after those it depends on and else in their own order. ValueError tells a cycle."""
     done: dict[str, None] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -3032,15 +3065,15 @@ _RESERVED = {"_id", "_job", "_created"}
 class Plan:
     """A checked recipe: what a request will make.
 
-    `records` are the record types by name, `seed` and `now` settle everything that is drawn, `locale` is one of Faker's
-    or a list, one of which is drawn for each record. Paths in errors begin with `where`: "" is the short form of one
-    type ("schema.age.min"), "records" the long one ("records.order.schema.age.min").
-    Raises BadRequest with every problem that was found.
+    `records` are the record types by name; `seed` and `now` settle all that is drawn; `locale` is one of Faker's or a
+    list, of which each record draws one (what is made per it follows). Paths in errors begin with `where`: "" for the
+    short form of one type ("schema.age.min"), "records" for the long one ("records.order.schema.age.min").
+    Raises BadRequest with every problem that is found.
     """
 
     columns: dict[str, dict[str, Kind]]  # record type -> field -> kind; parents before children
-    bounds: dict[str, int]  # the most rows that each type can have: their number, where no range is asked for
-    total: int  # rows of all types together, an estimate where ranges are asked for
+    bounds: dict[str, int]  # the most rows each type can have; their number, where no range is asked for
+    total: int  # rows of all types, an estimate where ranges are asked for
 
     def __init__(
         self,
@@ -3053,128 +3086,71 @@ class Plan:
     ) -> None:
         self.seed, self.now = seed, now.astimezone(UTC)
         self.locales = [locale] if isinstance(locale, str) else list(dict.fromkeys(locale))
-        self.where = where or ("records" if len(records) > 1 else "")
-        self.mixed: set[tuple[str, str]] = set()  # fields that have another kind in another locale: they become text
-        paths = {name: f"{self.where}.{name}" if self.where else "" for name in records}
-        self.streams = {name: _Stream(self, name, spec, paths[name]) for name, spec in records.items()}
-        self._refuse(p for stream in self.streams.values() for p in self._parse(stream))
-        self._refuse(self._relate())
-        self._refuse(self._compile())
-        self.columns = {name: {c: s.kinds[c] for c in s.index} for name, s in self.streams.items()}
-        self.bounds = {name: s.bound for name, s in self.streams.items()}
+        where = where or ("records" if len(records) > 1 else "")
+        self.streams = {
+            name: _Stream(self, name, spec, f"{where}.{name}" if where else "") for name, spec in records.items()
+        }
+        problems = [problem for stream in self.streams.values() for problem in stream.parse()]
+        related = list(self._relate(where or "schema"))
+        problems += related or self._compile()
+        if problems := list(dict.fromkeys(problems)):
+            raise _refusal(*problems)
+        self.columns = {name: {column: s.kinds[column] for column in s.index} for name, s in self.streams.items()}
+        self.bounds = {name: stream.bound for name, stream in self.streams.items()}
         self.total = self._expected()
 
-    @staticmethod
-    def _refuse(problems: Iterable[FieldProblem]) -> None:
-        if found := list(dict.fromkeys(problems)):
-            raise _refusal(found)
-
-    def _parse(self, stream: _Stream) -> Iterator[FieldProblem]:
-        path = f"{stream.path}.".lstrip(".")
-        if not _RECORD_TYPE.fullmatch(stream.name):
-            yield FieldProblem(stream.path or "recordType", f"{stream.name!r} can not be a record type's name")
-        low, high = stream.spec.range
-        if low > high or high < 1:
-            yield FieldProblem(f"{path}count", "should be at least 1, or a range from less to more")
-        folded: dict[str, str] = {}
-        for name, raw in stream.spec.schema_.items():
-            here = f"{path}schema.{name}"
-            if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or name.lower() in _RESERVED:
-                yield FieldProblem(here, "a field's name is 1 to 64 printable characters, and not _id, _job or _created")
-            elif (other := folded.setdefault(name.lower(), name)) != name:
-                yield FieldProblem(here, f"differs from {other!r} only in case")
-            try:
-                if not _storable(raw):
-                    raise _refusal([FieldProblem(here, "holds a character that no database takes")])
-                stream.fields[name] = parse_field(raw, here)
-            except BadRequest as refusal:
-                yield from refusal.fields
-
-    def _relate(self) -> Iterator[FieldProblem]:
-        """Find the parents and put the types in order: parents before children, what is referred to before its reader."""
+    def _relate(self, where: str) -> Iterator[FieldProblem]:
+        """Find each type's parent, and order types: parents before children, what is referred to before its reader."""
         for stream in self.streams.values():
-            per, path = stream.spec.per, f"{stream.path}.".lstrip(".")
+            per = stream.spec.per
             if per is not None and per not in self.streams:
-                yield FieldProblem(f"{path}per", _unknown("record type", per, self.streams))
+                yield FieldProblem(stream.at("per"), _unknown("record type", per, self.streams))
             elif per is not None:
                 stream.parent = self.streams[per]
-                self.streams[per].children.append(stream)
-        needs = {name: stream.needs() for name, stream in self.streams.items()}
+                stream.parent.children.append(stream)
         try:
+            needs = {name: stream.needs() for name, stream in self.streams.items()}
             order = _ordered(needs)
-            trees = {name: self.streams[name].root.name for name in order}
-            between = {trees[name]: [trees[o] for n in order if trees[n] == trees[name] for o in needs[n]] for name in order}
-            roots = _ordered({root: [other for other in others if other != root] for root, others in between.items()})
+            tree = {name: self.streams[name].root.name for name in order}
+            # a tree of types is made as a whole, so trees have an order too
+            between = {top: [tree[o] for n in order if tree[n] == top for o in needs[n]] for top in tree.values()}
+            tops = _ordered({top: [other for other in others if other != top] for top, others in between.items()})
         except ValueError as cycle:
-            yield FieldProblem(self.where or "schema", f"these record types need each other: {cycle}")
+            yield FieldProblem(where, f"these record types need each other: {cycle}")
             return
-        self.streams = {name: self.streams[name] for root in roots for name in order if trees[name] == root}
+        self.streams = {name: self.streams[name] for top in tops for name in order if tree[name] == top}
         for stream in self.streams.values():
-            if stream.parent:
-                stream.bound *= stream.parent.bound
-            family = math.prod(s.spec.range[1] for s in [stream, *stream.ancestors()[:-1]] if s.parent)
-            if family > MAX_FAMILY:
-                yield FieldProblem(f"{stream.path}.count".lstrip("."), f"at most {MAX_FAMILY} records are made per record")
+            stream.children = [s for s in self.streams.values() if s.parent is stream]
+            stream.bound *= stream.parent.bound if stream.parent else 1
+            if math.prod(s.spec.range[1] for s in [stream, *stream.ancestors()] if s.parent) > MAX_FAMILY:
+                yield FieldProblem(stream.at("count"), f"one record can bring along at most {MAX_FAMILY}")
             try:
                 stream.order()
             except ValueError as cycle:
-                yield FieldProblem(f"{stream.path}.schema".lstrip("."), f"these fields need each other: {cycle}")
+                yield FieldProblem(stream.at("schema"), f"these fields need each other: {cycle}")
 
-    def _compile(self) -> Iterator[FieldProblem]:
-        """Compile every field for every locale; once more, should a field turn out to be of two kinds."""
-        mixed = -1
-        while mixed < len(self.mixed):
-            mixed = len(self.mixed)
-            for stream in self.streams.values():
-                stream.steps, stream.late_steps, stream.seen, stream.size = [], [], {}, 0
-            for locale in self.locales:
-                yield from self._compile_locale(locale)
-        room = BLOOM_BYTES // max(1, sum(len(s.seen) for s in self.streams.values()))
-        self.room = room
+    def _compile(self) -> list[FieldProblem]:
+        """Compile every field for every locale."""
+        problems: list[FieldProblem] = []
+        for locale in self.locales:
+            try:
+                fakers = {name: fast_faker(locale, s.rng, self.now) for name, s in self.streams.items()}
+            except AttributeError:
+                from faker.config import AVAILABLE_LOCALES
+
+                return [FieldProblem("locale", _unknown("locale", locale, AVAILABLE_LOCALES))]
+            for _, tree in itertools.groupby(self.streams.values(), key=lambda s: s.root):
+                streams = list(tree)
+                for stream in streams:
+                    stream.draws.append({})
+                    problems += stream.compile(fakers[stream.name], late=False)
+                for stream in reversed(streams):
+                    problems += stream.compile(fakers[stream.name], late=True)
         for stream in self.streams.values():
-            if stream.size // len(self.locales) > MAX_RECORD:
-                yield FieldProblem(f"{stream.path}.schema".lstrip("."), f"makes records longer than {MAX_RECORD} characters")
-
-    def _compile_locale(self, locale: str) -> Iterator[FieldProblem]:
-        try:
-            fakers = {name: fast_faker(locale, stream.rng, self.now) for name, stream in self.streams.items()}
-        except AttributeError:
-            from faker.config import AVAILABLE_LOCALES
-
-            yield FieldProblem("locale", _unknown("locale", locale, AVAILABLE_LOCALES))
-            return
-        for _, tree in itertools.groupby(self.streams.values(), key=lambda stream: stream.root):
-            streams = list(tree)
-            for stream in streams:
-                stream.steps.append([])
-                yield from stream.compile(fakers[stream.name], stream.early, stream.steps[-1])
-                stream.family[:] = [tuple(stream.values)]
-            for stream in reversed(streams):
-                stream.late_steps.append([])
-                yield from stream.compile(fakers[stream.name], stream.late, stream.late_steps[-1])
-                stream.family[:] = [tuple(stream.values)]
-
-    def locate(self, stream: _Stream, name: str, path: str) -> tuple[_Stream | None, str]:
-        """The related record type (None for the record's own) and the field that a name stands for."""
-        if name in stream.index:
-            return None, name
-        record_type, _, column = name.partition(".")
-        related = self.streams.get(record_type)
-        if related is None or column not in related.index:
-            names = [*stream.index, *(f"{s.name}.{c}" for s in self.streams.values() if s is not stream for c in s.index)]
-            raise _refusal([FieldProblem(path, _unknown("field", name, names))])
-        if related in stream.ancestors() and column in related.late:
-            raise _refusal([FieldProblem(path, f"{name} is only known once these records are made")])
-        return related, column
-
-    def child(self, stream: _Stream, name: str, path: str) -> tuple[_Stream, str]:
-        """The record type made per this one, and its field, that a name stands for."""
-        record_type, _, column = name.partition(".")
-        child = self.streams.get(record_type)
-        if child is None or child.parent is not stream or column not in child.index:
-            names = [f"{c.name}.{column}" for c in stream.children for column in c.index]
-            raise _refusal([FieldProblem(path, _unknown("field of a record type made per this one", name, names))])
-        return child, column
+            stream.finish()
+            if stream.size > MAX_RECORD * len(self.locales):
+                problems.append(FieldProblem(stream.at("schema"), f"makes records longer than {MAX_RECORD} characters"))
+        return problems
 
     def _expected(self) -> int:
         """How many rows there will be: those made, and the mean of what is to come."""
@@ -3188,154 +3164,84 @@ class Plan:
         return round(sum(expected.values()))
 
     def chunks(self, checkpoint: Json | None = None, past: Past | None = None, size: int = 500) -> Iterator[Chunk]:
-        """Make the rows, about `size` at a time (all that is made per a record comes with it), after `checkpoint`.
+        """Make the rows that come after `checkpoint`, about `size` at a time; a record brings along all made per it.
 
-        Each chunk is to be committed before the next is asked for: `past` reads committed rows. Without `past` the
-        plan remembers the rows itself, which is for a few of them. One iterator of a plan at a time.
+        Commit each chunk before asking for the next: `past` reads committed rows. Without a `past` the plan keeps the
+        rows itself, which is for a few. Use one iterator of a plan at a time. TaskError tells a value that fails.
         """
-        memory = _Memory(self.columns)
-        past = past or memory
-        self._resume(checkpoint, past)
+        memory = None if past else _Memory(self.columns)
+        keep: Any = past or memory
+        self._resume(checkpoint, keep)
         size = max(1, min(size, MAX_CHUNK // max(1, *(s.size for s in self.streams.values()))))
         for root in [stream for stream in self.streams.values() if not stream.parent]:
-            count, rows = root.many(0), self._no_rows()
-            while root.done < count:
-                self._grow(root, past, rows)
-                if root.done == count or sum(map(len, rows.values())) >= size:
-                    if past is memory:
-                        memory.extend(rows)
-                    yield Chunk(rows, sum(s.done for s in self.streams.values()), self._expected(), self._checkpoint())
-                    rows = self._no_rows()
+            while root.done < root.many(0):
+                rows = self._grow(root, keep, size)
+                if memory:
+                    memory.extend(rows)
+                yield Chunk(rows, sum(s.done for s in self.streams.values()), self._expected(), self._checkpoint())
 
-    def _no_rows(self) -> dict[str, list[tuple[Any, ...]]]:
-        return {name: [] for name in self.streams}
-
-    @staticmethod
-    def _grow(root: _Stream, past: Past, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+    def _grow(self, root: _Stream, past: Past, size: int) -> dict[str, list[Row]]:
+        """The next chunk of rows."""
+        rows: dict[str, list[Row]] = {name: [] for name in self.streams}
+        made, end = list(rows.values()), root.many(0)
         try:
-            root.grow(past, rows)
+            while root.done < end and sum(map(len, made)) < size:
+                root.family.clear()
+                root.grow(past, rows)
         except TaskError:
             raise
         except Exception as error:
-            raise TaskError(f"{root.name} number {root.done + 1}: {type(error).__name__}: {error}") from error
+            raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
+        return rows
 
     def _checkpoint(self) -> Json:
-        return {name: [stream.done, *_packed(stream.rng)] for name, stream in self.streams.items()}
+        checkpoint = {}
+        for name, stream in self.streams.items():
+            _, words, left_over = stream.rng.getstate()  # 625 words, and a normal draw kept for the next time
+            packed = base64.b64encode(struct.pack("<625I", *words)).decode()
+            checkpoint[name] = [stream.done, packed, left_over and left_over.hex()]
+        return checkpoint
 
     def _resume(self, checkpoint: Json | None, past: Past) -> None:
         """Put every type where the checkpoint says, or at its beginning."""
+        room = BLOOM_BYTES // max(1, sum(len(stream.seen) for stream in self.streams.values()))
         for i, (name, stream) in enumerate(self.streams.items()):
+            # the first type's values are stock Faker's under seed_instance(seed)
+            stream.rng.seed(stream.key if i else self.seed)
             stream.done = 0
-            # the first type's values are those of stock Faker under seed_instance(seed)
-            stream.rng.seed(self.seed if i == 0 else _key(self.seed, name))
             if checkpoint:
-                stream.done, *state = checkpoint[name]
-                _unpack(stream.rng, *state)
+                stream.done, packed, left_over = checkpoint[name]
+                words = struct.unpack("<625I", base64.b64decode(packed))
+                stream.rng.setstate((3, words, left_over and float.fromhex(left_over)))
             for lookup in stream.lookups.values():
-                lookup.block.clear()
+                lookup.block = {}
             for column in stream.seen:
-                seen = stream.seen[column] = _Seen(stream.bound, self.room)
+                stream.seen[column] = seen = _Seen(stream.bound, room)
                 for value in past.column(name, column) if stream.done else ():
                     seen.add(value)
 
 
-def _unknown(what: str, name: str, names: Iterable[str]) -> str:
-    hints = nearest(name, names)
-    return f"no such {what}: {name!r}" + (f"; did you mean {' or '.join(map(repr, hints))}?" if hints else "")
-
-
-def _storable(raw: Any) -> bool:
-    """Whether no text in it holds a NUL or half a surrogate pair: so no value made from it does."""
-    text = json.dumps(raw, ensure_ascii=False, default=str)
-    return "\\u0000" not in text and text.isascii() or not re.search(r"\\u0000|[\ud800-\udfff]", text)
-
-
-def _packed(rng: random.Random) -> tuple[str, str | None]:
-    """A Random's state as two texts: its 625 words, and the normal draw it has left over."""
-    _, words, left_over = rng.getstate()
-    return base64.b64encode(struct.pack("<625I", *words)).decode(), left_over and left_over.hex()
-
-
-def _unpack(rng: random.Random, words: str, left_over: str | None) -> None:
-    rng.setstate((3, struct.unpack("<625I", base64.b64decode(words)), left_over and float.fromhex(left_over)))
-
-
 class _Memory:
-    """A Past for plans that nobody stores, such as a preview."""
+    """A Past for a plan whose rows nobody stores, such as a preview."""
 
-    def __init__(self, columns: Mapping[str, Mapping[str, Kind]]) -> None:
+    def __init__(self, columns: Mapping[str, Iterable[str]]) -> None:
         self.index = {name: {column: i for i, column in enumerate(kinds)} for name, kinds in columns.items()}
-        self.kept: dict[str, list[tuple[Any, ...]]] = {name: [] for name in columns}
+        self.kept: dict[str, list[Row]] = {name: [] for name in columns}
 
-    def extend(self, rows: Mapping[str, list[tuple[Any, ...]]]) -> None:
+    def extend(self, rows: Mapping[str, list[Row]]) -> None:
         for name, more in rows.items():
             self.kept[name] += more
 
-    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Any, ...]]:
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
         slots = [self.index[record_type][name] for name in fields]
-        return [tuple(self.kept[record_type][o][slot] for slot in slots) for o in ordinals]
+        return [tuple([self.kept[record_type][o][slot] for slot in slots]) for o in ordinals]
 
     def column(self, record_type: str, field: str) -> Iterator[Any]:
-        slot = self.index[record_type][field]
-        return (row[slot] for row in self.kept[record_type])
+        return (row[self.index[record_type][field]] for row in self.kept[record_type])
 
 
-# ---- What there is to choose from ----
+# ---- Presets: plain schemas, to be read, copied and changed ----
 
-
-def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
-    """The types that a schema may use in this locale, built-in ones first: type, kind, sample, args, doc.
-
-    `query` keeps those whose name or description holds it. Raises BadRequest for an unknown locale.
-    """
-    wanted = (query or "").lower()
-    return [entry for entry in _entries(locale) if wanted in f"{entry['type']} {entry['doc']}".lower()]
-
-
-@functools.lru_cache(16)
-def _entries(locale: str) -> list[dict[str, Any]]:
-    built_in = [_entry(locale, name, cls.example, cls, _options(cls)) for name, cls in FIELD_TYPES.items()]
-    faker = fast_faker(locale, random.Random(0), EPOCH)
-    methods = []
-    for name, provider in _methods(faker).items():
-        stock = getattr(type(provider), name)
-        parameters = list(inspect.signature(stock).parameters.values())
-        args = [{"name": p.name, "default": p.default} for p in parameters if p.name != "self"]
-        with contextlib.suppress(BadRequest):
-            methods.append(_entry(locale, name, {"type": name}, stock, args))
-    return [*built_in, *methods]
-
-
-def _options(cls: type[FieldType]) -> list[dict[str, Any]]:
-    return [
-        {"name": option.alias or name, "default": None if option.is_required() else option.default}
-        for name, option in cls.model_fields.items()
-        if name not in FieldType.model_fields
-    ]
-
-
-def _entry(locale: str, name: str, example: dict[str, Any], documented: Any, args: list[dict[str, Any]]) -> dict[str, Any]:
-    """One type, with the value that its example makes among a few fields and types to refer to."""
-    fields = {"id": "sequence", "plan": {"type": "const", "value": "pro"}, "price": {"type": "decimal"}, "quantity": "int"}
-    records = {
-        "customer": {"count": 1, "schema": fields},
-        "sample": {"per": "customer", "count": 1, "schema": {**fields, "value": example}},
-        "item": {"per": "sample", "count": 2, "schema": {"amount": fields["price"]}},
-    }
-    plan = Plan(_specs(records), seed=1, now=datetime(2026, 1, 1, tzinfo=UTC), locale=locale)
-    (chunk,) = plan.chunks()
-    doc = inspect.cleandoc(documented.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    kind = plan.columns["sample"]["value"]
-    return {"type": name, "kind": kind, "sample": chunk.rows["sample"][0][-1], "args": args, "doc": doc, "example": example}
-
-
-def _specs(records: Mapping[str, Any]) -> dict[str, RecordSpec]:
-    return {name: RecordSpec.model_validate(spec) for name, spec in records.items()}
-
-
-# ---- Presets: schemas like anyone's ----
-
-_ID = "sequence"
 _PERSON: dict[str, Any] = {
     "id": "sequence",
     "firstName": "first_name",
@@ -3359,21 +3265,210 @@ _PERSON: dict[str, Any] = {
     "job": "job",
     "joined": {"type": "date", "from": "-5y", "to": "today"},
 }
-PRESETS: dict[str, dict[str, Any]] = {"person": {"schema": _PERSON}}
+_PRICE = {"type": "decimal", "min": "1.00", "max": "250.00", "mean": 40, "sd": 45}
+_STATUS = {"type": "choice", "values": {"paid": 20, "shipped": 20, "delivered": 55, "returned": 5}}
+_PRODUCT = {"type": "choice", "values": ["Lamp", "Chair", "Desk", "Shelf", "Mug", "Kettle", "Blanket", "Clock"]}
+_PART = {"type": "choice", "values": ["Oak", "Steel", "Linen", "Walnut", "Glass", "Cotton", "Brass", "Bamboo"]}
+PRESETS: dict[str, dict[str, Any]] = {
+    "person": {"schema": _PERSON},
+    "company": {
+        "schema": {
+            "id": "sequence",
+            "name": "company",
+            "domain": {"type": "template", "template": "{name|slug}.example", "unique": True},
+            "email": {"type": "template", "template": "info@{domain}"},
+            "phone": "phone_number",
+            **{field: _PERSON[field] for field in ("street", "city", "state", "postcode")},
+            "industry": {"type": "choice", "values": ["retail", "software", "health", "energy", "finance"]},
+            "employees": {"type": "int", "min": 1, "max": 20000, "mean": 200, "sd": 900},
+            "revenue": {"type": "decimal", "min": "10000.00", "max": "90000000.00"},
+            "founded": {"type": "date", "from": "-80y", "to": "-1y"},
+        }
+    },
+    "product": {
+        "schema": {
+            "id": "sequence",
+            "sku": {"type": "pattern", "pattern": "???-######", "unique": True},
+            "material": _PART,
+            "kind": _PRODUCT,
+            "name": {"type": "template", "template": "{material} {kind}"},
+            "price": _PRICE,
+            "costRate": {"type": "decimal", "min": "0.35", "max": "0.85"},
+            "cost": {"type": "product", "of": ["price", "costRate"], "places": 2},
+            "stock": {"type": "int", "min": 0, "max": 500},
+            "rating": {"type": "float", "min": 1, "max": 5, "mean": 4.1, "sd": 0.6, "round": 1, "null": 0.1},
+            "addedAt": {"type": "datetime", "from": "-3y", "to": "now"},
+        }
+    },
+    "order": {
+        "schema": {
+            "id": "sequence",
+            "number": {"type": "pattern", "pattern": "%#######", "unique": True},
+            "firstName": "first_name",
+            "lastName": "last_name",
+            "customer": {"type": "template", "template": "{firstName} {lastName}"},
+            "email": {"type": "template", "template": "{firstName|slug}.{lastName|slug}@example.com"},
+            "status": _STATUS,
+            "price": _PRICE,
+            "quantity": {"type": "int", "min": 1, "max": 6},
+            "total": {"type": "product", "of": ["price", "quantity"], "places": 2},
+            "currency": {"type": "const", "value": "EUR"},
+            "placedAt": {"type": "datetime", "from": "-1y", "to": "-10d"},
+            "paidAt": {"type": "datetime", "from": "{placedAt}", "to": "{placedAt}+1h"},
+            "shippedAt": {"type": "datetime", "from": "{paidAt}+1h", "to": "{paidAt}+3d"},
+        }
+    },
+    "transaction": {
+        "schema": {
+            "id": "uuid",
+            "account": "iban",
+            "at": {"type": "datetime", "from": "-90d", "to": "-2d"},
+            "bookedAt": {"type": "datetime", "from": "{at}", "to": "{at}+2d"},
+            "direction": {"type": "choice", "values": {"debit": 80, "credit": 20}},
+            "amount": {"type": "decimal", "min": "0.50", "max": "5000.00", "mean": 60, "sd": 250},
+            "currency": {"type": "const", "value": "EUR"},
+            "counterparty": "company",
+            "reference": {"type": "pattern", "pattern": "??##-####-####", "unique": True},
+        }
+    },
+    "event": {
+        "schema": {
+            "id": "uuid",
+            "at": {"type": "datetime", "from": "-7d", "to": "now", "ms": True},
+            "name": {"type": "choice", "values": {"page_view": 70, "search": 15, "add_to_cart": 10, "purchase": 5}},
+            "userId": {"type": "int", "min": 1, "max": 10000, "null": 0.3},
+            "sessionId": "uuid",
+            "path": "uri_path",
+            "ip": "ipv4",
+            "userAgent": "user_agent",
+            "properties": {"type": "object", "fields": {"ms": {"type": "int", "min": 5, "max": 900}, "term": "word"}},
+        }
+    },
+    "ticket": {
+        "schema": {
+            "id": "sequence",
+            "subject": "sentence",
+            "firstName": "first_name",
+            "lastName": "last_name",
+            "requester": {"type": "template", "template": "{firstName} {lastName}"},
+            "email": {"type": "template", "template": "{firstName|slug}.{lastName|slug}@example.com"},
+            "priority": {"type": "choice", "values": {"low": 30, "normal": 50, "high": 15, "urgent": 5}},
+            "tags": {"type": "list", "of": "word", "min": 0, "max": 3},
+            "openedAt": {"type": "datetime", "from": "-180d", "to": "-10d"},
+            "answeredAt": {"type": "datetime", "from": "{openedAt}", "to": "{openedAt}+2d"},
+            "closedAt": {"type": "datetime", "from": "{answeredAt}", "to": "{answeredAt}+7d", "null": 0.2},
+        }
+    },
+    "shop": {
+        "records": {
+            "customer": {"schema": _PERSON},
+            "order": {
+                "per": "customer",
+                "count": [0, 6],
+                "schema": {
+                    "id": "sequence",
+                    "customerId": {"type": "ref", "field": "customer.id"},
+                    "placedAt": {"type": "datetime", "from": "{customer.joined}", "to": "now"},
+                    "status": _STATUS,
+                    "currency": {"type": "const", "value": "EUR"},
+                    "total": {"type": "sum", "field": "item.amount", "places": 2},
+                },
+            },
+            "item": {
+                "per": "order",
+                "count": [1, 5],
+                "schema": {
+                    "id": "sequence",
+                    "orderId": {"type": "ref", "field": "order.id"},
+                    "product": _PRODUCT,
+                    "price": _PRICE,
+                    "quantity": {"type": "int", "min": 1, "max": 4},
+                    "amount": {"type": "product", "of": ["price", "quantity"], "places": 2},
+                },
+            },
+        }
+    },
+}
+
+
+def _specs(records: Mapping[str, Any]) -> dict[str, RecordSpec]:
+    return {name: RecordSpec.model_validate(spec) for name, spec in records.items()}
 
 
 def preset_records(name: str, count: int) -> dict[str, RecordSpec]:
-    """The record types of a preset, `count` of the first. Raises BadRequest for a name that is no preset."""
-    preset = PRESETS.get(name)
-    if preset is None:
-        raise _refusal([FieldProblem("recordType", _unknown("preset", name, PRESETS))])
-    records = preset.get("records") or {name: preset}
-    return _specs({key: {"count": count, **spec} if i == 0 else spec for i, (key, spec) in enumerate(records.items())})
+    """The record types of a preset, `count` records of the first. BadRequest names the nearest presets."""
+    if name not in PRESETS:
+        raise _refusal(FieldProblem("recordType", _unknown("preset", name, PRESETS)))
+    records = PRESETS[name].get("records") or {name: PRESETS[name]}
+    return _specs({key: {"count": count, **spec} for key, spec in records.items()})
+
+
+# ---- What there is to choose from ----
+
+
+def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
+    """The types that a schema may use in this locale, built-in ones first: type, kind, sample, args, doc, example.
+
+    `args` are objects with name and default (null if there is none). `query` keeps the types whose name or description
+    holds it. Raises BadRequest for an unknown locale.
+    """
+    wanted = (query or "").lower()
+    return [entry for entry in _entries(locale) if wanted in f"{entry['type']} {entry['doc']}".lower()]
+
+
+@functools.lru_cache(8)
+def _entries(locale: str) -> list[dict[str, Any]]:
+    samples = _samples(locale, {name: cls.example for name, cls in FIELD_TYPES.items()})  # refuses an unknown locale
+    generator = fast_faker(locale, random.Random(0), EPOCH)
+    methods = {name: getattr(type(_provider(generator, name)), name) for name in _methods(generator)}
+    samples |= _samples(locale, {name: {"type": name} for name in methods if name not in FIELD_TYPES})
+    entries = []
+    for name, (kind, sample) in samples.items():
+        model = FIELD_TYPES.get(name)
+        doc = inspect.getdoc(model or methods[name]) or ""
+        entry = {"type": name, "kind": kind, "sample": sample, "args": _args(model, methods.get(name)), "doc": doc}
+        entries.append({**entry, "example": model.example} if model else entry)
+    return entries
+
+
+def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
+    """A type's options or a method's arguments, each with its default."""
+    if model:
+        options = {f.alias or name: f for name, f in model.model_fields.items() if name not in FieldType.model_fields}
+        defaults = {name: None if f.is_required() else f.default for name, f in options.items()}
+    else:
+        defaults = {name: p.default for name, p in inspect.signature(method).parameters.items() if name != "self"}
+    return [{"name": n, "default": d if type(d) in (str, int, float, bool) else None} for n, d in defaults.items()]
+
+
+def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, Any]]:
+    """The kind of each of these fields and a value; those that make none, for want of arguments, are left out."""
+    common = {"id": "sequence", "plan": {"type": "const", "value": "pro"}, "price": _PRICE, "quantity": "int"}
+    chosen = {f"sample {name}": spec for name, spec in fields.items()}
+    records = {
+        "customer": {"count": 1, "schema": {"id": "sequence"}},
+        "sample": {"per": "customer", "count": 1, "schema": {**common, **chosen}},
+        "item": {"per": "sample", "count": 2, "schema": {"amount": _PRICE}},
+    }
+    try:
+        plan = Plan(_specs(records), seed=1, now=datetime(2026, 1, 1, tzinfo=UTC), locale=locale)
+    except BadRequest as refusal:
+        at = "records.sample.schema.sample"
+        faulty = {n for n in fields for p in refusal.fields if f"{p.field}.".startswith(f"{at} {n}.")}
+        if not faulty:
+            raise
+        return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
+    row = dict(zip(plan.columns["sample"], next(plan.chunks()).rows["sample"][0], strict=True))
+    load: dict[str, Callable[[Any], Any]] = {"json": json.loads, "bool": bool}
+    kinds = plan.columns["sample"]
+    return {n: (kinds[c], load.get(kinds[c], lambda v: v)(row[c])) for n, c in zip(fields, chosen, strict=True)}
 
 
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
+_LEAST_FREE = 16 * 2**20  # bytes to leave free on the disk, or a 64th of a small one
+_NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
 
 
@@ -3481,12 +3576,28 @@ class Draft:
             self._path.unlink(missing_ok=True)
 
 
+class _OpenFile(io.FileIO):
+    """A file opened for a download; the folder keeps count of them."""
+
+    def __init__(self, path: Path, in_use: Counter[Path]):
+        super().__init__(path)
+        self._path, self._in_use = path, in_use
+        in_use[path] += 1
+
+    def close(self) -> None:
+        """Closes, once."""
+        if not self.closed:
+            self._in_use[self._path] -= 1
+        super().close()
+
+
 class DataFolder:
     """The data folder: drafts in tmp, finished files in uploads and exports."""
 
     def __init__(self, root: Path):
         self.root = root.absolute()
         self.tmp = self.root / "tmp"
+        self._in_use: Counter[Path] = Counter()
         for folder in (self.tmp, self.root / "uploads", self.root / "exports"):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -3507,15 +3618,42 @@ class DataFolder:
     def open(self, file: StoredFile) -> BinaryIO:
         """Opens a job's file for reading; NotFound if it is gone."""
         try:
-            return (self.root / file.path).open("rb")
+            return cast(BinaryIO, _OpenFile(self.root / file.path, self._in_use))
         except OSError:
             raise NotFound("the file is gone from the data folder") from None
 
+    def in_use(self, file: StoredFile) -> bool:
+        """True while somebody downloads the file."""
+        return self._in_use[self.root / file.path] > 0
+
+    def free_space(self) -> int:
+        """Bytes that are free on the disk; raises DiskFull when they are few, StorageError if that cannot be told."""
+        with _disk_errors():
+            usage = shutil.disk_usage(self.root)
+        if usage.free < min(_LEAST_FREE, usage.total // 64):
+            raise DiskFull(f"the disk is nearly full: {usage.free // 2**20} MiB are free")
+        return usage.free
+
     def probe(self) -> None:
         """Really writes to the disk; raises DiskFull or StorageError if that fails."""
+        self.free_space()
         with Draft(self.root) as draft:
             draft.write(b"\0" * _BLOCK)
             draft.flush()
+
+
+def file_system_check(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
+    """`local`, or a warning: SQLite's locks cannot be trusted across a network."""
+    if str(folder).startswith("\\\\"):
+        return "network share: keep the data folder on a local disk"
+    try:
+        entries = [line.split()[1:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return "local, as far as can be told"
+    holding = [(point, system) for point, system in entries if folder.is_relative_to(point)]
+    system = max(holding, default=("", ""), key=lambda entry: len(entry[0]))[1]
+    return f"{system} is a network file system: keep the data folder on a local disk" if (
+        system in _NETWORK_SYSTEMS) else "local"
 
 
 class Received(NamedTuple):
@@ -3718,6 +3856,8 @@ class ExportWriter:
 class JobRequest(Shape):
     """Base of the requests that make a job."""
 
+    after: str | None = Field(None, description="A job that has to be completed before this one runs.")
+
     def accepted(self, settings: Settings, clock: Clock) -> Self:
         """The request with its defaults filled in, after checks that need settings; raises BadRequest."""
         return self
@@ -3793,13 +3933,16 @@ def job_type(name: str, model: type[R], *, posted: bool = True) -> Callable[
     return register
 
 
+_CHECKED: dict[str, int] = {}  # recipes that were found good, and how many records they make
+
+
 class GenerateRequest(JobRequest):
     """Records to make: `recordType` and `count`, with a schema unless the type is a preset; or `records`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"recordType": "person", "count": 1000, "seed": 42}]})
 
     record_type: NewRecordType | None = Field(None, description="Table the records go to (default: person).")
-    count: int | None = Field(None, ge=1, description="How many, up to TASKAPI_MAX_RECORDS.")
+    count: int | None = Field(None, ge=1, le=2**63 - 1, description="How many, up to TASKAPI_MAX_RECORDS.")
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
     locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
     now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
@@ -3814,11 +3957,26 @@ class GenerateRequest(JobRequest):
             "now": instant(clock()) if self.now is None else self.now,
             "locale": self.locale or "en_US",
             "record_type": None if self.records else self.record_type or "person"})
-        plan = filled.plan()
-        if plan.total > settings.max_records:
+        if filled._checked_total() > settings.max_records:
             raise BadRequest(f"that is more than {settings.max_records} records (TASKAPI_MAX_RECORDS)",
                              [FieldProblem("count", f"must be at most {settings.max_records}")])
         return filled
+
+    def _checked_total(self) -> int:
+        """How many records the recipe makes; raises BadRequest.
+
+        Checking a recipe costs many times what answering does, and clients post the same one again and again, so that
+        the last ones are remembered: by all that the check looks at, which of `now` is the day.
+        """
+        recipe = self.model_copy(update={"seed": 0, "after": None, "now": str(self.now)[:10]})
+        key = recipe.model_dump_json()
+        total = _CHECKED.get(key)
+        if total is None:
+            total = self.plan().total
+            if len(_CHECKED) >= 256:
+                _CHECKED.clear()
+            _CHECKED[key] = total
+        return total
 
     @property
     def makes(self) -> str | None:
@@ -4029,6 +4187,58 @@ class InlineRunner:
         """Nothing runs between calls, so there is nothing to end."""
 
 
+_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10, 60, 600)  # seconds
+_METRICS = {  # name: (Prometheus type, help)
+    "jobs_total": ("counter", "Jobs that ended, by type and status."),
+    "job_seconds": ("histogram", "Time from the last start of a job to its end, by type."),
+    "records_total": ("counter", "Records that completed jobs wrote."),
+    "file_bytes_total": ("counter", "Bytes of the files that completed jobs stored."),
+    "requests_total": ("counter", "HTTP requests, by method, route and status."),
+    "request_seconds": ("histogram", "Time to answer an HTTP request, by route."),
+    "jobs_pending": ("gauge", "Jobs that wait."),
+    "jobs_in_progress": ("gauge", "Jobs that run."),
+    "oldest_pending_seconds": ("gauge", "Age of the job that waits longest."),
+    "uptime_seconds": ("gauge", "Time since the service was opened."),
+}
+
+
+class Metrics:
+    """Counts since the service was opened, in the text format of Prometheus."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[tuple[str, str, str], float] = defaultdict(float)  # by metric, suffix and labels
+
+    @staticmethod
+    def _labels(labels: Mapping[str, object]) -> str:
+        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels.items())
+
+    def add(self, name: str, amount: float = 1, **labels: object) -> None:
+        """Adds to a counter."""
+        with self._lock:
+            self._values[name, "", self._labels(labels)] += amount
+
+    def observe(self, name: str, seconds: float, **labels: object) -> None:
+        """Adds one time to a histogram."""
+        with self._lock:
+            for bound in (*_BUCKETS, "+Inf"):
+                self._values[name, "_bucket", self._labels({**labels, "le": bound})] += (
+                    bound == "+Inf" or seconds <= float(bound))
+            self._values[name, "_sum", self._labels(labels)] += seconds
+            self._values[name, "_count", self._labels(labels)] += 1
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """All of them; `gauges` are the values of this moment."""
+        with self._lock:
+            values = dict(self._values) | {(name, "", ""): value for name, value in gauges.items()}
+        lines = []
+        for name, (kind, about) in _METRICS.items():
+            lines += [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
+            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:g}"
+                      for (metric, suffix, labels), value in values.items() if metric == name]
+        return "\n".join(lines) + "\n"
+
+
 class _Task(NamedTuple):
     """A claimed job and its function, paused at a yield."""
 
@@ -4051,6 +4261,7 @@ class JobQueue:
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
         self._own_threads = runner is None
         self._runner: Runner = runner or ThreadPoolExecutor(settings.workers, thread_name_prefix="taskapi-worker")
+        self.metrics = Metrics()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
         self._wakes = 0  # counts wake-ups, so that one that comes while the last worker looks is not lost
@@ -4063,8 +4274,12 @@ class JobQueue:
 
     # From outside
 
-    def start(self) -> None:
-        """Takes up what an earlier process left, and begins to work."""
+    def start(self, first: Callable[[Callable[[], bool]], None]) -> int:
+        """Takes up what an earlier process left, and begins to work; returns how many stray files it removed.
+
+        `first` is called before anything else in the background, with a function that says when it should give up.
+        """
+        self._first = first
         for job in self.jobs.recover(self._settings.max_attempts):
             _LOG.warning("job %s (%s) was interrupted in attempt %d; now %s", job.job_id, job.type, job.attempt,
                          job.status)
@@ -4075,8 +4290,10 @@ class JobQueue:
             self._keeper = threading.Thread(target=self._keep, name="taskapi-keeper", daemon=True)
             self._keeper.start()
         else:
+            first(self._stopping.is_set)
             self._discard_orphans()
             self.wake()
+        return swept
 
     def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
@@ -4084,7 +4301,7 @@ class JobQueue:
         self._refuse_when_stopping()
         accepted = request.accepted(self._settings, self._clock)
         job, new = self.jobs.insert(job_type_name, accepted.model_dump(mode="json", exclude_none=True),
-                                    record_type=accepted.makes, key=key, key_hash=key_hash,
+                                    record_type=accepted.makes, after=accepted.after, key=key, key_hash=key_hash,
                                     max_pending=self._settings.max_pending)
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
@@ -4111,6 +4328,7 @@ class JobQueue:
         if not new:
             self._folder.remove(outcome.file)
         _LOG.info("job %s %s completed", job.job_id, job.type)
+        self._count(job)
         return job, new
 
     def _run_out(self, steps: JobSteps) -> Outcome:
@@ -4264,7 +4482,13 @@ class JobQueue:
             return self._parked.popleft() if self._parked else None
 
     def _claim(self) -> _Task | None:
-        claimed = self.jobs.claim()
+        for job in self.jobs.fail_followers():
+            _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
+            self._announce([job.job_id])
+        with self._state:
+            # One at a time after a crash, so that a job that kills the process cannot use up its neighbours' attempts.
+            suspects = all(context.job.attempt <= 1 for context in self._running.values())
+        claimed = self.jobs.claim(suspects=suspects)
         if not claimed:
             return None
         job, checkpoint = claimed
@@ -4294,6 +4518,7 @@ class JobQueue:
         until = monotonic() + _SLICE_SECONDS
         try:
             while not task.context.interruption:
+                self._folder.free_space()
                 next(task.steps)
                 if monotonic() > until and self._others_wait():
                     with self._state:
@@ -4317,7 +4542,7 @@ class JobQueue:
         job = task.context.job
         task.steps.close()
         if task.context.interruption == "stopped":
-            self._settle(job, lambda: self.jobs.release(job, charged=False))
+            self._settle(job, lambda: self.jobs.release(job, "the server was stopped", charged=False))
         else:
             self._settle(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, "canceled by a client"))
 
@@ -4331,7 +4556,7 @@ class JobQueue:
         elif isinstance(error, StorageError) and not isinstance(error, DiskFull) and (
                 job.attempt < self._settings.max_attempts):
             _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, error)
-            self._settle(job, lambda: self.jobs.release(job, charged=True))
+            self._settle(job, lambda: self.jobs.release(job, str(error), charged=True))
         elif isinstance(error, (TaskError, ValidationError)):
             self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
         else:
@@ -4360,15 +4585,29 @@ class JobQueue:
             self._running.pop(job.job_id, None)
             self._state.notify_all()
         if job.status.finished:
+            self._count(job)
             self._announce([job.job_id])
+
+    def _count(self, job: Job) -> None:
+        self.metrics.add("jobs_total", type=job.type, status=job.status)
+        if job.started_at and job.finished_at:
+            took = datetime.fromisoformat(job.finished_at) - datetime.fromisoformat(job.started_at)
+            self.metrics.observe("job_seconds", max(0.0, took.total_seconds()), type=job.type)
+        if job.record_type and job.result:
+            self.metrics.add("records_total", job.result.get("records", 0))
+        if job.file:
+            self.metrics.add("file_bytes_total", job.file.bytes)
 
     # In the background
 
     def _keep(self) -> None:
         """Housekeeping: finishes what is left to delete, and wakes the workers now and then, for what errors left."""
+        self.wake()
+        self._first(self._stopping.is_set)
         while True:
             try:
                 self._discard_orphans()
+                self._retire()
                 self.wake()
             except StorageError as error:
                 _LOG.warning("housekeeping has to wait: %s", error)
@@ -4376,6 +4615,15 @@ class JobQueue:
                 _LOG.exception("housekeeping met a bug")
             if self._stopping.wait(1.0):
                 return
+
+    def _retire(self) -> None:
+        """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
+        if self._settings.retention_days:
+            limit = self._clock() - timedelta(days=self._settings.retention_days)
+            for job_id in self.jobs.finished_before(instant(limit), 50):
+                file = self.jobs.get(job_id).file
+                if not file or not self._folder.in_use(file):
+                    self.remove(job_id)
 
     def _discard_orphans(self) -> None:
         for job_id in self.records.orphans():
@@ -4405,15 +4653,47 @@ class Engine:
                 self._database = Database(settings.database_path)
                 undo.callback(self._database.close)
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
-                self.queue.start()
+                self._check()
             except (OSError, StorageError) as error:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
             undo.pop_all()
 
+    def _check(self) -> None:
+        """Looks the folder over, starts the work, and notes what was found."""
+        unclean = any(lock.unclean for lock in self._locks)
+        self.checks = {"sqlite": sqlite_check(), "fileSystem": file_system_check(self.folder.root),
+                       "freeSpace": f"{self.folder.free_space() // 2**20} MiB",
+                       "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
+        self._damage: str | None = None
+        removed = self.queue.start(self._check_integrity if unclean else lambda interrupted: None)
+        self.checks["strayFiles"] = f"{removed} removed"
+        for name, found in self.checks.items():
+            (_LOG.warning if "network" in found else _LOG.info)("check %s: %s", name, found)
+
+    def _check_integrity(self, interrupted: Callable[[], bool]) -> None:
+        """After an unclean stop: reads the whole database, in the background, since that may take long."""
+        try:
+            found = self._database.quick_check(interrupted)
+        except Interrupted:
+            return
+        except StorageError as error:
+            found = str(error)
+        self.checks["integrity"] = found
+        self._damage = None if found == "ok" else f"the database is damaged: {found}"
+        (_LOG.error if self._damage else _LOG.info)("check integrity: %s", found)
+
     def announce(self, url: str) -> None:
         """Tells other processes where this one serves."""
         for lock in self._locks:
-            lock.describe({**self._holder, "url": url})
+            lock.describe(url=url)
+
+    def gauges(self) -> dict[str, float]:
+        """The metrics of this moment."""
+        pending, in_progress = self.queue.jobs.counts()
+        oldest = self.queue.jobs.oldest_pending()
+        age = (self.clock() - datetime.fromisoformat(oldest)).total_seconds() if oldest else 0
+        return {"jobs_pending": pending, "jobs_in_progress": in_progress, "oldest_pending_seconds": max(0.0, age),
+                "uptime_seconds": monotonic() - self._started}
 
     def enqueue(self, job_type_name: str, request: Mapping[str, Json]) -> Job:
         """Makes a job as POST would; raises BadRequest."""
@@ -4448,6 +4728,9 @@ class Engine:
         except StorageError as error:
             database = "unavailable"
             errors.append(str(error))
+        if self._damage:
+            database = "unavailable"
+            errors.append(self._damage)
         try:
             self.queue.check()
         except Unavailable as error:
@@ -4456,7 +4739,7 @@ class Engine:
         return Health.model_validate({
             "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
             "in_progress": in_progress, "workers": self.settings.workers,
-            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "links": LINKS})
+            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": self.checks, "links": LINKS})
 
     def close(self, seconds: float = 2.0) -> bool:
         """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time."""
@@ -4590,7 +4873,13 @@ def _idempotency_key(call: Call) -> str | None:
     return key
 
 
-@route("POST", "/upload", {201: Job})
+class UploadForm(Shape):
+    """The parts of an upload."""
+
+    file: bytes = Field(description="The file; its name tells its type.", json_schema_extra={"format": "binary"})
+
+
+@route("POST", "/upload", {201: Job, 409: ErrorBody}, body=UploadForm)
 def post_upload(call: Call) -> bottle.HTTPResponse:
     """Takes one file, as multipart/form-data with a part named `file`."""
     engine = call.engine
@@ -4662,11 +4951,17 @@ def delete_job(call: Call, job_id: str) -> bottle.HTTPResponse:
     return bottle.HTTPResponse(b"", 204)
 
 
-@route("GET", "/records", {200: dict})
+class RecordTypes(Shape):
+    """All record types."""
+
+    items: list[RecordTypeInfo]
+    next: str | None = None
+
+
+@route("GET", "/records", {200: RecordTypes})
 def get_record_types(call: Call) -> bottle.HTTPResponse:
     """The record types, with counts and fields."""
-    return reply({"items": [info.model_dump() | {"links": {"records": f"/records/{info.record_type}"}}
-                            for info in call.engine.queue.records.types()], "next": None})
+    return reply(RecordTypes(items=call.engine.queue.records.types()))
 
 
 class RecordsQuery(Shape):
@@ -4679,7 +4974,14 @@ class RecordsQuery(Shape):
     after: int | None = Field(None, ge=0, le=2**63 - 1, description="The `next` of the page before.")
 
 
-@route("GET", "/records/{recordType}", {200: dict, 404: ErrorBody}, query=RecordsQuery)
+class RecordPage(Shape):
+    """Records of one type, as objects of their fields."""
+
+    items: list[dict[str, Json]]
+    next: str | None
+
+
+@route("GET", "/records/{recordType}", {200: RecordPage, 404: ErrorBody}, query=RecordsQuery)
 def get_records(call: Call, record_type: str) -> bottle.HTTPResponse:
     """Records of one type, oldest first, a page at a time."""
     query = call.query(RecordsQuery)
@@ -4767,6 +5069,13 @@ def get_download(call: Call, job_id: str) -> bottle.HTTPResponse:
     return bottle.HTTPResponse(body, status, headers)
 
 
+@route("GET", "/metrics", {200: str})
+def get_metrics(call: Call) -> bottle.HTTPResponse:
+    """Figures for Prometheus."""
+    text = call.engine.queue.metrics.text(call.engine.gauges())
+    return bottle.HTTPResponse(text.encode(), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
 class FieldsQuery(Shape):
     """Query of GET /fields."""
 
@@ -4776,7 +5085,14 @@ class FieldsQuery(Shape):
     q: str | None = Field(None, description="Words to look for in names and descriptions.", max_length=100)
 
 
-@route("GET", "/fields", {200: dict}, query=FieldsQuery)
+class FieldList(Shape):
+    """What a schema may use."""
+
+    items: list[dict[str, Json]]
+    presets: dict[str, Json] | None = Field(None, description="Only where nothing was searched for.")
+
+
+@route("GET", "/fields", {200: FieldList}, query=FieldsQuery)
 def get_fields(call: Call) -> bottle.HTTPResponse:
     """The types and Faker methods that a schema may use; without a search, the presets too."""
     query = call.query(FieldsQuery)
@@ -4784,7 +5100,13 @@ def get_fields(call: Call) -> bottle.HTTPResponse:
     return reply({"items": types} | ({} if query.q else {"presets": PRESETS}))
 
 
-@route("POST", "/preview", {200: dict}, body=GenerateRequest)
+class Preview(Shape):
+    """The records; for several types an object of such lists, by type."""
+
+    records: list[dict[str, Json]] | dict[str, list[dict[str, Json]]]
+
+
+@route("POST", "/preview", {200: Preview}, body=GenerateRequest)
 def post_preview(call: Call) -> bottle.HTTPResponse:
     """What /generate would make, up to 100 records, at once; nothing is stored."""
     request, _ = call.body(GenerateRequest)
@@ -4848,6 +5170,14 @@ def bug_report(what: str) -> TaskError:
     return TaskError(f"internal error {number}: the server's log has the details")
 
 
+def check_path(raw: str) -> None:
+    """Refuses a path that is not UTF-8; Bottle leaves its bad bytes out. `raw` is in WSGI's Latin-1 form."""
+    try:
+        raw.encode("latin-1").decode()
+    except UnicodeError:
+        raise BadRequest("the path is not UTF-8") from None
+
+
 class _Gate:
     """The one Bottle plugin: checks before each handler, failures into answers, headers on all of them."""
 
@@ -4856,15 +5186,24 @@ class _Gate:
     def __init__(self, engine: Engine):
         self._engine = engine
 
-    def apply(self, callback: Callable[..., Any], _: bottle.Route) -> Callable[..., bottle.HTTPResponse]:
+    def apply(self, callback: Callable[..., Any], entry: bottle.Route) -> Callable[..., bottle.HTTPResponse]:
         """Wraps a handler."""
-        return lambda **arguments: self.answer(callback, **arguments)
+        return lambda **arguments: self.measured(entry.rule, callback, **arguments)
+
+    def measured(self, rule: str, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
+        """Like `answer`, and counted under the route's rule."""
+        began, metrics = monotonic(), self._engine.queue.metrics
+        response = self.answer(handler, **arguments)
+        metrics.observe("request_seconds", monotonic() - began, route=rule)
+        metrics.add("requests_total", method=bottle.request.method, route=rule, status=response.status_code)
+        return response
 
     def answer(self, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
         """What the handler answers, or the answer to what it raises."""
         call = Call(self._engine)
         what = f"{call.method} {bottle.request.path}"
         try:
+            check_path(call.environ.get("bottle.raw_path", ""))
             check_head(call.method, bottle.request.path, call.header, call.length, self._engine.settings,
                        self._engine.allowed_hosts)
             response = handler(call, **arguments)
@@ -4890,8 +5229,79 @@ def _routes() -> list[Route]:
         post_job.__doc__ = kind.run.__doc__
         return post_job
 
-    return [*ROUTES, *(Route("POST", f"/{kind.name}", poster(kind), None, kind.model, {202: Job})
+    return [*ROUTES, *(Route("POST", f"/{kind.name}", poster(kind), None, kind.model, {202: Job, 409: ErrorBody})
                        for kind in JOB_TYPES.values() if kind.posted)]
+
+
+_COMMON_ANSWERS = {400: "The request is wrong; `fields` says where.", 403: "A web page of another site sent it.",
+                   421: "The Host is not one of ours.", 431: "The headers are too large.",
+                   500: "The database or the disk cannot be used, or a bug.", 503: "Busy, stopping, or health is down.", 413: "The JSON body is over 1 MiB.",
+                   415: f"The body is not {_JSON_TYPE}."}
+
+
+def _reference(shape: type) -> Json:
+    return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, Shape) else {"type": "object"}
+
+
+def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json]:
+    """One operation of the OpenAPI document."""
+    makes_job = any(status in entry.answers for status in (201, 202))
+    parameters: list[Json] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                              for name in re.findall(r"{(\w+)}", entry.path)]
+    for name, schema in (schema_of(entry.query)["properties"] if entry.query else {}).items():
+        parameters.append({"name": name, "in": "query", "schema": schema,
+                           "description": schema.get("description", "")})
+    if makes_job and entry.body:
+        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 200},
+                           "description": "The same key with the same request answers the first job again."})
+    answers: dict[str, Json] = {}
+    json_body = entry.body is not None and entry.body is not UploadForm
+    refusals = [status for status in _COMMON_ANSWERS if json_body or status not in (413, 415)]
+    for status, shape in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
+        answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
+        if shape is bytes:
+            answer["content"] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+        elif shape is str:
+            answer["content"] = {"text/plain": {"schema": {"type": "string"}}}
+        elif shape is not None:
+            answer["content"] = {_JSON_TYPE: {"schema": _reference(shape)}}
+        if status in (201, 202):
+            answer["headers"] = {"Location": {"schema": {"type": "string"}, "description": "Where the job's status is."}}
+        if status == 503:
+            answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
+        answers[str(status)] = answer
+    summary = (entry.handler.__doc__ or "").strip()
+    operation: dict[str, Json] = {"operationId": "-".join([entry.method.lower(), *re.findall(r"\w+", entry.path)]), "summary": summary,
+                                  "parameters": parameters, "responses": dict(sorted(answers.items()))}
+    if entry.body:
+        media = _JSON_TYPE if json_body else "multipart/form-data"
+        operation["requestBody"] = {"required": True, "content": {media: {"schema": _reference(entry.body)}}}
+    return operation
+
+
+def openapi(routes: Iterable[Route]) -> dict[str, Json]:
+    """The OpenAPI 3.1 document, made from the routes and their models."""
+    routes = list(routes)
+    used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
+    shapes: set[type[Shape]] = {ErrorBody, *(shape for shape in used if isinstance(shape, type) and issubclass(shape, Shape))}
+    inputs = {entry.body for entry in routes} | {entry.query for entry in routes}
+    _, definitions = models_json_schema(
+        [(shape, "validation" if shape in inputs else "serialization")
+         for shape in sorted(shapes, key=lambda shape: shape.__name__)], ref_template="#/components/schemas/{model}")
+    schemas = definitions["$defs"]
+    paths: dict[str, dict[str, Json]] = {}
+    for entry in routes:
+        paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
+            entry, lambda shape: schemas[shape.__name__])
+    return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": schemas},
+            "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
+                     "description": "A data task server: generates records, takes uploads, writes exports."}}
+
+
+@route("GET", "/openapi.json", {200: dict})
+def get_openapi(call: Call) -> bottle.HTTPResponse:
+    """This description, for programs."""
+    return reply(openapi(_routes()))
 
 
 def build_app(engine: Engine) -> bottle.Bottle:
@@ -4907,7 +5317,8 @@ def build_app(engine: Engine) -> bottle.Bottle:
         """Bottle's own refusals (no such path, wrong method, a path that is not UTF-8), in our shape."""
         method, path = bottle.request.method, bottle.request.path
         if error.status_code == 405:
-            allow = error.headers.get("Allow", "")
+            allowed = set(error.headers.get("Allow", "").split(","))
+            allow = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
             raise MethodNotAllowed(f"{method} is not allowed here, but {allow}", headers={"Allow": allow})
         if error.status_code == 404:
             raise NotFound(f"there is nothing at {path}{did_you_mean(path, {entry.path for entry in routes})}")
@@ -4916,7 +5327,7 @@ def build_app(engine: Engine) -> bottle.Bottle:
         raise error.exception if isinstance(error.exception, Exception) else error
 
     def unrouted(error: bottle.HTTPError) -> bytes:
-        response = gate.answer(refuse, error=error)
+        response = gate.measured("none", refuse, error=error)
         response.apply(bottle.response)
         return cast(bytes, response.body)
 
