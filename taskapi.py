@@ -22,7 +22,7 @@ The file reads top-down; a room uses only the rooms above it.
  2 Settings   one model behind flags, environment, file and help
  3 Models     the shapes that go over the wire, and the moves a job may make
  4 Store      the only SQL: the job table and the record tables
- 5 Generator  a request in, rows out
+ 5 Generator  a checked recipe in, rows out; the only Faker
  6 Files      the data folder: drafts, uploads, exports
  7 Job types  what each job means: a model and a function
  8 Queue      who runs which job, and when
@@ -69,13 +69,15 @@ from bisect import bisect
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from email.utils import format_datetime
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import blake2b
+from html import escape
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
@@ -93,6 +95,7 @@ from typing import (
     Self,
     TypeVar,
     cast,
+    get_origin,
 )
 from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
@@ -114,9 +117,11 @@ from pydantic import (
     SkipValidation,
     ValidationError,
     computed_field,
+    model_serializer,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 from sqlite_utils import Migrations
 
@@ -164,6 +169,11 @@ class BadRequest(TaskError):
     """The request is wrong; `fields` says where."""
 
     http_status = 400
+
+    @classmethod
+    def of(cls, field: str, message: str) -> BadRequest:
+        """One field is wrong."""
+        return cls(f"{field}: {message}", [FieldProblem(field, message)])
 
 
 class CrossSite(TaskError):
@@ -301,6 +311,53 @@ def _comma_list(value: Json) -> Json:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _spelled_like(source: str, name: str) -> str:
+    """A setting's name in the way its source writes names: --max-records, TASKAPI_MAX_RECORDS or max_records."""
+    if source.startswith("--"):
+        return "--" + name.replace("_", "-")
+    return f"TASKAPI_{name.upper()}" if source.startswith("TASKAPI_") else name
+
+
+def _read_config(path: Path, required: bool) -> dict[str, tuple[str, Json]]:
+    """Keys of a TOML file as {setting: (name to show, value)}."""
+    if not required and not path.exists():
+        return {}
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"cannot read the settings file {path}: {error}") from None
+    return {key.lower(): (key, value) for key, value in entries.items()}
+
+
+def _flag_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="taskapi", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="A data task server: generates records, takes uploads and writes exports in the background.",
+        epilog="Each flag can be set as a variable too (--max-records: TASKAPI_MAX_RECORDS) or as a key of "
+               "taskapi.toml (max_records); flags win over variables, variables over the file.")
+    parser.add_argument("--version", action="version", version=f"taskapi {__version__}")
+    for name, field in fields.items():
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        note = f" (default: {default})" if default not in (None, "") else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS,
+                            help=f"{field.description}{note}")
+    return parser
+
+
+def _read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo]) -> dict[str, tuple[str, Json]]:
+    """Flags as {setting: (name to show, value)}; an unknown flag is kept so that the caller can name the nearest."""
+    parsed, unknown = _flag_parser(fields).parse_known_args(argv)
+    flags: dict[str, tuple[str, Json]] = {name: (f"--{name.replace('_', '-')}", value)
+                                          for name, value in vars(parsed).items()}
+    for word in unknown:
+        if not word.startswith("--"):
+            raise SettingError(f"unexpected argument {word!r}")
+        name = word.split("=")[0]
+        flags[name.removeprefix("--").replace("-", "_")] = (name, None)
+        break  # what follows an unknown flag may be its value
+    return flags
+
+
 class Settings(BaseModel):
     """Everything that can be set, each once: a flag, a `TASKAPI_` variable, a key of `taskapi.toml`, a README row."""
 
@@ -349,13 +406,12 @@ class Settings(BaseModel):
                             for name, value in environ.items() if name.startswith("TASKAPI_")}
         config = from_environment.pop("config", None)
         sources = _read_config(Path(config[1]) if config else folder / "taskapi.toml", required=bool(config))
-        sources |= from_environment | _read_flags(argv)
+        sources |= from_environment | _read_flags(argv, cls.model_fields)
         for key, (source, _) in sources.items():
             if key not in cls.model_fields:
-                style = {"-": "--{}", "T": "TASKAPI_{}"}.get(source[0], "{}")
-                known = [style.format(name.replace("_", "-") if source[0] == "-" else
-                                      name.upper() if source[0] == "T" else name) for name in cls.model_fields]
-                raise SettingError(f"unknown setting {source}{did_you_mean(source, known)}")
+                near = nearest(key, cls.model_fields, 1)
+                hint = f"; did you mean {_spelled_like(source, near[0])!r}?" if near else ""
+                raise SettingError(f"unknown setting {source}{hint}")
         try:
             return cls(**{key: value for key, (_, value) in sources.items()})
         except ValidationError as error:
@@ -372,45 +428,6 @@ class Settings(BaseModel):
             shown = f"`{default}`" if default not in (None, "") else ""
             rows.append(f"| `TASKAPI_{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |")
         return "\n".join(rows)
-
-
-def _read_config(path: Path, required: bool) -> dict[str, tuple[str, Json]]:
-    """Keys of a TOML file as {setting: (name to show, value)}."""
-    if not required and not path.exists():
-        return {}
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(f"cannot read the settings file {path}: {error}") from None
-    return {key.lower(): (key, value) for key, value in entries.items()}
-
-
-def _flag_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="taskapi", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="A data task server: generates records, takes uploads and writes exports in the background.",
-        epilog="Each flag can be set as a variable too (--max-records: TASKAPI_MAX_RECORDS) or as a key of "
-               "taskapi.toml (max_records); flags win over variables, variables over the file.")
-    parser.add_argument("--version", action="version", version=f"taskapi {__version__}")
-    for name, field in Settings.model_fields.items():
-        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS,
-                            help=f"{field.description}" + (f" (default: {default})" if default not in (None, "") else ""))
-    return parser
-
-
-def _read_flags(argv: Sequence[str]) -> dict[str, tuple[str, Json]]:
-    """Flags as {setting: (name to show, value)}; an unknown flag is kept so that the caller can name the nearest."""
-    parsed, unknown = _flag_parser().parse_known_args(argv)
-    flags: dict[str, tuple[str, Json]] = {name: (f"--{name.replace('_', '-')}", value)
-                                          for name, value in vars(parsed).items()}
-    for word in unknown:
-        if not word.startswith("--"):
-            raise SettingError(f"unexpected argument {word!r}")
-        name = word.split("=")[0]
-        flags[name.removeprefix("--").replace("-", "_")] = (name, None)
-        break  # what follows an unknown flag may be its value
-    return flags
 
 
 # ==== 3 Models: the shapes that go over the wire, and the moves a job may make ====
@@ -588,6 +605,12 @@ class Condition(Shape):
     like: str | None = Field(None, description="SQL pattern: % is any text, _ any character.", max_length=1000)
     null: bool | None = None
 
+    @model_serializer
+    def _given(self) -> dict[str, Json]:
+        """Only the operators that were given: one that compares with null is not the same as none."""
+        fields = type(self).model_fields
+        return {fields[name].alias or name: getattr(self, name) for name in fields if name in self.model_fields_set}
+
 
 class Filters(Shape):
     """Which records: all conditions have to hold."""
@@ -662,8 +685,10 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _exact_float(value: float) -> str:
+def _exact_float(value: float | None) -> str | None:
     """A float as the shortest text that reads back equal; beyond the range of JSON it reads back as infinite."""
+    if value is None:
+        return None
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
@@ -788,8 +813,8 @@ class Database:
             if name.startswith("SQLITE_INTERRUPT"):
                 raise Interrupted from error
             if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-                raise StorageError(f"the database {self.path} is damaged ({error}) and was left as it is: restore a copy, "
-                                   f"or save what it holds with: sqlite3 {self.path} .recover") from error
+                raise StorageError(f"the database {self.path} is damaged ({error}) and was left as it is: restore a "
+                                   f"copy, or save what it holds with: sqlite3 {self.path} .recover") from error
             if name in ("SQLITE_ERROR", ""):
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
@@ -838,6 +863,9 @@ class Database:
         except BaseException as error:
             for ticket in batch:
                 ticket.error = ticket.error or error
+            if isinstance(error, DiskFull) and self._writer:
+                with suppress(sqlite3.Error):  # gives back what the log takes, for the next try
+                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             for ticket in batch:
                 ticket.done = True
@@ -1111,7 +1139,7 @@ class Jobs:
             return self._count(connection, JobStatus.PENDING), self._count(connection, JobStatus.IN_PROGRESS)
 
     def claim(self, *, suspects: bool = True) -> tuple[Job, Json] | None:
-        """Takes the oldest pending job whose turn it is, with its checkpoint; counts the attempt. None if there is none.
+        """Takes the oldest pending job that may run, with its checkpoint, and counts the attempt; None if none may.
 
         Without `suspects`, a job that was interrupted before stays where it is.
         """
@@ -1135,8 +1163,8 @@ class Jobs:
 
     def fail_followers(self) -> list[Job]:
         """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
-        doomed = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
-                  "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
+        doomed = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS "
+                  "before WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
 
         def work(connection: sqlite3.Connection) -> list[Job]:
             ended = []
@@ -1155,8 +1183,8 @@ class Jobs:
     def oldest_pending(self) -> str | None:
         """When the job that waits longest was made."""
         with self._database.read() as connection:
-            row = connection.execute("SELECT created_at FROM jobs WHERE status = 'pending' ORDER BY id LIMIT 1").fetchone()
-            return row[0] if row else None
+            row = connection.execute("SELECT min(id), created_at FROM jobs WHERE status = 'pending'").fetchone()
+            return cast("str | None", row[1])
 
     def finished_before(self, moment: str, limit: int) -> list[str]:
         """Ids of up to `limit` jobs that finished before an instant, the oldest first."""
@@ -1311,18 +1339,6 @@ def _date_bound(text: str, last: bool) -> str:
 _OPERATORS = {"eq": "IS", "ne": "IS NOT", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "LIKE"}
 
 
-def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple[str, list[Json]]:
-    """One condition of a filter as SQL and its values; a type without the field has null there."""
-    column = KIND_SQL[kind].compare.format(c=_quote(field)) if kind else "NULL"
-    if operator == "null":
-        return f"{column} IS {'' if value else 'NOT '}NULL", []
-    if operator == "in_":
-        return f"{column} IN (SELECT value FROM json_each(?))", [
-            json.dumps([item for item in (_comparable(kind, field, item) for item in value)
-                        if not isinstance(item, float) or math.isfinite(item)])]
-    return f"{column} {_OPERATORS[operator]} ?", [value if operator == "like" else _comparable(kind, field, value)]
-
-
 def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
     """A filter's value as the column would hold it; JobFailed if no value of that kind can be equal to it."""
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -1335,6 +1351,18 @@ def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
     elif (kind == "bool") == isinstance(value, bool):
         return value if kind == "bool" else str(value)
     raise JobFailed(f"filter on {field!r}: {json.dumps(value)} cannot be compared with a field of kind {kind}")
+
+
+def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple[str, list[Json]]:
+    """One condition of a filter as SQL and its values; a type without the field has null there."""
+    column = KIND_SQL[kind].compare.format(c=_quote(field)) if kind else "NULL"
+    if operator == "null":
+        return f"{column} IS {'' if value else 'NOT '}NULL", []
+    if operator == "in_":
+        return f"{column} IN (SELECT value FROM json_each(?))", [
+            json.dumps([item for item in (_comparable(kind, field, item) for item in value)
+                        if not isinstance(item, float) or math.isfinite(item)])]
+    return f"{column} {_OPERATORS[operator]} ?", [value if operator == "like" else _comparable(kind, field, value)]
 
 
 class _Selection:
@@ -1591,7 +1619,8 @@ class Records:
             return False
         record_type, first, rows = span
         kept = max(0, rows - _DELETE_STEP)
-        connection.execute(f"DELETE FROM {_quote(record_type)} WHERE _id >= ? AND _id < ?", (first + kept, first + rows))
+        connection.execute(f"DELETE FROM {_quote(record_type)} WHERE _id >= ? AND _id < ?",
+                           (first + kept, first + rows))
         if kept:
             connection.execute("UPDATE _spans SET rows = ? WHERE record_type = ? AND first = ?",
                                (kept, record_type, first))
@@ -1743,16 +1772,21 @@ def _parsed(self: Any) -> Any:
     return self.generator.parse(pattern)
 
 
+def _own(cls: type, name: str) -> Any:
+    """A class attribute as it was written, not bound (many times faster than inspect.getattr_static)."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
 def _table(provider: BaseProvider, name: str, like: Any) -> Any:
     """The table a method draws from, if its byte code is that of `like` with another table's name; else None."""
-    function, model = inspect.getattr_static(type(provider), name), like.__code__
+    function, model = _own(type(provider), name), like.__code__
     code = getattr(function, "__code__", None)
     if code is None or code.co_code != model.co_code or function.__closure__ or code.co_argcount != 1:
         return None
-    own = code.co_names[1]
-    if code.co_names != tuple(own if name == "table" else name for name in model.co_names):
+    table_name = code.co_names[1]
+    if code.co_names != tuple(table_name if name == "table" else name for name in model.co_names):
         return None
-    table = inspect.getattr_static(type(provider), own, None)
+    table = _own(type(provider), table_name)
     return table if type(table) in (OrderedDict, tuple, list) and table else None
 
 
@@ -1866,10 +1900,19 @@ class _Worlds:
         return cell if twin is inner else types.CellType(twin)
 
 
+_DIGITS = {"#": (10, string.digits), "%": (9, string.digits[1:]), "$": (8, string.digits[2:])}
+
+
+def _digit_slots(text: str) -> list[tuple[int, int, str]]:
+    """Where the digits of a numerify text go, in the order Faker draws them: place, how many there are, which."""
+    return sorted([(i, *_DIGITS[c]) for i, c in enumerate(text) if c in _DIGITS], key=lambda slot: -slot[1])
+
+
 def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, Any]) -> dict[str, Callable[..., Any]]:
     """The few methods under all others. `tables` holds, by identity, the weighted tables that classes own."""
     getrandbits, letter, nonzero = rng.getrandbits, _pick(rng, string.ascii_letters), _pick(rng, range(1, 10))
     draws: dict[int, Draw] = {}
+    known: dict[str, list[tuple[int, int, str]]] = {}
 
     def random_element(elements: Any = ("a", "b", "c")) -> Any:
         if type(elements) in (tuple, list, str) and elements:
@@ -1887,15 +1930,18 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
         return draw()
 
     def numerify(text: str = "###") -> str:
-        for mark, n, first in (("#", 10, 0), ("%", 9, 1), ("$", 8, 2)):
-            if mark in text:
-                text, *rest = text.split(mark)
-                for piece in rest:
-                    r = getrandbits(4)
-                    while r >= n:
-                        r = getrandbits(4)
-                    text += "0123456789"[r + first] + piece
-        return stock.numerify(text) if "!" in text or "@" in text else text
+        places = known.get(text)
+        if places is None:
+            places = _digit_slots(text)
+            if len(known) < 4096:  # user names pass through here too
+                known[text] = places
+        letters = list(text)
+        for i, n, digits in places:
+            r = getrandbits(4)
+            while r >= n:
+                r = getrandbits(4)
+            letters[i] = digits[r]
+        return stock.numerify("".join(letters)) if "!" in text or "@" in text else "".join(letters)
 
     def lexify(text: str = "????", letters: str = string.ascii_letters) -> str:
         if "?" not in text or letters is not string.ascii_letters:
@@ -1931,7 +1977,7 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
 
     def shadow(provider: BaseProvider, name: str) -> Any:
         """What takes this attribute's place on this instance, or None."""
-        own = inspect.getattr_static(type(provider), name)
+        own = _own(type(provider), name)
         if name in primitives and own is vars(BaseProvider)[name]:
             return primitives[name]
         if table := _table(provider, name, _drawn):
@@ -2035,6 +2081,20 @@ def parse_field(raw: Any, path: str) -> FieldType:
         raise _refusal(*(FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details)) from None
 
 
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# What JSON and SQLite hold in different ways, there and back.
+_STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _dumps}
+_LOAD: dict[Kind, Callable[[Any], Any]] = {"bool": bool, "json": json.loads}
+
+
+def _mapped(draw: Draw, function: Callable[[Any], Any] | None) -> Draw:
+    """The draw's values, but for null, put through a function."""
+    return (lambda: None if (value := draw()) is None else function(value)) if function else draw
+
+
 def _nullable(draw: Draw, chance: float, rng: random.Random) -> Draw:
     """Now and then null: settled first, by one draw of its own."""
     uniform = rng.random
@@ -2091,18 +2151,15 @@ class Scope:
         owner, column = (
             (self.stream, name) if name in self.stream.index else self.find(name, self.stream.plan.streams.values())
         )
-        if column not in owner.kinds and column not in owner.late:
-            raise _refusal()
-        if owner is not self.stream and owner not in self.stream.ancestors():
-            return self.stream.lookup(owner).reader(column), owner.kinds[column]
-        if owner is not self.stream and column in owner.late:
+        if column in owner.late and owner in self.stream.ancestors():
             raise self.refuse(f"{name} is only known once these records are made")
-        slot, values = owner.index[column], owner.values
-        return lambda: values[slot], owner.kinds[column]
+        if column not in owner.kinds:
+            raise _refusal()
+        kind, slot, values = owner.kinds[column], owner.index[column], owner.values
+        if owner is not self.stream and owner not in self.stream.ancestors():
+            return _mapped(self.stream.lookup(owner).reader(column), _LOAD.get(kind)), kind
+        return _mapped(lambda: values[slot], _LOAD.get(kind)), kind
 
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @field_type("sequence")
@@ -2202,7 +2259,7 @@ class DecimalField(_Number):
                 value = Decimal(str(getattr(self, option)))
             except InvalidOperation:
                 value = Decimal("NaN")
-            if not value.is_finite() or abs(value) > Decimal("1e30"):
+            if not value.is_finite() or value.adjusted() > 30 or value.adjusted() < -1000:
                 raise scope.refuse("should be a decimal number up to 1e30", option)
             bounds.append(inwards(EXACT.scaleb(value, self.places)))
         return bounds[0], bounds[1]
@@ -2382,11 +2439,20 @@ class DatetimeField(FieldType):
 
 @field_type("date")
 class DateField(DatetimeField):
-    """A date between `from` and `to`, both included, as YYYY-MM-DD; bounds as for datetime."""
+    """A date between `from` and `to`, both included, as YYYY-MM-DD; bounds as for datetime.
+
+    Without bounds, what Faker's method of that name gives: a date since 1970.
+    """
 
     example: ClassVar = {"type": "date", "from": "-1y", "to": "now"}
     kind: ClassVar[Kind] = "date"
+    from_: str = Field("1970-01-01", alias="from", max_length=200)
     ms: ClassVar[bool] = False  # type: ignore[misc]
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if self.model_fields_set & {"from_", "to"}:
+            return super().draw(scope)
+        return FakerField.model_validate({"type": "date"}).draw(scope)[0], "date"
 
     def text(self, units: int) -> str:
         return date.fromordinal(EPOCH.toordinal() + units).isoformat()
@@ -2570,6 +2636,8 @@ class SumField(_Arithmetic):
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         child, column = scope.find(self.field, scope.stream.children)
+        if column not in child.kinds:
+            raise _refusal()
         total, kind = self.fold(scope, [child.kinds[column]], EXACT.add, sum)
         slot, family = child.index[column], child.family
         return lambda: total([row[slot] for row in family if row[slot] is not None]), kind
@@ -2593,7 +2661,7 @@ class ProductField(_Arithmetic):
 
 @field_type("first_of")
 class FirstOfField(FieldType):
-    """The first type of `of` that the locale has: ["state_abbr", "province_abbr", "city"]."""
+    """The first type of `of` that this locale can make: ["state_abbr", "province_abbr", "city"]."""
 
     example: ClassVar = {"type": "first_of", "of": ["state_abbr", "province_abbr", "city"]}
     redraws: ClassVar = REDRAWS
@@ -2604,15 +2672,18 @@ class FirstOfField(FieldType):
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         for i, raw in enumerate(self.of):
-            name = raw.get("type") if isinstance(raw, dict) else raw
-            if name in FIELD_TYPES or _provider(scope.faker, str(name)):
-                return scope.nested(raw, "of", i)
-        raise scope.refuse("this locale has none of these types", "of")
+            try:
+                draw, kind = scope.nested(raw, "of", i)
+                scope.longest(draw, "of", i)
+                return draw, kind
+            except BadRequest as refusal:
+                last = refusal
+        raise last
 
 
 # ---- Faker's methods as field types ----
 
-# Whole files as text: what they cost has no bound. And two that hand their caller's text to Faker's own templates.
+# Whole files as text: what they cost has no bound.
 _WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
 # Arguments that are values; any other number says how much to make.
 _VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
@@ -2629,7 +2700,7 @@ def faker_version() -> str:
 def _provider(generator: FakerGenerator, name: str) -> BaseProvider | None:
     """The provider that answers for a method; None for what is no public method, or withheld."""
     for provider in generator.providers if not name.startswith("_") and name not in _WITHHELD else ():
-        if inspect.isroutine(inspect.getattr_static(type(provider), name, None)):
+        if inspect.isroutine(_own(type(provider), name)):
             return provider
     return None
 
@@ -2663,23 +2734,30 @@ class FakerField(FieldType):
         provider = _provider(scope.faker, self.type)
         if provider is None:
             raise scope.refuse(_unknown("type", self.type, [*FIELD_TYPES, *_methods(scope.faker)]))
-        stock = inspect.getattr_static(type(provider), self.type).__get__(provider, type(provider))
+        stock = _own(type(provider), self.type).__get__(provider, type(provider))
         signature = inspect.signature(stock)
+        made = get_origin(signature.return_annotation) or signature.return_annotation
+        if isinstance(made, type) and issubclass(made, Iterable) and not issubclass(made, str):
+            # not even tried: a container's elements may be as large and as many as its arguments say
+            raise scope.refuse(f"{self.type!r} gives no single value")
         self._check_args(scope, signature)
         call, state = self._call(scope), scope.rng.getstate()
         try:
+            if len(str(call())) > MAX_TEXT:
+                raise ValueError(f"values are longer than {MAX_TEXT} characters")
+            scope.rng.setstate(state)
             values = [call() for _ in range(TRIALS)]
             scope.rng.setstate(state)
             again = [call() for _ in range(TRIALS)]
         except Exception as error:  # whatever Faker makes of the arguments
             raise scope.refuse(str(error) or type(error).__name__, *["args"][: len(self.args)]) from None
         kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
-        if None in kinds:
+        if None in kinds or not kinds:
             raise scope.refuse(f"{self.type!r} gives no single value")
         if values != again:
             raise scope.refuse(f"{self.type!r} ignores the seed")
         whole = all(type(value) is not int or abs(value) <= MAX_INT for value in values)
-        kind = kinds.pop() or "text" if len(kinds) == 1 and whole else "text"
+        kind: Kind = (kinds.pop() if len(kinds) == 1 and whole else None) or "text"
         plain = kind == "text" and signature.return_annotation is str and not self.holes()
         return (call if plain else _checked(call, kind, self.type)), kind
 
@@ -2696,7 +2774,8 @@ class FakerField(FieldType):
     def _call(self, scope: Scope) -> Draw:
         """The method with its arguments."""
         method = getattr(scope.faker, self.type)
-        reads = {name: scope.reader(field)[0] for name, field in self.holes().items()}
+        at = {name: replace(scope, path=f"{scope.path}.args.{name}") for name in self.holes()}
+        reads = {name: at[name].reader(field)[0] for name, field in self.holes().items()}
         fixed = {n: _argument(scope, n, value, "args", n) for n, value in self.args.items() if n not in reads}
         if reads:
             return lambda: method(**fixed, **{name: _dated(name, read()) for name, read in reads.items()})
@@ -2898,7 +2977,7 @@ class _Stream:
         self.kinds: dict[str, Kind] = {}
         self.late: set[str] = set()  # fields that wait for the children: sums, and what reads them
         self.lookups: dict[str, _Lookup] = {}
-        self.draws: list[dict[str, Draw]] = []  # by locale
+        self.draws: list[dict[str, tuple[Draw, Kind]]] = []  # by locale
         self.steps: list[tuple[list[tuple[int, Draw]], list[tuple[int, Draw]]]] = []  # by locale: early, late
         self.values: list[Any] = [None] * len(self.index)  # the record that is being made
         self.family: list[Row] = []  # the rows made so far for the present parent
@@ -2967,10 +3046,11 @@ class _Stream:
                     if (longest := scope.longest(draw)) > MAX_TEXT:
                         raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
                     self.size += longest
-                    self.values[self.index[name]] = draw()
+                    self.values[self.index[name]] = _mapped(draw, _STORE.get(kind))()
                     # another locale's values may be of another kind: text holds both
                     self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
-                    self.draws[-1][name] = self._unique(scope, model, name, draw) if model.unique else draw
+                    draw = self._unique(scope, model, name, draw) if model.unique else draw
+                    self.draws[-1][name] = draw, kind
                 except BadRequest as refusal:
                     yield from refusal.fields
         self.family[:] = [tuple(self.values)]
@@ -2991,11 +3071,10 @@ class _Stream:
 
     def finish(self) -> None:
         """Settle the steps of a record, now that the kinds of all fields are known."""
-        store: dict[str, Callable[[Any], Any]] = {"bool": int, "json": _dumps}
         for draws in self.draws:
             steps: tuple[list[tuple[int, Draw]], list[tuple[int, Draw]]] = ([], [])
-            for name, draw in draws.items():
-                draw = _stored(draw, store.get(self.kinds[name]))
+            for name, (draw, kind) in draws.items():
+                draw = _mapped(draw, _STORE.get(kind, None if self.kinds[name] == kind else str))
                 step = self.index[name], _nullable(draw, self.fields[name].null, self.rng)
                 steps[name in self.late].append(step)
             self.steps.append(steps)
@@ -3026,11 +3105,6 @@ class _Stream:
         rows[self.name].append(row)
         self.family.append(row)
         self.done += 1
-
-
-def _stored(draw: Draw, store: Callable[[Any], Any] | None) -> Draw:
-    """JSON values as SQLite takes them."""
-    return (lambda: None if (value := draw()) is None else store(value)) if store else draw
 
 
 def _storable(raw: Any) -> bool:
@@ -3249,7 +3323,7 @@ _PERSON: dict[str, Any] = {
     "name": {"type": "template", "template": "{firstName} {lastName}"},
     "username": {"type": "template", "template": "{firstName|slug}.{lastName|slug}", "unique": True},
     "email": {"type": "template", "template": "{username}@example.com"},
-    "phone": "phone_number",
+    "phone": {"type": "first_of", "of": ["phone_number", "mobile_number"]},
     "birthDate": {"type": "date", "from": "-90y", "to": "-18y"},
     "street": "street_address",
     "city": "city",
@@ -3277,8 +3351,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "name": "company",
             "domain": {"type": "template", "template": "{name|slug}.example", "unique": True},
             "email": {"type": "template", "template": "info@{domain}"},
-            "phone": "phone_number",
-            **{field: _PERSON[field] for field in ("street", "city", "state", "postcode")},
+            **{field: _PERSON[field] for field in ("phone", "street", "city", "state", "postcode")},
             "industry": {"type": "choice", "values": ["retail", "software", "health", "energy", "finance"]},
             "employees": {"type": "int", "min": 1, "max": 20000, "mean": 200, "sd": 900},
             "revenue": {"type": "decimal", "min": "10000.00", "max": "90000000.00"},
@@ -3426,6 +3499,7 @@ def _entries(locale: str) -> list[dict[str, Any]]:
     for name, (kind, sample) in samples.items():
         model = FIELD_TYPES.get(name)
         doc = inspect.getdoc(model or methods[name]) or ""
+        doc = doc if model else re.split(r"^:|\n\n", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
         entry = {"type": name, "kind": kind, "sample": sample, "args": _args(model, methods.get(name)), "doc": doc}
         entries.append({**entry, "example": model.example} if model else entry)
     return entries
@@ -3459,15 +3533,14 @@ def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, An
             raise
         return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
     row = dict(zip(plan.columns["sample"], next(plan.chunks()).rows["sample"][0], strict=True))
-    load: dict[str, Callable[[Any], Any]] = {"json": json.loads, "bool": bool}
     kinds = plan.columns["sample"]
-    return {n: (kinds[c], load.get(kinds[c], lambda v: v)(row[c])) for n, c in zip(fields, chosen, strict=True)}
+    return {n: (kinds[c], _LOAD.get(kinds[c], lambda v: v)(row[c])) for n, c in zip(fields, chosen, strict=True)}
 
 
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
-_LEAST_FREE = 16 * 2**20  # bytes to leave free on the disk, or a 64th of a small one
+_LEAST_FREE = 16 * 2**20  # bytes to leave free, or an eighth of a small disk: to end jobs takes room too
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
 
@@ -3603,8 +3676,8 @@ class DataFolder:
 
     def sweep(self, known: Container[str]) -> int:
         """Removes drafts of an earlier process, and files that no job knows; returns how many."""
-        stray = [*self.tmp.iterdir(), *(path for folder in ("uploads", "exports")
-                                        for path in (self.root / folder).iterdir() if f"{folder}/{path.name}" not in known)]
+        kept = chain.from_iterable((self.root / folder).iterdir() for folder in ("uploads", "exports"))
+        stray = [*self.tmp.iterdir(), *(path for path in kept if f"{path.parent.name}/{path.name}" not in known)]
         for path in stray:
             with suppress(OSError):
                 path.unlink()
@@ -3630,7 +3703,7 @@ class DataFolder:
         """Bytes that are free on the disk; raises DiskFull when they are few, StorageError if that cannot be told."""
         with _disk_errors():
             usage = shutil.disk_usage(self.root)
-        if usage.free < min(_LEAST_FREE, usage.total // 64):
+        if usage.free < min(_LEAST_FREE, usage.total // 8):
             raise DiskFull(f"the disk is nearly full: {usage.free // 2**20} MiB are free")
         return usage.free
 
@@ -3678,8 +3751,7 @@ class _ContentCheck:
         if self._magic:
             self._head = (self._head + block)[:16]
             if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
-                raise BadRequest(f"the content of the file is not {self._suffix}", [
-                    FieldProblem("file", f"does not begin as a .{self._suffix} file does")])
+                raise BadRequest.of("file", f"is not {self._suffix}: it does not begin as such a file does")
             return
         if self._decoder is None:
             self._head += block
@@ -3691,17 +3763,15 @@ class _ContentCheck:
         try:
             text = self._decoder.decode(block, last)
         except UnicodeDecodeError:
-            raise BadRequest(f"the content of the file is not {self._suffix}", [
-                FieldProblem("file", "is not text in UTF-8, or in UTF-16 with a byte order mark")]) from None
+            raise BadRequest.of("file", f"is not {self._suffix}: it is not text in UTF-8, or in UTF-16 with a byte "
+                                        "order mark") from None
         if "\0" in text:
-            raise BadRequest(f"the content of the file is not {self._suffix}", [
-                FieldProblem("file", "has a NUL character, so it is not text")])
+            raise BadRequest.of("file", f"is not {self._suffix}: it has a NUL character, so it is not text")
 
 
 def upload_too_large(settings: Settings) -> BadRequest:
     """The refusal of an upload over the limit; the same words before, during and after reading it."""
-    message = f"the file is larger than {settings.max_upload_bytes} bytes (TASKAPI_MAX_UPLOAD_BYTES)"
-    return BadRequest(message, [FieldProblem("file", "is too large")])
+    return BadRequest.of("file", f"is larger than {settings.max_upload_bytes} bytes (TASKAPI_MAX_UPLOAD_BYTES)")
 
 
 def check_upload_head(content_type: str, length: int, settings: Settings) -> str:
@@ -3730,13 +3800,13 @@ class _UploadReceiver:
         self._name = part.name
         if part.filename is None:
             if part.name == "file":
-                raise BadRequest("the part named file has no file name", [FieldProblem("file", "has no file name")])
+                raise BadRequest.of("file", "has no file name")
             if part.name not in self._text_fields:
-                raise BadRequest(f"unknown part {part.name!r}", [FieldProblem(part.name, "is not known here")])
+                raise BadRequest.of(part.name, "is not known here")
             self._text = b""
             return
         if part.name != "file" or self.filename is not None:
-            raise BadRequest("send one file, in a part named file", [FieldProblem(part.name, "is one file too many")])
+            raise BadRequest.of(part.name, "is one file too many: send one, in a part named file")
         self.filename = file_label(part.filename)
         suffix = self.filename.rpartition(".")[2].lower() if "." in self.filename else ""
         self._check_type(suffix, part.content_type or "")
@@ -3746,14 +3816,13 @@ class _UploadReceiver:
     def _check_type(self, suffix: str, declared: str) -> None:
         allowed = self._settings.upload_types
         if suffix not in FILE_TYPES or ("jpg" if suffix == "jpeg" else suffix) not in allowed:
-            raise BadRequest(f"files of type {suffix or 'without an extension'!r} are not accepted; "
-                             f"accepted are: {', '.join(allowed)}", [FieldProblem("file", "has a type not accepted")])
+            raise BadRequest.of("file", f"files {f'of type {suffix!r}' if suffix else 'without an extension'} are not "
+                                        f"accepted; accepted are: {', '.join(allowed)}")
         # Clients declare texts in many ways; a binary type that is another one than the name's is a contradiction.
         declared = declared.partition(";")[0].strip().lower()
         others = {kind.content_type for kind in FILE_TYPES.values() if kind.magic}
         if declared in others and declared != FILE_TYPES[suffix].content_type:
-            raise BadRequest(f"the file is declared as {declared} but named .{suffix}",
-                             [FieldProblem("file", "its declared type and its name disagree")])
+            raise BadRequest.of("file", f"is declared as {declared} but named .{suffix}")
 
     def data(self, block: bytes) -> None:
         if self._check and self._name == "file":
@@ -3764,7 +3833,7 @@ class _UploadReceiver:
             return
         self._text += block
         if len(self._text) > 1024:
-            raise BadRequest(f"the part {self._name!r} is too long", [FieldProblem(self._name, "is over 1 KiB")])
+            raise BadRequest.of(self._name, "is over 1 KiB")
 
     def end(self) -> None:
         if self._check and self._name == "file":
@@ -3773,7 +3842,7 @@ class _UploadReceiver:
         try:
             self.texts[self._name] = self._text.decode()
         except UnicodeDecodeError:
-            raise BadRequest(f"the part {self._name!r} is not UTF-8", [FieldProblem(self._name, "is not UTF-8")]) from None
+            raise BadRequest.of(self._name, "is not UTF-8") from None
 
 
 @contextmanager
@@ -3798,7 +3867,7 @@ def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: Dat
         except multipart.MultipartError as error:
             raise BadRequest(f"the multipart body is broken: {error}") from None
         if not receiver.filename:
-            raise BadRequest("there is no file in the upload", [FieldProblem("file", "is missing")])
+            raise BadRequest.of("file", "is missing")
         yield Received(draft, receiver.filename, receiver.content_type, receiver.texts)
 
 
@@ -3880,7 +3949,7 @@ class JobContext:
 
     def __init__(self, job: Job, checkpoint: Json, jobs: Jobs, records: Records, folder: DataFolder,
                  settings: Settings, database: Database):
-        self.job, self.checkpoint = job, checkpoint
+        self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
         self._jobs, self._database = jobs, database
         self.interruption: str | None = None  # set from outside; the queue ends the job at its next pause
@@ -3910,16 +3979,18 @@ class JobType(NamedTuple):
     model: type[JobRequest]
     run: Callable[[JobContext, Any], JobSteps]
     posted: bool
+    computes: bool
 
 
 JOB_TYPES: dict[str, JobType] = {}
 
 
-def job_type(name: str, model: type[R], *, posted: bool = True) -> Callable[
+def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool = True) -> Callable[
         [Callable[[JobContext, R], JobSteps]], Callable[[JobContext, R], JobSteps]]:
     """Registers a generator function as what jobs of type `name` do; it is returned unchanged.
 
-    Where `posted`, POST /{name} makes such a job from a JSON body.
+    Where `posted`, POST /{name} makes such a job from a JSON body. Jobs that `computes` in Python take turns; those
+    that leave the work to SQLite or the disk need not.
 
     It is called with a JobContext and a request of type `model`, yields wherever it may be interrupted, and returns
     an Outcome. An exception it raises fails the job: JobFailed with its message, any other is logged as a bug.
@@ -3927,13 +3998,10 @@ def job_type(name: str, model: type[R], *, posted: bool = True) -> Callable[
     def register(run: Callable[[JobContext, R], JobSteps]) -> Callable[[JobContext, R], JobSteps]:
         if name in JOB_TYPES:
             raise ValueError(f"there is a job type {name!r} already")
-        JOB_TYPES[name] = JobType(name, model, run, posted)
+        JOB_TYPES[name] = JobType(name, model, run, posted, computes)
         return run
 
     return register
-
-
-_CHECKED: dict[str, int] = {}  # recipes that were found good, and how many records they make
 
 
 class GenerateRequest(JobRequest):
@@ -3958,25 +4026,22 @@ class GenerateRequest(JobRequest):
             "locale": self.locale or "en_US",
             "record_type": None if self.records else self.record_type or "person"})
         if filled._checked_total() > settings.max_records:
-            raise BadRequest(f"that is more than {settings.max_records} records (TASKAPI_MAX_RECORDS)",
-                             [FieldProblem("count", f"must be at most {settings.max_records}")])
+            raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
         return filled
 
     def _checked_total(self) -> int:
         """How many records the recipe makes; raises BadRequest.
 
-        Checking a recipe costs many times what answering does, and clients post the same one again and again, so that
-        the last ones are remembered: by all that the check looks at, which of `now` is the day.
+        Checking a recipe takes many times as long as answering, and clients post the same one again and again, so the
+        last ones are remembered by all that the check looks at; of `now` that is the day.
         """
         recipe = self.model_copy(update={"seed": 0, "after": None, "now": str(self.now)[:10]})
-        key = recipe.model_dump_json()
-        total = _CHECKED.get(key)
-        if total is None:
-            total = self.plan().total
-            if len(_CHECKED) >= 256:
-                _CHECKED.clear()
-            _CHECKED[key] = total
-        return total
+        return self._total(recipe.model_dump_json())
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def _total(recipe: str) -> int:
+        return GenerateRequest.model_validate_json(recipe).plan().total
 
     @property
     def makes(self) -> str | None:
@@ -3988,7 +4053,7 @@ class GenerateRequest(JobRequest):
         try:
             now = datetime.fromisoformat(str(self.now))
         except ValueError:
-            raise BadRequest("now is not an instant", [FieldProblem("now", "must be such as 2026-01-31T12:00:00Z")]) from None
+            raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z") from None
         return Plan(self._specs(), seed=self.seed or 0, now=now if now.tzinfo else now.replace(tzinfo=UTC),
                     locale=self.locale or "en_US", where="records" if self.records else "")
 
@@ -3997,17 +4062,16 @@ class GenerateRequest(JobRequest):
         if self.records:
             extra = self.model_fields_set & {"record_type", "count", "schema_"}
             if extra:
-                name = extra.pop().rstrip("_")
-                raise BadRequest(f"records and {name} cannot be given together", [FieldProblem(to_camel(name), "belongs into records")])
+                raise BadRequest.of(to_camel(min(extra).rstrip("_")), "cannot be given together with records")
             return self.records
         if self.count is None:
-            raise BadRequest("count: is required", [FieldProblem("count", "is required")])
+            raise BadRequest.of("count", "is required")
         record_type = self.record_type or "person"
         if self.schema_ is not None:
             return {record_type: RecordSpec(count=self.count, schema_=self.schema_)}
         if record_type not in PRESETS:
-            raise BadRequest(f"recordType: there is no preset {record_type!r}{did_you_mean(record_type, PRESETS)}; give a schema, "
-                             f"or one of: {', '.join(PRESETS)}", [FieldProblem("recordType", "needs a schema, or to be a preset")])
+            raise BadRequest.of("recordType", f"there is no preset {record_type!r}{did_you_mean(record_type, PRESETS)}"
+                                              f"; give a schema, or one of: {', '.join(PRESETS)}")
         return preset_records(record_type, self.count)
 
 
@@ -4026,6 +4090,10 @@ class _OwnRows:
         return self._records.own_column(self._job, record_type, field)
 
 
+_CHUNK_ROWS = 50  # made between two pauses: a millisecond or two, which is how long a request may have to wait
+_SAVE_ROWS = 1000  # committed together
+
+
 @job_type("generate", GenerateRequest)
 def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
@@ -4035,16 +4103,41 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     if not state or state["versions"] != versions:  # other versions would not go on with the same values
         context.records.open_job(job, plan.columns, plan.bounds)
         state = {"versions": versions, "plan": None}
-    done = 0
-    for chunk in plan.chunks(state["plan"], _OwnRows(context)):
-        def add(connection: sqlite3.Connection, chunk: Chunk = chunk) -> None:
-            for record_type, rows in chunk.rows.items():
+    saved, chunk = 0, None
+    made: dict[str, list[tuple[Json, ...]]] = {record_type: [] for record_type in plan.columns}
+
+    def add(connection: sqlite3.Connection) -> None:
+        for record_type, rows in made.items():
+            if rows:
                 context.records.append(connection, job, record_type, list(plan.columns[record_type]), rows)
 
-        context.save(Progress(done=chunk.done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint}, add)
-        done = chunk.done
+    def save(chunk: Chunk) -> None:
+        context.save(Progress(done=chunk.done, total=chunk.total),
+                     {"versions": versions, "plan": chunk.checkpoint}, add)
+        for rows in made.values():
+            rows.clear()
+
+    for chunk in plan.chunks(state["plan"], _OwnRows(context), _CHUNK_ROWS):
+        for record_type, rows in chunk.rows.items():
+            made[record_type] += rows
+        if chunk.done - saved >= _SAVE_ROWS:
+            save(chunk)
+            saved = chunk.done
         yield
-    return Outcome({"records": done, "versions": versions})
+    if chunk and chunk.done > saved:
+        save(chunk)
+    return Outcome({"records": chunk.done if chunk else context.progress.done, "versions": versions})
+
+
+def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
+    """A row as the JSON object that an export makes of it."""
+    def text(kind: Kind, value: Json) -> str:
+        if value is not None and kind in ("decimal", "json"):
+            return str(value)
+        return json.dumps(bool(value) if kind == "bool" and value is not None else value, ensure_ascii=False)
+
+    return "{" + ",".join(f"{json.dumps(field, ensure_ascii=False)}:{text(kind, value)}"
+                          for (field, kind), value in zip(kinds.items(), row, strict=True)) + "}"
 
 
 def preview(request: GenerateRequest) -> str:
@@ -4071,17 +4164,6 @@ def preview(request: GenerateRequest) -> str:
     return f'{{"records": {next(iter(lists.values()))}}}'
 
 
-def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
-    """A row as the JSON object that an export makes of it."""
-    def text(kind: Kind, value: Json) -> str:
-        if value is not None and kind in ("decimal", "json"):
-            return str(value)
-        return json.dumps(bool(value) if kind == "bool" and value is not None else value, ensure_ascii=False)
-
-    return "{" + ",".join(f"{json.dumps(field, ensure_ascii=False)}:{text(kind, value)}"
-                          for (field, kind), value in zip(kinds.items(), row, strict=True)) + "}"
-
-
 def _export_format(name: str) -> str:
     if name not in EXPORT_FORMATS:
         raise ValueError(f"no such format {name!r}{did_you_mean(name, EXPORT_FORMATS)}; "
@@ -4104,7 +4186,7 @@ class ExportRequest(JobRequest):
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
 
 
-@job_type("export", ExportRequest)
+@job_type("export", ExportRequest, computes=False)
 def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     """Writes one consistent snapshot to data/exports."""
     export_format = EXPORT_FORMATS[request.format]
@@ -4139,7 +4221,7 @@ class UploadRequest(JobRequest):
     draft: SkipValidation[Draft] = Field(exclude=True)
 
 
-@job_type("upload", UploadRequest, posted=False)
+@job_type("upload", UploadRequest, posted=False, computes=False)
 def run_upload(context: JobContext, request: UploadRequest) -> JobSteps:
     """Gives an uploaded file its place in data/uploads; done while the client waits."""
     suffix = request.filename.rpartition(".")[2].lower()
@@ -4239,6 +4321,67 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
+_TURN_SECONDS = 0.02  # how long a computing job goes on before the next one has its turn
+_ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
+_ASIDE_FACTOR = 5  # times what it has just worked, so that it keeps a sixth of the time under any load
+
+
+class Turns:
+    """Lets computing jobs run one at a time, in order of arrival, and step aside while requests are answered.
+
+    Python threads that compute at the same time make less together than one alone, and each makes every request wait
+    for the interpreter lock over and over.
+    """
+
+    def __init__(self) -> None:
+        self._state = threading.Condition()
+        self._line: deque[threading.Lock] = deque()  # whoever has the turn stands first
+        self._requests = 0
+
+    def _count(self, change: int) -> None:
+        with self._state:
+            self._requests += change
+            if not self._requests:
+                self._state.notify_all()
+
+    @contextmanager
+    def request(self, change: int = 1) -> Iterator[None]:
+        """While a request is being answered."""
+        self._count(change)
+        try:
+            yield
+        finally:
+            self._count(-change)
+
+    def idle(self) -> AbstractContextManager[None]:
+        """Within a request, while it only waits."""
+        return self.request(-1)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While a job computes; waits for those that came before."""
+        mine = threading.Lock()
+        mine.acquire()
+        with self._state:
+            self._line.append(mine)
+            alone = len(self._line) == 1
+        if not alone:
+            mine.acquire()  # until the one before lets go of it
+        try:
+            yield
+        finally:
+            with self._state:
+                self._line.popleft()
+                if self._line:
+                    self._line[0].release()
+
+    def step_aside(self, worked: float) -> None:
+        """Waits, within bounds, until no request is being answered; `worked` is the seconds since the last call."""
+        if self._requests:
+            with self._state:
+                self._state.wait_for(lambda: not self._requests, min(_ASIDE_SECONDS, worked * _ASIDE_FACTOR))
+
+
 class _Task(NamedTuple):
     """A claimed job and its function, paused at a yield."""
 
@@ -4261,7 +4404,7 @@ class JobQueue:
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
         self._own_threads = runner is None
         self._runner: Runner = runner or ThreadPoolExecutor(settings.workers, thread_name_prefix="taskapi-worker")
-        self.metrics = Metrics()
+        self.metrics, self.turns = Metrics(), Turns()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
         self._wakes = 0  # counts wake-ups, so that one that comes while the last worker looks is not lost
@@ -4269,7 +4412,8 @@ class JobQueue:
         self._parked: deque[_Task] = deque()
         self._parked_first = False  # parked and pending jobs take turns
         self._waiters: dict[str, list[threading.Event]] = {}  # by job
-        self._stopping = threading.Event()
+        self._stopping = threading.Event()  # no more work is begun, and nobody waits for any
+        self._closed = False  # no more jobs are taken in
         self._keeper: threading.Thread | None = None
 
     # From outside
@@ -4298,7 +4442,7 @@ class JobQueue:
     def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
         """Adds a job, durably; answers (job, True), or (the job made with this key before, False)."""
-        self._refuse_when_stopping()
+        self._refuse_when_closed()
         accepted = request.accepted(self._settings, self._clock)
         job, new = self.jobs.insert(job_type_name, accepted.model_dump(mode="json", exclude_none=True),
                                     record_type=accepted.makes, after=accepted.after, key=key, key_hash=key_hash,
@@ -4313,7 +4457,7 @@ class JobQueue:
     def perform(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
         """Does a quick job at once, in this thread, and adds it as completed; otherwise like `enqueue`."""
-        self._refuse_when_stopping()
+        self._refuse_when_closed()
         body = request.model_dump(mode="json", exclude_none=True)
         job = Job(job_id=self.jobs.new_id(), type=job_type_name, status=JobStatus.IN_PROGRESS,
                   created_at=instant(self._clock()), request=body)
@@ -4321,7 +4465,8 @@ class JobQueue:
         outcome = self._run_out(steps)
         assert outcome.file is not None
         try:
-            job, new = self.jobs.insert_completed(job.job_id, job.type, body, outcome.result, outcome.file, key, key_hash)
+            job, new = self.jobs.insert_completed(job.job_id, job.type, body, outcome.result, outcome.file,
+                                                  key, key_hash)
         except BaseException:
             self._folder.remove(outcome.file)
             raise
@@ -4338,8 +4483,8 @@ class JobQueue:
             except StopIteration as end:
                 return cast(Outcome, end.value)
 
-    def _refuse_when_stopping(self) -> None:
-        if self._stopping.is_set():
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
             raise Unavailable("the server is stopping")
 
     def wait(self, job_id: str, seconds: float | None = None) -> Job:
@@ -4351,7 +4496,8 @@ class JobQueue:
             job = self.jobs.get(job_id)
             if job.status.finished or seconds == 0:
                 return job
-            finished.wait(seconds)
+            if not self._stopping.is_set():
+                finished.wait(seconds)
             return self.jobs.get(job_id)
         finally:
             with self._state:
@@ -4403,15 +4549,26 @@ class JobQueue:
         with self._state:
             return self._state.wait_for(idle, seconds)
 
-    def stop(self, seconds: float) -> bool:
-        """Ends the work: running jobs go back to pending at their next pause. False if one does not come to it."""
+    def release_waiters(self) -> None:
+        """Answers everybody who waits for a job, as it is now."""
+        with self._state:
+            waited_for = list(self._waiters)
+        self._announce(waited_for)
+
+    def halt(self) -> None:
+        """Begins to end the work: running jobs go back to pending at their next pause."""
         self._stopping.set()
         with self._state:
             for context in self._running.values():
                 context.interruption = context.interruption or "stopped"
+        self.release_waiters()
+
+    def stop(self, seconds: float) -> bool:
+        """Ends the work and takes no more jobs; False if a job does not come to a pause in time."""
+        self._closed = True
+        self.halt()
+        with self._state:
             parked, self._parked = self._parked, deque()
-            waited_for = list(self._waiters)
-        self._announce(waited_for)
         for task in parked:
             self._interrupt(task)
         with self._state:
@@ -4519,7 +4676,8 @@ class JobQueue:
         try:
             while not task.context.interruption:
                 self._folder.free_space()
-                next(task.steps)
+                with self._turn(job):
+                    self._step(task)
                 if monotonic() > until and self._others_wait():
                     with self._state:
                         if not self._stopping.is_set():
@@ -4533,6 +4691,19 @@ class JobQueue:
                                                        file=outcome.file))
         except BaseException as error:
             self._fail(task, error)
+
+    def _turn(self, job: Job) -> AbstractContextManager[None]:
+        kind = JOB_TYPES.get(job.type)
+        return self.turns.turn() if kind and kind.computes else nullcontext()
+
+    def _step(self, task: _Task) -> None:
+        """Goes from pause to pause for the length of a turn."""
+        now = monotonic()
+        until = now + _TURN_SECONDS
+        while now < until and not task.context.interruption:
+            next(task.steps)
+            self.turns.step_aside(monotonic() - now)
+            now = monotonic()
 
     def _others_wait(self) -> bool:
         return bool(self._parked) or self.jobs.counts()[0] > 0
@@ -4565,7 +4736,8 @@ class JobQueue:
             self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, message))
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
-        self.records.discard(job.job_id)
+        with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
+            self.records.discard(job.job_id)
         return self.jobs.finish(job, status, error=error)
 
     def _settle(self, job: Job, write_down: Callable[[], Job] | None) -> None:
@@ -4637,7 +4809,7 @@ class Engine:
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
                  runner: Runner | None = None):
         self.settings, self.clock = settings, clock
-        self.allowed_hosts = frozenset({"localhost", "127.0.0.1", "::1", *(name.lower() for name in settings.allowed_hosts)})
+        self.allowed_hosts = {"localhost", "127.0.0.1", "::1", *(name.lower() for name in settings.allowed_hosts)}
         self._started = monotonic()
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
         self._polls = threading.Semaphore(max(1, settings.threads // 2))
@@ -4709,7 +4881,8 @@ class Engine:
         if not seconds or not self._polls.acquire(blocking=False):
             return self.queue.jobs.get(job_id)
         try:
-            return self.queue.wait(job_id, seconds)
+            with self.queue.turns.idle():
+                return self.queue.wait(job_id, seconds)
         finally:
             self._polls.release()
 
@@ -4739,7 +4912,8 @@ class Engine:
         return Health.model_validate({
             "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
             "in_progress": in_progress, "workers": self.settings.workers,
-            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": self.checks, "links": LINKS})
+            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": self.checks,
+            "links": LINKS})
 
     def close(self, seconds: float = 2.0) -> bool:
         """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time."""
@@ -4755,6 +4929,11 @@ class Engine:
 _JSON_LIMIT = 2**20
 _JSON_TYPE = "application/json"
 _LONG_POLL_SECONDS = 30
+
+
+def body_too_large(path: str, settings: Settings) -> TaskError:
+    """The refusal of a body that is over the limit of its path."""
+    return upload_too_large(settings) if path == "/upload" else TooLarge(f"the body is larger than {_JSON_LIMIT} bytes")
 
 
 class Call:
@@ -4781,7 +4960,7 @@ class Call:
         values: dict[str, str] = {}
         for name, value in parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True):
             if name in values:
-                raise BadRequest(f"query parameter {name} is given twice", [FieldProblem(name, "is given twice")])
+                raise BadRequest.of(name, "is given twice")
             values[name] = value
         return validated(model, lambda: model.model_validate(values), values)
 
@@ -4797,7 +4976,10 @@ class Call:
 
 
 class Route(NamedTuple):
-    """One method of one path: its handler, the shapes it takes, and the statuses it may answer."""
+    """One method of one path: its handler, the shapes it takes, and the statuses it may answer.
+
+    An answer is a Shape, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing.
+    """
 
     method: str
     path: str
@@ -4828,14 +5010,14 @@ class ErrorBody(Shape):
     fields: list[dict[str, str]] | None = Field(None, description="Which fields are at fault, and why.")
 
 
-def reply(body: Any, status: int = 200, **headers: str) -> bottle.HTTPResponse:
-    """A JSON answer; keyword `Retry_After` becomes the header Retry-After."""
+def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **headers: str) -> bottle.HTTPResponse:
+    """An answer: a Shape, or anything else that is JSON, or a text; keyword `Retry_After` is the header Retry-After."""
     text = body.model_dump_json(exclude_none=False) if isinstance(body, Shape) else body
     if not isinstance(text, (str, bytes)):
         text = json.dumps(text, ensure_ascii=False)
     data = text.encode() if isinstance(text, str) else text
     response = bottle.HTTPResponse(data, status)
-    response.set_header("Content-Type", _JSON_TYPE)
+    response.set_header("Content-Type", content_type)
     response.set_header("Content-Length", str(len(data)))
     for name, value in headers.items():
         response.set_header(name.replace("_", "-"), value)
@@ -4868,8 +5050,7 @@ def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
 def _idempotency_key(call: Call) -> str | None:
     key = call.header("Idempotency-Key")
     if key is not None and not 1 <= len(key) <= 200:
-        raise BadRequest("Idempotency-Key must have 1 to 200 characters",
-                         [FieldProblem("Idempotency-Key", "must have 1 to 200 characters")])
+        raise BadRequest.of("Idempotency-Key", "must have 1 to 200 characters")
     return key
 
 
@@ -5057,7 +5238,7 @@ def get_download(call: Call, job_id: str) -> bottle.HTTPResponse:
                 "Content-Disposition": content_disposition(job.file.filename)}
     headers = {name: value for name, value in headers.items() if value}
     file = call.engine.folder.open(job.file)
-    if call.method == "HEAD":
+    if call.method == "HEAD" or start == end:
         file.close()
         return bottle.HTTPResponse(b"", status, headers)
     file.seek(start)
@@ -5069,11 +5250,11 @@ def get_download(call: Call, job_id: str) -> bottle.HTTPResponse:
     return bottle.HTTPResponse(body, status, headers)
 
 
-@route("GET", "/metrics", {200: str})
+@route("GET", "/metrics", {200: "text/plain"})
 def get_metrics(call: Call) -> bottle.HTTPResponse:
     """Figures for Prometheus."""
     text = call.engine.queue.metrics.text(call.engine.gauges())
-    return bottle.HTTPResponse(text.encode(), 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    return reply(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class FieldsQuery(Shape):
@@ -5111,7 +5292,7 @@ def post_preview(call: Call) -> bottle.HTTPResponse:
     """What /generate would make, up to 100 records, at once; nothing is stored."""
     request, _ = call.body(GenerateRequest)
     if (request.count or 0) > 100:
-        raise BadRequest("a preview has at most 100 records", [FieldProblem("count", "must be at most 100")])
+        raise BadRequest.of("count", "must be at most 100 in a preview")
     return reply(preview(request.accepted(call.engine.settings, call.engine.clock)))
 
 
@@ -5148,11 +5329,6 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
     if length > _JSON_LIMIT:
         raise body_too_large(path, settings)
     return _JSON_LIMIT
-
-
-def body_too_large(path: str, settings: Settings) -> TaskError:
-    """The refusal of a body that is over the limit of its path."""
-    return upload_too_large(settings) if path == "/upload" else TooLarge(f"the body is larger than {_JSON_LIMIT} bytes")
 
 
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
@@ -5193,7 +5369,8 @@ class _Gate:
     def measured(self, rule: str, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
         """Like `answer`, and counted under the route's rule."""
         began, metrics = monotonic(), self._engine.queue.metrics
-        response = self.answer(handler, **arguments)
+        with self._engine.queue.turns.request():
+            response = self.answer(handler, **arguments)
         metrics.observe("request_seconds", monotonic() - began, route=rule)
         metrics.add("requests_total", method=bottle.request.method, route=rule, status=response.status_code)
         return response
@@ -5219,12 +5396,13 @@ class _Gate:
         return response
 
 
-def _routes() -> list[Route]:
+def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
     def poster(kind: JobType) -> Callable[[Call], bottle.HTTPResponse]:
         def post_job(call: Call) -> bottle.HTTPResponse:
             request, digest = call.body(kind.model)
-            return _made(call.engine.queue.enqueue(kind.name, request, _idempotency_key(call), f"{kind.name} {digest}"), 202)
+            answer = call.engine.queue.enqueue(kind.name, request, _idempotency_key(call), f"{kind.name} {digest}")
+            return _made(answer, 202)
 
         post_job.__doc__ = kind.run.__doc__
         return post_job
@@ -5235,7 +5413,8 @@ def _routes() -> list[Route]:
 
 _COMMON_ANSWERS = {400: "The request is wrong; `fields` says where.", 403: "A web page of another site sent it.",
                    421: "The Host is not one of ours.", 431: "The headers are too large.",
-                   500: "The database or the disk cannot be used, or a bug.", 503: "Busy, stopping, or health is down.", 413: "The JSON body is over 1 MiB.",
+                   500: "The database or the disk cannot be used, or a bug.",
+                   503: "Busy, stopping, or health is down.", 413: "The JSON body is over 1 MiB.",
                    415: f"The body is not {_JSON_TYPE}."}
 
 
@@ -5261,18 +5440,19 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
         answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
         if shape is bytes:
             answer["content"] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-        elif shape is str:
-            answer["content"] = {"text/plain": {"schema": {"type": "string"}}}
+        elif isinstance(shape, str):
+            answer["content"] = {shape: {"schema": {"type": "string"}}}
         elif shape is not None:
             answer["content"] = {_JSON_TYPE: {"schema": _reference(shape)}}
         if status in (201, 202):
-            answer["headers"] = {"Location": {"schema": {"type": "string"}, "description": "Where the job's status is."}}
+            answer["headers"] = {"Location": {"schema": {"type": "string"}, "description": "Where its status is."}}
         if status == 503:
             answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
         answers[str(status)] = answer
     summary = (entry.handler.__doc__ or "").strip()
-    operation: dict[str, Json] = {"operationId": "-".join([entry.method.lower(), *re.findall(r"\w+", entry.path)]), "summary": summary,
-                                  "parameters": parameters, "responses": dict(sorted(answers.items()))}
+    operation: dict[str, Json] = {"operationId": "-".join([entry.method.lower(), *re.findall(r"\w+", entry.path)]),
+                                  "summary": summary, "parameters": parameters,
+                                  "responses": dict(sorted(answers.items()))}
     if entry.body:
         media = _JSON_TYPE if json_body else "multipart/form-data"
         operation["requestBody"] = {"required": True, "content": {media: {"schema": _reference(entry.body)}}}
@@ -5283,7 +5463,8 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     """The OpenAPI 3.1 document, made from the routes and their models."""
     routes = list(routes)
     used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
-    shapes: set[type[Shape]] = {ErrorBody, *(shape for shape in used if isinstance(shape, type) and issubclass(shape, Shape))}
+    shapes: set[type[Shape]] = {ErrorBody}
+    shapes |= {shape for shape in used if isinstance(shape, type) and issubclass(shape, Shape)}
     inputs = {entry.body for entry in routes} | {entry.query for entry in routes}
     _, definitions = models_json_schema(
         [(shape, "validation" if shape in inputs else "serialization")
@@ -5301,7 +5482,7 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
 @route("GET", "/openapi.json", {200: dict})
 def get_openapi(call: Call) -> bottle.HTTPResponse:
     """This description, for programs."""
-    return reply(openapi(_routes()))
+    return reply(openapi(all_routes()))
 
 
 def build_app(engine: Engine) -> bottle.Bottle:
@@ -5309,7 +5490,7 @@ def build_app(engine: Engine) -> bottle.Bottle:
     app = bottle.Bottle()
     gate = _Gate(engine)
     app.install(gate)
-    routes = _routes()
+    routes = all_routes()
     for entry in routes:
         app.route(re.sub(r"{(\w+)}", lambda match: f"<{_snake(match[1])}>", entry.path), entry.method, entry.handler)
 
@@ -5333,6 +5514,83 @@ def build_app(engine: Engine) -> bottle.Bottle:
 
     app.default_error_handler = unrouted
     return app
+
+
+# ==== 10 Page: the documentation page, with no outside asset ====
+
+_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
+pre { overflow-x: auto; padding: .5rem; border-left: 3px solid #8888; }
+details { border: 1px solid #8886; border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
+summary { cursor: pointer; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid #8884; }
+"""
+
+
+def _shown_type(schema: Mapping[str, Json]) -> str:
+    """A JSON schema in a few words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f'<a href="#{name}">{name}</a>'
+    if "anyOf" in schema:
+        return " or ".join(_shown_type(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return " | ".join(f"<code>{escape(json.dumps(value))}</code>" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_shown_type(schema.get('items', {}))}"
+    limits = [f"{sign} {schema[key]}" for key, sign in (("minimum", "≥"), ("maximum", "≤")) if key in schema]
+    return escape(" ".join([str(schema.get("type", "any")), *limits]))
+
+
+def _field_table(schema: Mapping[str, Json]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code>{' *' if name in schema.get('required', ()) else ''}</td>"
+        f"<td>{_shown_type(field)}</td><td>{escape(field.get('description', ''))}</td></tr>"
+        for name, field in schema.get("properties", {}).items())
+    return f"<table><tr><th>field</th><th>type</th><th></th></tr>{rows}</table>" if rows else ""
+
+
+def _shown_operation(method: str, path: str, operation: Mapping[str, Json], schemas: Mapping[str, Json]) -> str:
+    parameters = {"properties": {entry["name"]: {**entry["schema"], "description": entry.get("description", "")}
+                                 for entry in operation["parameters"]}}
+    body = ""
+    for media, content in operation.get("requestBody", {}).get("content", {}).items():
+        shape = schemas[content["schema"]["$ref"].rpartition("/")[2]]
+        examples = "".join(f"<pre>{escape(json.dumps(item, indent=1))}</pre>" for item in shape.get("examples", ()))
+        body = f"<p>Body: <code>{media}</code></p>{_field_table(shape)}{examples}"
+    answers = "".join(f"<tr><td>{status}</td><td>{escape(answer['description'])}</td><td>"
+                      f"{''.join(_shown_type(c['schema']) for c in answer.get('content', {}).values())}</td></tr>"
+                      for status, answer in operation["responses"].items())
+    return (f"<details id='{operation['operationId']}'><summary><b>{method.upper()}</b> <code>{escape(path)}</code> "
+            f"{escape(operation['summary'])}</summary>{_field_table(parameters)}{body}"
+            f"<table>{answers}</table></details>")
+
+
+def docs_page(document: Mapping[str, Json]) -> str:
+    """An OpenAPI document as a page to read."""
+    schemas = document["components"]["schemas"]
+    operations = "".join(_shown_operation(method, path, operation, schemas)
+                         for path, methods in document["paths"].items() for method, operation in methods.items())
+    shapes = "".join(f"<h3 id='{name}'>{name}</h3><p>{escape(schema.get('description', ''))}</p>{_field_table(schema)}"
+                     for name, schema in schemas.items())
+    info = document["info"]
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{info['title']} {info['version']}</title><style>{_STYLE}</style>"
+            f"<h1>{info['title']} {info['version']}</h1><p>{escape(info['description'])} "
+            f"For programs: <a href=openapi.json>openapi.json</a>.</p><h2>Calls</h2>{operations}"
+            f"<h2>Shapes</h2>{shapes}")
+
+
+@route("GET", "/docs", {200: "text/html"})
+def get_docs(call: Call) -> Any:
+    """This description, for people."""
+    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
+    return reply(docs_page(openapi(all_routes())), content_type="text/html; charset=utf-8",
+                 Content_Security_Policy=policy)
 
 
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
@@ -5445,21 +5703,22 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
 
 class HttpServer:
-    """Waitress around a service: a loop that can be told to stop, and lets requests in flight finish."""
+    """Waitress around an application: a loop that can be told to stop, and lets requests in flight finish."""
 
-    def __init__(self, service: Service, host: str, port: int):
-        settings = service.settings
+    def __init__(self, engine: Engine, app: Callable[..., Iterable[bytes]], host: str, port: int):
+        settings = engine.settings
         parser = type("Parser", (_Parser,), {
             "check": staticmethod(lambda method, path, header, length: check_head(
-                method, path, header, length, settings, service.allowed_hosts)),
+                method, path, header, length, settings, engine.allowed_hosts)),
             "too_large": staticmethod(lambda path: body_too_large(path, settings))})
         try:
             self._server = waitress.create_server(
-                service.app, host=host, port=port, threads=settings.threads, ident="taskapi",
+                app, host=host, port=port, threads=settings.threads, ident="taskapi",
                 max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
                 channel_timeout=60, connection_limit=1000, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
         except OSError as error:
-            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes any free port") from None
+            reason = f"{error.strerror}; --port 0 takes any free port"
+            raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
         self._server.channel_class = type("Channel", (_Channel,), {"parser_class": parser})
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}"
@@ -5471,10 +5730,11 @@ class HttpServer:
         with suppress(OSError):
             self._server.pull_trigger()
 
-    def run(self) -> None:
-        """Serves until `stop`, then until the requests in flight are answered, for two seconds at most."""
+    def run(self, leave: Callable[[], None]) -> None:
+        """Serves until `stop`; then calls `leave`, and answers the requests in flight, for two seconds at most."""
         while not self._stop.is_set():
             self._turn(1.0)
+        leave()
         waitress.wasyncore.dispatcher.close(self._server)  # no new connections; the trigger is still needed
         until = monotonic() + _DRAIN_SECONDS
         while self._close_idle() and monotonic() < until:
@@ -5510,9 +5770,9 @@ class Service(Engine):
     @contextmanager
     def serving(self, port: int | None = None) -> Iterator[str]:
         """Serves from a thread of its own for as long as the block lasts; gives the URL, without a slash at the end."""
-        server = HttpServer(self, self.settings.host, self.settings.port if port is None else port)
+        server = HttpServer(self, self.app, self.settings.host, self.settings.port if port is None else port)
         self.announce(server.url)
-        thread = threading.Thread(target=server.run, name="taskapi-http")
+        thread = threading.Thread(target=server.run, args=[self.queue.release_waiters], name="taskapi-http")
         thread.start()
         try:
             yield server.url
@@ -5566,6 +5826,7 @@ def _set_up_process(settings: Settings) -> None:
     handler.setFormatter(_LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
+    sys.setswitchinterval(0.0005)  # a request waits for the interpreter lock a few times: let that be short
     tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # large bodies wait on the disk they go to
 
 
@@ -5575,13 +5836,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings.load(sys.argv[1:] if argv is None else argv, os.environ, Path.cwd())
         _set_up_process(settings)
         with Service(settings) as service:
-            server = HttpServer(service, settings.host, settings.port)
+            server = HttpServer(service, service.app, settings.host, settings.port)
             service.announce(server.url)
             for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
                 if hasattr(signal, name):
                     signal.signal(getattr(signal, name), lambda *_: server.stop())
-            print(f"taskapi {__version__} at {server.url} with data in {service.folder.root} (Ctrl-C stops it)", flush=True)
-            server.run()
+            print(f"taskapi {__version__} at {server.url} with data in {service.folder.root} (Ctrl-C stops it)",
+                  flush=True)
+            server.run(leave=service.queue.halt)
             ended = service.close(_DRAIN_SECONDS)
     except StartupError as error:
         print(f"taskapi: {error}", file=sys.stderr)
