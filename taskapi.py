@@ -651,7 +651,7 @@ T = TypeVar("T")
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _MIGRATIONS = Migrations("taskapi")
 _RESERVED_COLUMNS = ("_id", "_job", "_created")
-_DELETE_STEP = 20_000  # rows that one transaction deletes: short enough that others hardly wait
+_DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
 
 
 @_MIGRATIONS()
@@ -778,9 +778,12 @@ class Database:
     def _open_writer(self, mode: str = "rw") -> sqlite3.Connection:
         connection = self._connect(mode)
         try:
+            if mode == "rw" and not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
+                raise StorageError("the file that has taken the database's place is not a database of ours")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA secure_delete = OFF")  # some builds write zeros over all they delete
             _MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
         except BaseException:
             connection.close()
@@ -1605,14 +1608,20 @@ class Records:
         connection.execute("UPDATE _spans SET rows = rows + ? WHERE record_type = ? AND first = ?",
                            (len(rows), record_type, first))
 
-    def discard(self, job_id: str) -> None:
-        """Deletes a job's records in short steps, from the end, so that it can stop anywhere and go on later."""
-        self._database.write(lambda connection: connection.execute(
-            "UPDATE _progress SET checkpoint = NULL, done = 0 WHERE job = ?", (job_id,)))
-        while self._database.write(lambda connection: self._discard_step(connection, job_id)):
+    def discard(self, job_id: str, *, orphaned: bool = False) -> None:
+        """Deletes a job's records in short steps, from the end, so that it can stop anywhere and go on later.
+
+        With `orphaned` it stops at once when the job, retried meanwhile, wants its records again.
+        """
+        while self._database.write(lambda connection: self._discard_step(connection, job_id, orphaned)):
             pass
 
-    def _discard_step(self, connection: sqlite3.Connection, job_id: str) -> bool:
+    def _discard_step(self, connection: sqlite3.Connection, job_id: str, orphaned: bool) -> bool:
+        if orphaned and connection.execute(
+                "SELECT 1 FROM jobs WHERE id = ? AND status NOT IN ('failed', 'canceled')", (job_id,)).fetchone():
+            return False
+        # Without a checkpoint a later run begins anew; it must not go on from rows that are going.
+        connection.execute("UPDATE _progress SET checkpoint = NULL, done = 0, done_before = 0 WHERE job = ?", (job_id,))
         span = connection.execute("SELECT record_type, first, rows FROM _spans WHERE job = ? LIMIT 1",
                                   (job_id,)).fetchone()
         if not span:
@@ -1806,9 +1815,12 @@ class _Templates(dict[str, Draw]):
         draw: Draw
         if any(pieces[2::3]) or not all(draws):
             draw = functools.partial(self.stock, text)
+        elif len(draws) == 1:
+            (a,) = draws
+            draw = lambda: form % (a(),)  # noqa: E731 - the short ones need no list
         elif len(draws) == 2:
             a, b = draws
-            draw = lambda: form % (a(), b())  # noqa: E731 - most names: two draws, no list
+            draw = lambda: form % (a(), b())  # noqa: E731
         else:
             draw = lambda: form % tuple([draw() for draw in draws])  # noqa: E731
         if len(self) < 4096:
@@ -1930,10 +1942,12 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
         return draw()
 
     def numerify(text: str = "###") -> str:
+        if "#" not in text and "%" not in text and "$" not in text:
+            return stock.numerify(text) if "!" in text or "@" in text else text
         places = known.get(text)
         if places is None:
             places = _digit_slots(text)
-            if len(known) < 4096:  # user names pass through here too
+            if len(known) < 4096:  # texts made up for one call pass through here too
                 known[text] = places
         letters = list(text)
         for i, n, digits in places:
@@ -1957,6 +1971,20 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
     return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **digits}
 
 
+def _date(rng: random.Random, now: datetime, stock: Callable[..., str]) -> Callable[..., str]:
+    """Faker's `date`: a moment since 1970, of which only the day is told."""
+    uniform, end, epoch = rng.random, int(now.timestamp()), EPOCH.toordinal()
+
+    def draw(*args: Any, **kwargs: Any) -> str:
+        if args or kwargs:
+            return stock(*args, **kwargs)
+        days, seconds = divmod(end * uniform(), 86_400)
+        # what rounds up to the next whole microsecond may be the next day
+        return date.fromordinal(epoch + int(days) + (seconds >= 86_399.9999995)).isoformat()
+
+    return draw
+
+
 def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator:
     """A Faker of one locale that draws from `rng`, many times faster than stock and with the same values.
 
@@ -1964,7 +1992,7 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
     Random, draw from `rng` too. Raises AttributeError for a locale that Faker does not have.
     """
     from faker.factory import Factory
-    from faker.providers import BaseProvider
+    from faker.providers import BaseProvider, date_time
 
     generator = Factory.create(locale)
     generator.random = rng
@@ -1990,7 +2018,9 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
         if twin is function:
             return None
         # a class method too is bound to the instance: it then finds the other shadows through its `cls`
-        return twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
+        bound = twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
+        plain_date = own is vars(date_time.Provider)["date"] and sys.platform != "win32"
+        return _date(rng, now, bound) if plain_date else bound
 
     for provider in generator.providers:
         for name in dir(type(provider)):
@@ -3240,10 +3270,12 @@ class Plan:
     def chunks(self, checkpoint: Json | None = None, past: Past | None = None, size: int = 500) -> Iterator[Chunk]:
         """Make the rows that come after `checkpoint`, about `size` at a time; a record brings along all made per it.
 
-        Commit each chunk before asking for the next: `past` reads committed rows. Without a `past` the plan keeps the
-        rows itself, which is for a few. Use one iterator of a plan at a time. TaskError tells a value that fails.
+        Commit each chunk before asking for the next: `past` reads committed rows. Without one, for a preview, the plan
+        starts at the beginning and keeps the rows that others refer to itself. Use one iterator of a plan at a time.
+        TaskError tells a value that fails.
         """
-        memory = None if past else _Memory(self.columns)
+        memory = None if past else _Memory(self.streams.values())
+        checkpoint = checkpoint if past else None
         keep: Any = past or memory
         self._resume(checkpoint, keep)
         size = max(1, min(size, MAX_CHUNK // max(1, *(s.size for s in self.streams.values()))))
@@ -3296,22 +3328,22 @@ class Plan:
 
 
 class _Memory:
-    """A Past for a plan whose rows nobody stores, such as a preview."""
+    """A Past for a plan whose rows nobody stores, such as a preview's: it keeps the rows that are referred to."""
 
-    def __init__(self, columns: Mapping[str, Iterable[str]]) -> None:
-        self.index = {name: {column: i for i, column in enumerate(kinds)} for name, kinds in columns.items()}
-        self.kept: dict[str, list[Row]] = {name: [] for name in columns}
+    def __init__(self, streams: Iterable[_Stream]) -> None:
+        self.kept = {lookup.target.name: (lookup.target, list[Row]()) for s in streams for lookup in s.lookups.values()}
 
     def extend(self, rows: Mapping[str, list[Row]]) -> None:
-        for name, more in rows.items():
-            self.kept[name] += more
+        for name, (_, kept) in self.kept.items():
+            kept += rows[name]
 
     def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
-        slots = [self.index[record_type][name] for name in fields]
-        return [tuple([self.kept[record_type][o][slot] for slot in slots]) for o in ordinals]
+        target, kept = self.kept[record_type]
+        slots = [target.index[name] for name in fields]
+        return [tuple([kept[o][slot] for slot in slots]) for o in ordinals]
 
     def column(self, record_type: str, field: str) -> Iterator[Any]:
-        return (row[self.index[record_type][field]] for row in self.kept[record_type])
+        raise NotImplementedError("only a plan that goes on asks for this")
 
 
 # ---- Presets: plain schemas, to be read, copied and changed ----
@@ -3540,7 +3572,7 @@ def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, An
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
-_LEAST_FREE = 16 * 2**20  # bytes to leave free, or an eighth of a small disk: to end jobs takes room too
+_LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
 
@@ -3703,7 +3735,7 @@ class DataFolder:
         """Bytes that are free on the disk; raises DiskFull when they are few, StorageError if that cannot be told."""
         with _disk_errors():
             usage = shutil.disk_usage(self.root)
-        if usage.free < min(_LEAST_FREE, usage.total // 8):
+        if usage.free < min(_LEAST_FREE, usage.total // 6):
             raise DiskFull(f"the disk is nearly full: {usage.free // 2**20} MiB are free")
         return usage.free
 
@@ -3965,6 +3997,7 @@ class JobContext:
             self._jobs.save_progress(connection, self.job, progress, checkpoint)
             work(connection)
 
+        self.folder.free_space()
         self._database.write(transaction)
 
 
@@ -4799,8 +4832,7 @@ class JobQueue:
 
     def _discard_orphans(self) -> None:
         for job_id in self.records.orphans():
-            if job_id not in self._running:
-                self.records.discard(job_id)
+            self.records.discard(job_id, orphaned=True)
 
 
 class Engine:
@@ -5622,7 +5654,11 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
     def received(self, data: bytes) -> int:
         """Takes bytes in; whatever is refused is complete at once."""
         in_head = not self.headers_finished
-        consumed: int = super().received(data)
+        try:
+            consumed: int = super().received(data)
+        except OSError:  # a large body is kept in a file until it is whole
+            self._refuse(DiskFull("the disk is full"))
+            return len(data)
         if in_head and self.headers_finished and not self.empty and self.error is None:
             try:
                 self._body_limit = type(self).check(self.command, self.path, self._header,
