@@ -67,9 +67,9 @@ import uuid
 import zlib
 from bisect import bisect
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
@@ -79,7 +79,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from time import monotonic
 from typing import (
@@ -651,6 +651,7 @@ T = TypeVar("T")
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _MIGRATIONS = Migrations("taskapi")
 _RESERVED_COLUMNS = ("_id", "_job", "_created")
+_BLOCK_CHARACTERS = 1_000_000  # about so much text is made of records at a time
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
 
 
@@ -696,27 +697,30 @@ class KindSql(NamedTuple):
     """How one kind of field is stored, and made text inside SQLite; `{c}` stands for the column."""
 
     column: str
-    csv: str
-    json: str
+    csv: tuple[str, str]  # a piece of a printf format, and its argument
+    json: str  # an argument for %s
     compare: str = "{c}"  # what filters and ORDER BY look at
 
 
-# SQLite prints 15 digits of a REAL, and its reading of digits is not always rounded right: only whole numbers are
-# left to it, all others are asked of Python.
-_FLOAT_SQL = "iif({c} = CAST({c} AS INTEGER) AND abs({c}) < 1e15, CAST({c} AS INTEGER) || '.0', exact_float({c}))"
-_CSV_TEXT = """'"' || replace({c}, '"', '""') || '"'"""
-_TEXT = KindSql("TEXT", f"coalesce({_CSV_TEXT}, '')", "json_quote({c})")
+# Exact without asking Python: a quotient of two whole numbers is rounded right, so that a number that equals one has
+# no other digits. All others are asked of Python, whose digits always read back equal.
+_FLOAT_SQL = ("iif({c} IS NULL OR {c} = 0 OR (abs({c}) BETWEEN 1e-4 AND 1e9 AND "
+              "{c} = CAST(round({c} * 1e6) AS INTEGER) / 1e6), CAST({c} AS TEXT), exact_float({c}))")
+# A null becomes this in quotes, which is then replaced by nothing: one branch less for each cell. No data holds it.
+_NULL_MARK = "null-" + secrets.token_hex(16)
+_CSV_TEXT = ('"%w"', f"coalesce({{c}}, '{_NULL_MARK}')")
+_TEXT = KindSql("TEXT", _CSV_TEXT, "json_quote({c})")
 KIND_SQL: Mapping[Kind, KindSql] = {
-    "int": KindSql("INTEGER", "coalesce({c}, '')", "coalesce({c}, 'null')"),
-    "float": KindSql("REAL", f"coalesce({_FLOAT_SQL}, '')", f"coalesce({_FLOAT_SQL}, 'null')"),
-    "decimal": KindSql("TEXT", "coalesce({c}, '')", "coalesce({c}, 'null')", "CAST({c} AS REAL)"),
-    "bool": KindSql("INTEGER", "iif({c} IS NULL, '', iif({c}, 'true', 'false'))",
-                    "iif({c} IS NULL, 'null', iif({c}, 'true', 'false'))"),
+    "int": KindSql("INTEGER", ("%s", "{c}"), "coalesce({c}, 'null')"),
+    "float": KindSql("REAL", ("%s", _FLOAT_SQL), f"coalesce({_FLOAT_SQL}, 'null')"),
+    "decimal": KindSql("TEXT", ("%s", "{c}"), "coalesce({c}, 'null')", "CAST({c} AS REAL)"),
+    "bool": KindSql("INTEGER", ("%s", "iif({c}, 'true', iif({c} IS NULL, '', 'false'))"),
+                    "iif({c}, 'true', iif({c} IS NULL, 'null', 'false'))"),
     "text": _TEXT, "date": _TEXT, "datetime": _TEXT,
-    "json": KindSql("TEXT", _TEXT.csv, "coalesce({c}, 'null')"),
+    "json": KindSql("TEXT", _CSV_TEXT, "coalesce({c}, 'null')"),
     # A column that schemas have given different kinds: every value keeps the type it was stored with.
-    "any": KindSql("ANY", f"CASE typeof({{c}}) WHEN 'text' THEN {_CSV_TEXT} WHEN 'real' THEN {_FLOAT_SQL} "
-                          "ELSE coalesce({c}, '') END",
+    "any": KindSql("ANY", ("%s", f"CASE typeof({{c}}) WHEN 'text' THEN printf('\"%w\"', {{c}}) WHEN 'real' THEN "
+                                 f"{_FLOAT_SQL} ELSE {{c}} END"),
                    f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_SQL} ELSE json_quote({{c}}) END"),
 }
 # Only what a spreadsheet would run as a formula: not a plain signed number.
@@ -780,6 +784,7 @@ class Database:
         try:
             if mode == "rw" and not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
                 raise StorageError("the file that has taken the database's place is not a database of ours")
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a new file takes this; see `shrink`
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -866,9 +871,8 @@ class Database:
         except BaseException as error:
             for ticket in batch:
                 ticket.error = ticket.error or error
-            if isinstance(error, DiskFull) and self._writer:
-                with suppress(sqlite3.Error):  # gives back what the log takes, for the next try
-                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if isinstance(error, DiskFull):
+                self._truncate_log()  # gives back what the log takes, for the next try
         finally:
             for ticket in batch:
                 ticket.done = True
@@ -918,6 +922,21 @@ class Database:
                 else:
                     self._readers.append(connection)
 
+    @contextmanager
+    def copying(self, path: Path) -> Iterator[sqlite3.Connection]:
+        """A connection for reading, as `read` gives, with the new database at `path` attached as `copy` to write to."""
+        with self._storage_errors():
+            connection = self._connect("ro")  # SQLite itself keeps it from writing to our file
+            try:
+                connection.execute("ATTACH ? AS copy", (path.as_uri(),))
+                connection.execute("PRAGMA copy.journal_mode = OFF")  # a copy that is interrupted is thrown away
+                connection.execute("PRAGMA copy.synchronous = OFF")
+                connection.execute("BEGIN")
+                yield connection
+                connection.execute("COMMIT")
+            finally:
+                connection.close()
+
     def _take_reader(self) -> sqlite3.Connection:
         with suppress(IndexError):
             return self._readers.pop()
@@ -937,6 +956,22 @@ class Database:
         self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (1, ?)", (at,)))
         with self.read() as connection:
             connection.execute("SELECT at FROM _heartbeat").fetchone()
+
+    def shrink(self) -> None:
+        """Gives the pages of deleted records back to the disk, in short steps; the file ends with the checkpoint."""
+        def step(connection: sqlite3.Connection) -> int:
+            connection.execute("PRAGMA incremental_vacuum(200)").fetchall()
+            return int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+
+        while self.write(step):
+            pass
+        with self._lock:
+            self._truncate_log()
+
+    def _truncate_log(self) -> None:
+        with suppress(sqlite3.Error):
+            if self._writer:
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def quick_check(self, interrupted: Callable[[], bool]) -> str:
         """`ok`, or what SQLite finds damaged; reads the whole file, so that it may take long."""
@@ -1059,7 +1094,8 @@ class Jobs:
 
     def insert(self, job_type: str, request: Mapping[str, Json], *, record_type: str | None = None,
                after: str | None = None, key: str | None = None, key_hash: str | None = None,
-               max_pending: int | None = None) -> tuple[Job, bool]:
+               max_pending: int | None = None, job_id: str | None = None,
+               file: StoredFile | None = None) -> tuple[Job, bool]:
         """Adds a pending job and answers (job, True), durably; or (the job made with this key before, False).
 
         `after` is a job that has to be completed first. Raises BadRequest if there is none, Conflict if the key was
@@ -1073,12 +1109,13 @@ class Jobs:
                 raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
             if after is not None and not connection.execute("SELECT 1 FROM jobs WHERE id = ?", (after,)).fetchone():
                 raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
-            job_id = self._make_id()
+            new_id = job_id or self._make_id()
             connection.execute(
                 "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
-                "idempotency_hash) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?)",
-                (job_id, job_type, self._now(), record_type, _json_text(request), after, key, key_hash))
-            return self._get(connection, job_id), True
+                "idempotency_hash, file) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)",
+                (new_id, job_type, self._now(), record_type, _json_text(request), after, key, key_hash,
+                 _json_text(file.model_dump(by_alias=False) if file else None)))
+            return self._get(connection, new_id), True
 
         return self._database.write(work, durable=True)
 
@@ -1173,8 +1210,8 @@ class Jobs:
             ended = []
             while rows := connection.execute(f"SELECT id, after {doomed}").fetchall():  # failing one may doom others
                 connection.executemany(
-                    "UPDATE jobs SET status = 'failed', finished_at = ?, error = 'job ' || after || ', which this one "
-                    "was to follow, was not completed' WHERE id = ?", [(self._now(), row[0]) for row in rows])
+                    "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = 'job ' || after || "
+                    "', which this one was to follow, was not completed' WHERE id = ?", [(self._now(), row[0]) for row in rows])
                 ended += [self._get(connection, row[0]) for row in rows]
             return ended
 
@@ -1253,9 +1290,9 @@ class Jobs:
                 elif job.attempt >= max_attempts:
                     times = "once" if job.attempt == 1 else f"{job.attempt} times"
                     status, error = JobStatus.FAILED, f"interrupted {times}: the server ended while the job ran"
-                self._move(connection, job, status, "error = ?, finished_at = ?, interruptions = ?",
-                           (error, self._now() if status.finished else None,
-                            self._interruptions(job, "the server ended while the job ran")))
+                self._move(connection, job, status, "error = ?, finished_at = ?, file = iif(?2 IS NULL, file, NULL), "
+                           "interruptions = ?", (error, self._now() if status.finished else None,
+                                                 self._interruptions(job, "the server ended while the job ran")))
             return [self._get(connection, job.job_id) for job in jobs]
 
         return self._database.write(work, durable=True)
@@ -1267,8 +1304,8 @@ class Jobs:
             if job.status.finished:
                 raise Conflict(f"the job is {job.status} already")
             if job.status is JobStatus.PENDING:
-                connection.execute("UPDATE jobs SET status = 'canceled', finished_at = ?, error = ? WHERE id = ?",
-                                   (self._now(), "canceled by a client", job_id))
+                connection.execute("UPDATE jobs SET status = 'canceled', finished_at = ?, error = ?, file = NULL "
+                                   "WHERE id = ?", (self._now(), "canceled by a client", job_id))
             else:
                 connection.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ?", (job_id,))
             return self._get(connection, job_id)
@@ -1319,12 +1356,19 @@ class RecordTypeInfo(Shape):
     fields: dict[str, Kind]
 
 
+class Block(NamedTuple):
+    """The text of some records, and how many they are."""
+
+    text: str
+    records: int
+
+
 class Lines(NamedTuple):
     """Selected records as text: the fields, how many there will be (None: unknown), and the texts, many at a time."""
 
     fields: list[str]
     total: int | None
-    blocks: Iterator[list[str]]
+    blocks: Iterator[Block]
 
 
 def _date_bound(text: str, last: bool) -> str:
@@ -1455,39 +1499,66 @@ class _Selection:
             parameters.append(limit)
         return query, parameters
 
+    def range_sql(self, record_type: str, style: Style, between: str, excel_safe: bool, after: int,
+                  limit: int) -> tuple[str, list[Json]]:
+        """One row for up to `limit` records of a type behind an id: their joined text, their number, the last id."""
+        conditions, values = self._conditions(record_type, after)
+        return (f"SELECT group_concat(line, {_literal(between)}), count(*), max(_id) FROM (SELECT "
+                f"{self._line(record_type, style, excel_safe)} AS line, _id FROM {_quote(record_type)} "
+                f"WHERE {' AND '.join(conditions)} ORDER BY _id LIMIT ?)", [*values, limit])
+
     def _order_key(self, record_type: str) -> str:
         kind = self._kind(record_type, str(self._order_by))
         return KIND_SQL[kind].compare.format(c=_quote(str(self._order_by))) if kind else "NULL"
 
     def _line(self, record_type: str, style: Style, excel_safe: bool) -> str:
-        """The SQL expression that makes one record's text."""
-        parts: list[str] = []
+        """The SQL expression that makes one record's text; of pieces, since a function has up to 127 arguments."""
         if style == "csv":
             cells = [self._csv_cell(record_type, field, excel_safe) for field in self.fields]
-            cells = [_literal(f'"{record_type}"'), *cells] if self._several else cells
-            for cell in cells:
-                parts += ["','", cell] if parts else ["''", cell]  # the empty text makes even one number a text
-            return _concat(parts)
-        names = [field for field in self.fields if self._kind(record_type, field)]
-        members = [(json.dumps(field, ensure_ascii=False), self._json_value(record_type, field)) for field in names]
-        members = [('"recordType"', _literal(f'"{record_type}"')), *members] if self._several else members
-        for number, (name, value) in enumerate(members):
-            parts += [_literal(("," if number else "{") + name + ":"), value]
-        return _concat([*parts, "'}'"] if parts else ["'{}'"])
+            cells = [("%s", _literal(f'"{record_type}"')), *cells] if self._several else cells
+        else:
+            cells = [self._json_member(record_type, field) for field in self.fields if self._kind(record_type, field)]
+            cells = [('"recordType":%s', _literal(f'"{record_type}"')), *cells] if self._several else cells
+        pieces = []
+        for start in range(0, len(cells), 100):
+            forms, values = zip(*cells[start:start + 100], strict=True)
+            lead = "," if start else "{" if style == "json" else ""
+            tail = "}" if style == "json" and start + 100 >= len(cells) else ""
+            pieces.append(f"printf({_literal(lead + ','.join(forms) + tail)}, {', '.join(values)})")
+        return _concat(pieces) if pieces else "'{}'"
 
-    def _csv_cell(self, record_type: str, field: str, excel_safe: bool) -> str:
+    def _csv_cell(self, record_type: str, field: str, excel_safe: bool) -> tuple[str, str]:
         kind = self._kind(record_type, field)
         if kind is None:
-            return "''"
+            return "%s", "''"
         column = _quote(field)
         if excel_safe and kind == "text":
             column = "(" + _SAFE_TEXT.format(c=column) + ")"
-        return KIND_SQL[kind].csv.format(c=column)
+        form, value = KIND_SQL[kind].csv
+        return form, value.format(c=column)
 
-    def _json_value(self, record_type: str, field: str) -> str:
+    def _json_member(self, record_type: str, field: str) -> tuple[str, str]:
         kind = self._kind(record_type, field)
         assert kind is not None
-        return KIND_SQL[kind].json.format(c=_quote(field))
+        name = json.dumps(field, ensure_ascii=False).replace("%", "%%")
+        return f"{name}:%s", KIND_SQL[kind].json.format(c=_quote(field))
+
+    def copy_sql(self, record_type: str, limit: int | None) -> tuple[str, str, list[Json]] | None:
+        """(CREATE TABLE, INSERT, parameters) that copy the type's selected records into `copy`; None without fields."""
+        fields = {field: kind for field in self.fields if (kind := self._kind(record_type, field))}
+        if not fields:
+            return None
+        table = f"copy.{_quote(record_type)}"
+        create = ", ".join(f"{_quote(field)} {KIND_SQL[kind].column}" for field, kind in fields.items())
+        conditions, values = self._conditions(record_type, None)
+        if limit is not None:  # which counts over all types
+            query, more = self.sql("id, type", "json", limit)
+            conditions.append(f"_id IN (SELECT id FROM ({query}) WHERE type = ?)")
+            values += [*more, record_type]
+        key = self._order_key(record_type) + (" DESC, " if self._descending else ", ") if self._order_by else ""
+        return (f"CREATE TABLE {table}({create}) STRICT",
+                f"INSERT INTO {table} SELECT {', '.join(map(_quote, fields))} FROM main.{_quote(record_type)} "
+                f"WHERE {' AND '.join(conditions) or 'TRUE'} ORDER BY {key}_id", values)
 
     def _conditions(self, record_type: str, after: int | None) -> tuple[list[str], list[Json]]:
         conditions, values = self._visible(record_type)
@@ -1646,6 +1717,12 @@ class Records:
 
     # Reading a running job's own rows
 
+    def own_counts(self, job: Job) -> Counter[str]:
+        """How many rows of each type the job has committed."""
+        with self._database.read() as connection:
+            rows = connection.execute("SELECT record_type, rows FROM _spans WHERE job = ?", (job.job_id,))
+            return Counter(dict(rows.fetchall()))
+
     def own_rows(self, job: Job, record_type: str, fields: Sequence[str],
                  ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
         """The job's committed rows of a type by their 0-based ordinal, in the order asked for."""
@@ -1676,10 +1753,10 @@ class Records:
                     for name, count in rows.fetchall()]
 
     @contextmanager
-    def lines(self, filters: Filters, style: Style, *, fields: Sequence[str] | None = None,
+    def lines(self, filters: Filters, style: Style, between: str, *, fields: Sequence[str] | None = None,
               order_by: str | None = None, limit: int | None = None, excel_safe: bool = False,
               interrupted: Callable[[], bool] = lambda: False) -> Iterator[Lines]:
-        """The selected records as CSV or JSON texts without line ends, made inside SQLite, from one snapshot.
+        """The selected records as CSV or JSON text with `between` between them, made inside SQLite, from one snapshot.
 
         `order_by` is a field, with a `-` before it for descending. `interrupted` is asked now and then; when it says
         True, Interrupted is raised. Raises JobFailed that names what exists when a type or field does not.
@@ -1687,13 +1764,47 @@ class Records:
         with self._database.read() as connection:
             connection.set_progress_handler(interrupted, 200_000)
             selection = _Selection(connection, filters, fields, order_by, self._kinds)
-            cursor = connection.execute(*selection.sql("line", style, limit, excel_safe=excel_safe))
+            if order_by:
+                query = selection.sql("line", style, limit, excel_safe=excel_safe)
+                blocks = self._sorted_blocks(connection, between, *query)
+            else:
+                blocks = self._blocks(connection, between, selection, style, limit, excel_safe)
+            yield Lines(selection.header, selection.total(limit), blocks)
 
-            def blocks() -> Iterator[list[str]]:
-                while rows := cursor.fetchmany(1000):
-                    yield list(chain.from_iterable(rows))
+    def _sorted_blocks(self, connection: sqlite3.Connection, between: str, query: str,
+                       parameters: list[Json]) -> Iterator[Block]:
+        cursor = connection.execute(query, parameters)
+        while rows := cursor.fetchmany(1000):
+            yield Block(between.join(row[0] for row in rows).replace(f'"{_NULL_MARK}"', ""), len(rows))
 
-            yield Lines(selection.header, selection.total(limit), blocks())
+    def _blocks(self, connection: sqlite3.Connection, between: str, selection: _Selection, style: Style,
+                limit: int | None, excel_safe: bool) -> Iterator[Block]:
+        """Many records a fetch: SQLite joins them, so that Python, and its lock, are asked for once a block."""
+        for record_type in selection.kinds:
+            last, size, got = 0, 500, 1
+            while got and limit != 0:
+                step = size if limit is None else min(size, limit)
+                query, parameters = selection.range_sql(record_type, style, between, excel_safe, last, step)
+                text, got, last = connection.execute(query, parameters).fetchone()
+                if got:
+                    yield Block(text.replace(f'"{_NULL_MARK}"', "") if style == "csv" else text, got)
+                    limit = None if limit is None else limit - got
+                    # Bounded also where records are big.
+                    size = max(1, min(500, got * _BLOCK_CHARACTERS // max(1, len(text))))
+
+    def copy_to(self, path: Path, filters: Filters, *, fields: Sequence[str] | None = None, order_by: str | None = None,
+                limit: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Iterator[int]:
+        """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
+
+        Yields the number of records after each type; otherwise as `lines`. Rows come in order, so pages are full.
+        """
+        with self._database.copying(path) as connection:
+            connection.set_progress_handler(interrupted, 200_000)
+            selection = _Selection(connection, filters, fields, order_by, self._kinds)
+            for record_type in selection.kinds:
+                if steps := selection.copy_sql(record_type, limit):
+                    connection.execute(steps[0])
+                    yield connection.execute(*steps[1:]).rowcount
 
     def page(self, filters: Filters, limit: int, after: int | None) -> list[tuple[int, str]]:
         """Up to `limit` records of one type, older first, from the `_id` after `after`: (_id, JSON text) pairs."""
@@ -2720,11 +2831,11 @@ _VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code
 _DATE_ARG = re.compile(r".*(date|start|end|birth).*")
 
 
-def faker_version() -> str:
+def library_versions() -> dict[str, str]:
     """The version of Faker: with the same one, the same request makes the same records."""
     from faker import VERSION
 
-    return str(VERSION)
+    return {"faker": VERSION}
 
 
 def _provider(generator: FakerGenerator, name: str) -> BaseProvider | None:
@@ -3592,6 +3703,7 @@ FILE_TYPES: Mapping[str, FileType] = {
     "jsonl": FileType("application/x-ndjson"),
     "txt": FileType("text/plain; charset=utf-8"),
     "xml": FileType("application/xml"),
+    "sqlite": FileType("application/vnd.sqlite3", (b"SQLite format 3\0",)),
     "gz": FileType("application/gzip", (b"\x1f\x8b",)),
     "zip": FileType("application/zip", (b"PK\x03\x04", b"PK\x05\x06")),
     "pdf": FileType("application/pdf", (b"%PDF-",)),
@@ -3636,7 +3748,7 @@ class Draft:
         self._root = root
         with _disk_errors():
             descriptor, name = tempfile.mkstemp(dir=root / "tmp")
-        self._path = Path(name)
+        self.path = Path(name)
         self._file = os.fdopen(descriptor, "wb")
         self._hash = hashlib.sha256()
         self.bytes = 0
@@ -3658,6 +3770,15 @@ class Draft:
         with _disk_errors():
             self._file.flush()
 
+    def beside(self) -> Draft:
+        """Another draft, for something that this one is made from."""
+        return Draft(self._root)
+
+    def open(self) -> BinaryIO:
+        """Opens what was written so far for reading."""
+        self.flush()
+        return self.path.open("rb")
+
     def keep(self, path: str, filename: str, content_type: str) -> StoredFile:
         """Moves the file to `path` (relative to the data folder), durably."""
         target = self._root / path
@@ -3665,7 +3786,7 @@ class Draft:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._path, target)
+            os.replace(self.path, target)
             _sync_folder(target.parent)
         return StoredFile(path=path, filename=filename, content_type=content_type, bytes=self.bytes,
                           sha256=self.sha256)
@@ -3678,7 +3799,7 @@ class Draft:
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
 
 class _OpenFile(io.FileIO):
@@ -3773,8 +3894,8 @@ class Received(NamedTuple):
 class _ContentCheck:
     """Tells, block by block, whether content is what its name says; raises BadRequest at the first block that isn't."""
 
-    def __init__(self, suffix: str):
-        self._suffix = suffix
+    def __init__(self, suffix: str, encoding: str | None = None):
+        self._suffix, self._encoding = suffix, encoding
         self._magic = FILE_TYPES[suffix].magic
         self._decoder: codecs.IncrementalDecoder | None = None
         self._head = b""
@@ -3791,7 +3912,7 @@ class _ContentCheck:
                 return
             block = self._head
             utf16 = block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            self._decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8")()
+            self._decoder = codecs.getincrementaldecoder(self._encoding or ("utf-16" if utf16 else "utf-8"))()
         try:
             text = self._decoder.decode(block, last)
         except UnicodeDecodeError:
@@ -3842,7 +3963,7 @@ class _UploadReceiver:
         self.filename = file_label(part.filename)
         suffix = self.filename.rpartition(".")[2].lower() if "." in self.filename else ""
         self._check_type(suffix, part.content_type or "")
-        self._check = _ContentCheck(suffix)
+        self._check = _ContentCheck(suffix, self.texts.get("encoding"))  # which so has to stand before the file
         self.content_type = FILE_TYPES[suffix].content_type
 
     def _check_type(self, suffix: str, declared: str) -> None:
@@ -3903,52 +4024,572 @@ def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: Dat
         yield Received(draft, receiver.filename, receiver.content_type, receiver.texts)
 
 
-class ExportFormat(NamedTuple):
-    """How records become a file: which text SQLite makes of each, and what stands before, between and after them."""
+class Selected(NamedTuple):
+    """Which records an export is of, and how texts are guarded; `interrupted` is asked while SQLite works."""
 
-    content_type: str
+    filters: Filters
+    fields: Sequence[str] | None
+    order_by: str | None
+    limit: int | None
+    excel_safe: bool
+    interrupted: Callable[[], bool]
+
+
+class ExportSink:
+    """Takes the bytes of an export into a draft, gzipped or not."""
+
+    def __init__(self, draft: Draft, *, gzip: bool):
+        self.draft = draft
+        # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
+        self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
+
+    def write(self, block: bytes) -> None:
+        """Appends."""
+        self.draft.write(self._packer.compress(block) if self._packer else block)
+
+    def close(self) -> None:
+        """Ends the file; nothing may be written after it."""
+        if self._packer:
+            self.draft.write(self._packer.flush())
+
+
+class TextLayout(NamedTuple):
+    """What stands before, between and after the records of a text format, and in a file without any."""
+
     style: Style
     first: str = ""
     between: str = "\n"
     end: str = "\n"
-    empty: str = ""  # the file without records; a header comes before this as it does before `first`
+    empty: str = ""  # a header comes before this as it does before `first`
     header: bool = False
 
 
+def _write_text(sink: ExportSink, records: Records, wanted: Selected,
+                layout: TextLayout) -> Generator[Progress, None, None]:
+    safe = wanted.excel_safe and layout.header
+    with records.lines(wanted.filters, layout.style, layout.between, fields=wanted.fields, order_by=wanted.order_by,
+                       limit=wanted.limit, excel_safe=safe, interrupted=wanted.interrupted) as lines:
+        names = ",".join('"' + field.replace('"', '""') + '"' for field in lines.fields)
+        head = ("\ufeff" if safe else "") + (names + "\r\n" if layout.header else "")
+        done = 0
+        for block in lines.blocks:
+            sink.write(((layout.between if done else head + layout.first) + block.text).encode())
+            done += block.records
+            yield Progress(done=done, total=lines.total)
+        sink.write((layout.end if done else head + layout.empty).encode())
+        yield Progress(done=done, total=done)
+
+
+def _write_database(sink: ExportSink, records: Records, wanted: Selected) -> Generator[Progress, None, None]:
+    done = 0
+    with sink.draft.beside() as copy:
+        for count in records.copy_to(copy.path, wanted.filters, fields=wanted.fields, order_by=wanted.order_by,
+                                     limit=wanted.limit, interrupted=wanted.interrupted):
+            done += count
+            yield Progress(done=done)
+        with copy.open() as stream:
+            while block := stream.read(_BLOCK):
+                sink.write(block)
+                yield Progress(done=done, total=done)
+    yield Progress(done=done, total=done)
+
+
+class ExportFormat(NamedTuple):
+    """How records become a file: the media type, and what writes them, saying now and then how far it is."""
+
+    content_type: str
+    write: Callable[[ExportSink, Records, Selected], Generator[Progress, None, None]]
+
+
+def _text_format(content_type: str, layout: TextLayout) -> ExportFormat:
+    return ExportFormat(content_type, lambda sink, records, wanted: _write_text(sink, records, wanted, layout))
+
+
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
-    "csv": ExportFormat("text/csv; charset=utf-8", "csv", between="\r\n", end="\r\n", header=True),
-    "json": ExportFormat("application/json", "json", first="[\n", between=",\n", end="\n]\n", empty="[]\n"),
-    "ndjson": ExportFormat("application/x-ndjson", "json"),
+    "csv": _text_format("text/csv; charset=utf-8", TextLayout("csv", between="\r\n", end="\r\n", header=True)),
+    "json": _text_format("application/json", TextLayout("json", "[\n", ",\n", "\n]\n", "[]\n")),
+    "ndjson": _text_format("application/x-ndjson", TextLayout("json")),
+    "sqlite": ExportFormat("application/vnd.sqlite3", _write_database),
 }
 
 
-class ExportWriter:
-    """Writes records to a draft in one format, gzipped or not, in bounded memory."""
+# Readers: an uploaded file in, chunks of its records out, in bounded memory
 
-    def __init__(self, draft: Draft, export_format: ExportFormat, fields: Sequence[str], *, gzip: bool,
-                 byte_order_mark: bool):
-        self._draft, self._format = draft, export_format
-        # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
-        self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
-        names = ",".join('"' + field.replace('"', '""') + '"' for field in fields)
-        self._head = ("\ufeff" if byte_order_mark else "") + (names + "\r\n" if export_format.header else "")
-        self.records = 0
+MAX_FIELDS = 500
+_PIECE = 128 * 1024  # bytes of unpacked text that are looked at together
+_RECORD_LIMIT = 8 * 2**20  # characters of one record: what no end is found for by then has none
+_UNPACKED_RATIO, _UNPACKED_FREE, _UNPACKED_LIMIT = 100, 64 * 2**20, 2**36  # bytes out for each in, beyond free ones
+_DELIMITERS = ",;\t|"
+_UNSOUND = re.compile("[\0\ud800-\udfff]")  # what SQLite, or UTF-8, cannot hold
 
-    def _put(self, text: str) -> None:
-        block = text.encode()
-        self._draft.write(self._packer.compress(block) if self._packer else block)
 
-    def write(self, lines: Sequence[str]) -> None:
-        """Adds records, at least one."""
-        lead = self._format.between if self.records else self._head + self._format.first
-        self._put(lead + self._format.between.join(lines))
-        self.records += len(lines)
+def _bad_line(line: int, reason: str) -> JobFailed:
+    return JobFailed(f"line {line}: {reason}")
 
-    def close(self) -> None:
-        """Ends the file; without any record it is whole too."""
-        self._put(self._format.end if self.records else self._head + self._format.empty)
-        if self._packer:
-            self._draft.write(self._packer.flush())
+
+def _lines_in(text: str) -> int:
+    """How many line ends; a text with no line feed may come from where a carriage return alone ends a line."""
+    return text.count("\n") or text.count("\r")
+
+
+def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """What is in a gzip file of one or more members, in pieces that are not empty."""
+    member, taken, given = zlib.decompressobj(31), 0, 0
+    for block in blocks:
+        taken += len(block)
+        while block and not (member.eof and not block.strip(b"\0")):  # zeros may fill up the end
+            member = zlib.decompressobj(31) if member.eof else member
+            try:
+                piece = member.decompress(block, _PIECE)
+            except zlib.error:
+                raise JobFailed(f"the gzip data is broken, within the {taken} bytes up to here") from None
+            block = member.unconsumed_tail or member.unused_data
+            given += len(piece)
+            if given > min(_UNPACKED_LIMIT, _UNPACKED_FREE + _UNPACKED_RATIO * taken):
+                raise JobFailed(f"the gzip data unpacks to too much: over {given} bytes out of {taken}")
+            if piece:
+                yield piece
+    if piece := member.flush():
+        yield piece
+    if not member.eof:
+        raise JobFailed(f"the gzip data is cut off after {taken} bytes")
+
+
+def _decoded(blocks: Iterator[bytes], encoding: str | None) -> Iterator[str]:
+    """The text of a file: in `encoding`, or else in UTF-16 if it has that mark, or else in UTF-8."""
+    head = b""
+    while len(head) < 3 and (block := next(blocks, b"")):
+        head += block
+    name = encoding or ("utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
+    decoder = codecs.getincrementaldecoder(name)()
+    taken, line, mark = 0, 1, "\ufeff"
+    for block in chain([head], blocks, [b""]):
+        held = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, not block)
+        except UnicodeDecodeError as error:
+            line += error.object[:error.start].count(b"\n")
+            raise _bad_line(line, f"byte {taken - held + error.start} of the text, 0x{error.object[error.start]:02x}, "
+                                  f"is not {name}; save the file as UTF-8, or name its encoding") from None
+        if unsound := _UNSOUND.search(text):
+            raise _bad_line(line + _lines_in(text[:unsound.start()]), "there is a NUL character: this is no text")
+        taken, line = taken + len(block), line + _lines_in(text)
+        if text:
+            yield text.removeprefix(mark)
+            mark = ""
+
+
+def _texts(stream: BinaryIO, packed: bool, encoding: str | None) -> Iterator[str]:
+    """The text of a stored file, in pieces; JobFailed says at which line it cannot be read any more."""
+    blocks = iter(lambda: stream.read(_PIECE), b"")
+    line = 1
+    texts = _decoded(_unpacked(blocks) if packed else blocks, encoding)
+    while True:
+        try:
+            text = next(texts, None)
+        except JobFailed as error:
+            raise error if str(error).startswith("line ") else _bad_line(line, str(error)) from None
+        if text is None:
+            return
+        line += _lines_in(text)
+        yield text
+
+
+class Cells(NamedTuple):
+    """Some records by columns: of each field the cells as the file has them. Fields may be missing, meaning null."""
+
+    columns: Mapping[str, Sequence[Json]]
+    length: int
+
+
+def _check_fields(names: Collection[str], line: int) -> None:
+    """Refuses names that no schema could have either."""
+    if len(names) > MAX_FIELDS:
+        raise _bad_line(line, f"there are more than {MAX_FIELDS} fields")
+    seen: dict[str, str] = {}
+    for name in names:
+        if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or (
+                name.lower() in _RESERVED_COLUMNS):
+            raise _bad_line(line, f"{name[:80]!r} cannot name a field: 1 to 64 printable characters without a space "
+                                  f"around them, and not {', '.join(_RESERVED_COLUMNS)}")
+        if name.lower() in seen:
+            raise _bad_line(line, f"two fields are named {seen[name.lower()]!r} and {name!r}")
+        seen[name.lower()] = name
+
+
+# CSV. A cell stays as it is written while rows are told apart: the quotes around it tell "" from null, and text from
+# numbers.
+
+
+def _cell_pattern(delimiter: str) -> str:
+    """Three kinds of cell: plain (a quote inside is nothing special), quoted (two quotes mean one), empty."""
+    end = re.escape(delimiter) + r"\r\n"
+    return rf'[^"{end}][^{end}]*+|"[^"]*+"(?:"[^"]*+")*+|'
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if cell[:1] == '"' else cell
+
+
+def _first_record(text: str, delimiter: str, start: int = 0) -> tuple[list[str], int]:
+    """The cells of the record at `start`, and where they end: before a line end, unless the record is broken or cut."""
+    cell, cells = re.compile(_cell_pattern(delimiter)), []
+    while match := cell.match(text, start):
+        cells.append(match[0])
+        start = match.end() + 1
+        if text[start - 1:start] != delimiter:
+            break
+    return cells, start - 1
+
+
+def _find_delimiter(sample: str) -> str:
+    """The delimiter that cuts the first records of a text into the same number of cells, the more the better."""
+    def rating(delimiter: str) -> tuple[bool, int, bool]:
+        widths: list[int] = []
+        end, steady = 0, True
+        while steady and len(widths) < 100 and (start := len(sample) - len(sample[end:].lstrip("\r\n"))) < len(sample):
+            cells, end = _first_record(sample, delimiter, start)
+            if end == len(sample):
+                break  # cut off
+            widths.append(len(cells))
+            steady = widths[0] == widths[-1] and sample[end] in "\r\n"
+        width = widths[0] if widths else 1
+        return steady and width > 1, width, steady
+
+    return max(_DELIMITERS, key=rating)
+
+
+def _check_rest(rest: str, delimiter: str, width: int, line: int, last: bool) -> None:
+    """Tells a record that goes on in the next piece, which is well, from one that is wrong."""
+    start = len(rest) - len(rest.lstrip("\r\n"))
+    if width == 1:  # here an empty line is a record
+        start = min(start, 2 if rest.startswith("\r\n") else 1)
+    cells, end = _first_record(rest, delimiter, start)
+    line += _lines_in(rest[:start])
+    if rest[end:end + 1] in ("\r", "\n") and len(cells) != width:
+        raise _bad_line(line, f"{len(cells)} {'field' if len(cells) == 1 else 'fields'} instead of {width}")
+    line += _lines_in(rest[start:end])
+    if rest[end:end + 1] not in ("", "\r", "\n", '"'):
+        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}")
+    if last and rest[end:end + 1] == '"':
+        raise _bad_line(line, f"the quote that opens field {len(cells)} is never closed")
+    if len(rest) > _RECORD_LIMIT:
+        raise _bad_line(line, f"a record is longer than {_RECORD_LIMIT} characters; is a quote not closed?")
+
+
+def _ended(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, with a line feed behind the last line if it has none."""
+    last = "\n"
+    for last in texts:
+        yield last
+    if last[-1] != "\n":
+        yield "\n"
+
+
+def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[Cells]:
+    """Records of delimited text (RFC 4180, and what is usual beside it), named by the first line."""
+    texts, sample = _ended(texts), ""
+    while len(sample) < _PIECE and (piece := next(texts, "")):
+        sample += piece
+    text = sample.lstrip("\r\n")
+    line = 1 + _lines_in(sample[:len(sample) - len(text)])
+    if told := re.match(r'sep=([^\r\n"])(?:\r\n|\r|\n)', text):  # as Excel understands it
+        text, line, delimiter = text[told.end():], line + 1, delimiter or told[1]
+    delimiter = delimiter or _find_delimiter(text)
+    header, end = _first_record(text, delimiter)
+    if all(re.fullmatch(r"[-\d.,:]*", cell) for cell in header) and text[end:end + 1] != '"':
+        raise _bad_line(line, "there is no header: the first line must name the fields")
+    if text[end:end + 1] not in ("\r", "\n"):
+        _check_rest(text, delimiter, len(header), line, last=True)
+        raise _bad_line(line, f"the first line is longer than {_PIECE} characters")
+    fields = [_unquoted(cell) for cell in header]
+    _check_fields(fields, line)
+    yield Cells(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
+    yield from _csv_rows(chain([text[end:]], texts), delimiter, fields, line)
+
+
+def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line: int) -> Iterator[Cells]:
+    """The records after the header; the first text begins with the header's line end."""
+    row = re.escape(delimiter).join([f"({_cell_pattern(delimiter)})"] * len(fields))
+    # With one field an empty line is a null. The last group takes what is left: a record that is cut, or wrong.
+    row = rf"[\r\n]*{row}[\r\n]+" if len(fields) > 1 else rf"(?:\r\n|\n|\r(?!\n)){row}(?=[\r\n])"
+    pattern = re.compile(rf"{row}|([\s\S]+)")
+    rest = ""
+    for text in texts:
+        text = rest + text
+        rows = pattern.findall(text)
+        rest = rows.pop()[-1] if rows and rows[-1][-1] else ""
+        if rows:
+            yield Cells(dict(zip(fields, zip(*rows, strict=True), strict=False)), len(rows))
+        line += _lines_in(text[:len(text) - len(rest)])
+        _check_rest(rest, delimiter, len(fields), line, last=False)
+    _check_rest(rest, delimiter, len(fields), line, last=True)
+
+
+# JSON. Cells are what json.loads makes of them, but for numbers with a point or an exponent: they keep their digits.
+
+
+class _JsonNumber(str):
+    """The text of a JSON number that is no integer."""
+
+    __slots__ = ()
+
+
+def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return made
+
+
+def _refuse_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_JsonNumber, parse_constant=_refuse_constant)
+
+
+def _compact(value: Json) -> str:
+    """JSON text without spaces, every number with the digits it came with."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_compact(key)}:{_compact(member)}" for key, member in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_compact, value)) + "]"
+    return value if isinstance(value, _JsonNumber) else json.dumps(value, ensure_ascii=False)
+
+
+def _strings(value: Json) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for member in chain(value, value.values() if isinstance(value, dict) else ()):
+            yield from _strings(member)
+
+
+class _JsonGaps(NamedTuple):
+    """What stands before the first record of a JSON text, between two, behind the last; and instead of any."""
+
+    first: re.Pattern[str]
+    between: re.Pattern[str]
+    last: re.Pattern[str]
+    empty: re.Pattern[str]
+    expected: str
+
+
+def _gaps(first: str, between: str, last: str, expected: str) -> _JsonGaps:
+    space = r"[ \t\r\n]*"
+    return _JsonGaps(re.compile(rf"{space}{first}{space}(?=[^\s\]])"), re.compile(rf"{between}{space}(?=\S)"),
+                     re.compile(space + last + space), re.compile(space + first + space + last + space), expected)
+
+
+_ARRAY = _gaps(r"\[", r"[ \t\r\n]*,", r"\]", "a JSON array of objects, [{...}, ...]")
+_LINES = _gaps("", r"[ \t\r]*\n", "", "one JSON object on each line")
+
+
+def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[Cells]:
+    """Records of a JSON array or of JSON lines; of all the text one record and one piece are held at a time."""
+    text, line, fields = "", 1, dict[str, None]()
+    gap, end = gaps.first, gaps.empty
+    for piece in texts:
+        text += piece
+        records, place = _json_records(text, gap, gaps.between, line)
+        if records:
+            gap, end = gaps.between, gaps.last
+            new = dict.fromkeys(chain.from_iterable(records)).keys() - fields.keys()
+            if new:
+                fields |= dict.fromkeys(key for key in chain.from_iterable(records) if key in new)
+                _check_fields(fields, line)
+            yield Cells({field: [record.get(field) for record in records] for field in fields}, len(records))
+        line, text = line + _lines_in(text[:place]), text[place:]
+        if len(text) > _RECORD_LIMIT:
+            break
+    if not end.fullmatch(text):
+        raise _json_error(text, gap, line, gaps.expected)
+
+
+def _json_records(text: str, gap: re.Pattern[str], between: re.Pattern[str], line: int) -> tuple[list[Json], int]:
+    """The whole records at the beginning of a text, and where they end."""
+    records, place, escapes = [], 0, "\\u" in text
+    while match := gap.match(text, place):
+        try:
+            record, end = _JSON_DECODER.raw_decode(text, match.end())
+            if not isinstance(record, dict):
+                raise ValueError("a record must be a JSON object")
+            if escapes and any(map(_UNSOUND.search, _strings(record))):
+                raise ValueError("a text has a NUL or half a surrogate pair")
+        except json.JSONDecodeError:
+            break  # wrong, or going on in the next piece
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "the record is nested too deeply"
+            raise _bad_line(line + _lines_in(text[:match.end()]), reason) from None
+        records.append(record)
+        place, gap = end, between
+    return records, place
+
+
+def _json_error(text: str, gap: re.Pattern[str], line: int, expected: str) -> JobFailed:
+    """Why a text neither goes on with a record nor ends."""
+    place, reason = len(text) - len(text.lstrip()), f"expected {expected}"
+    if match := gap.match(text):
+        try:
+            _JSON_DECODER.raw_decode(text, match.end())
+        except json.JSONDecodeError as error:
+            place, reason = error.pos, error.msg
+    if place == len(text):
+        reason = f"the file ends too early: {reason}"
+    if len(text) > _RECORD_LIMIT:
+        reason = f"a record is longer than {_RECORD_LIMIT} characters, or broken: {reason}"
+    return _bad_line(line + _lines_in(text[:place]), reason)
+
+
+# Kinds: what a column holds, told without loss from all of its cells
+
+
+def _is_int(cell: str) -> bool:
+    return str(int(cell)) == cell and -2**63 <= int(cell) < 2**63
+
+
+def _is_float(cell: str) -> bool:
+    return _exact_float(float(cell)) == cell and cell != "-0.0"  # SQLite keeps no sign of zero
+
+
+def _is_decimal(cell: str) -> bool:
+    return bool(re.fullmatch(r"-?(?:0|[1-9][0-9]*)\.[0-9]+", cell)) or _is_int(cell)
+
+
+def _is_date(text: str) -> bool:
+    return bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and date.fromisoformat(text))
+
+
+def _is_datetime(text: str) -> bool:
+    return bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?"
+                             r"(Z|[+-][0-9]{2}:[0-9]{2})?", text) and datetime.fromisoformat(text))
+
+
+def _is_nested_json(text: str) -> bool:
+    """An object or a list; true only for what can stand in a line of JSON as it is."""
+    return text[:1] in ("[", "{") and "\n" not in text and "\r" not in text and not any(
+        map(_UNSOUND.search, _strings(_JSON_DECODER.decode(text))))
+
+
+def _all(test: Callable[[str], bool], cells: Iterable[str]) -> bool:
+    """Whether a test holds for all cells; one that cannot be read does not pass."""
+    try:
+        return all(map(test, cells))
+    except (ValueError, RecursionError):
+        return False
+
+
+_CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
+    # A quoted cell is no number, whatever it reads: in our own exports the quotes are what makes a text.
+    "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
+    "date": lambda cell: _is_date(_unquoted(cell)), "datetime": lambda cell: _is_datetime(_unquoted(cell)),
+    "json": lambda cell: _is_nested_json(_unquoted(cell)), "text": lambda cell: True,
+}
+
+
+def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind]) -> list[Kind]:
+    distinct = {cell for cell in cells if cell}
+    return [kind for kind in candidates if _all(_CSV_TESTS[kind], distinct)]
+
+
+def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind]) -> list[Kind]:
+    """What differs in type has the kind json in common, and numbers that differ in form the kind decimal."""
+    values = [cell for cell in cells if cell is not None]
+    types = set(map(type, values))
+    tests: Mapping[Kind, Callable[[], bool]] = {
+        "int": lambda: types == {int} and min(values) >= -2**63 and max(values) < 2**63,
+        "float": lambda: types == {_JsonNumber} and _all(_is_float, values),
+        "decimal": lambda: types <= {int, _JsonNumber},
+        "bool": lambda: types == {bool},
+        "date": lambda: types == {str} and _all(_is_date, values),
+        "datetime": lambda: types == {str} and _all(_is_datetime, values),
+        "text": lambda: types == {str},
+        "json": lambda: True,
+    }
+    return [kind for kind in candidates if not types or tests[kind]()]
+
+
+_TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
+    "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": str, "text": str,
+    "date": str, "datetime": str,
+}
+
+
+def _csv_values(cells: Sequence[str], kind: Kind) -> list[Json]:
+    """Cells as the record tables store them."""
+    convert = _unquoted if KIND_SQL[kind].column == "TEXT" else _TO_VALUE[kind]
+    return [convert(cell) if cell else None for cell in cells]
+
+
+def _json_values(cells: Sequence[Json], kind: Kind) -> list[Json]:
+    """Cells as the record tables store them."""
+    convert = _compact if kind == "json" else _TO_VALUE[kind]
+    return [None if cell is None else convert(cell) for cell in cells]
+
+
+class IngestFormat(NamedTuple):
+    """How files become records: how they are cut into cells, which kinds cells fit, and the values they stand for."""
+
+    read: Callable[[Iterator[str], str | None], Iterator[Cells]]
+    kinds_of: Callable[[Sequence[Json], Sequence[Kind]], list[Kind]]
+    values_of: Callable[[Sequence[Json], Kind], list[Json]]
+    kinds: Sequence[Kind]  # the first that fits is taken
+
+
+def _csv_format(delimiter: str | None) -> IngestFormat:
+    return IngestFormat(lambda texts, told: _read_csv(texts, told or delimiter), _csv_kinds, _csv_values, [*_CSV_TESTS])
+
+
+def _json_format(gaps: _JsonGaps) -> IngestFormat:
+    return IngestFormat(lambda texts, told: _read_json(texts, gaps), _json_kinds, _json_values,
+                        ("int", "float", "decimal", "bool", "date", "datetime", "text", "json"))
+
+
+INGEST_FORMATS: Mapping[str, IngestFormat] = {
+    "csv": _csv_format(None), "tsv": _csv_format("\t"), "txt": _csv_format(None), "json": _json_format(_ARRAY),
+    "ndjson": _json_format(_LINES), "jsonl": _json_format(_LINES),
+}
+
+
+class RecordReader:
+    """Reads one stored file as records: `filename` tells the format, by its extension (and a .gz behind that).
+
+    `delimiter` and `encoding` are found if they are not given. BadRequest if it is no format that holds records.
+    """
+
+    def __init__(self, filename: str, delimiter: str | None = None, encoding: str | None = None):
+        *_, inner, suffix = ("", "", *filename.lower().split("."))
+        self._packed = suffix == "gz"
+        if (name := inner if self._packed else suffix) not in INGEST_FORMATS:
+            raise BadRequest(f"no records can be read from {filename!r}; they can from {', '.join(INGEST_FORMATS)}, "
+                             "and .gz of these", [FieldProblem("file", "has a type that holds no records")])
+        self._format, self._delimiter, self._encoding = INGEST_FORMATS[name], delimiter, encoding
+        self._fitting: dict[str, list[Kind]] = {}
+
+    def read(self, stream: BinaryIO) -> Iterator[Cells]:
+        """The records in bounded memory; JobFailed with line and reason where the file is wrong."""
+        return self._format.read(_texts(stream, self._packed, self._encoding), self._delimiter)
+
+    def learn(self, cells: Cells) -> None:
+        """Narrows the kinds of the fields to those that fit these cells too."""
+        for field, column in cells.columns.items():
+            candidates = self._fitting.get(field, self._format.kinds)
+            self._fitting[field] = self._format.kinds_of(column, candidates)
+
+    def kinds(self) -> dict[str, Kind]:
+        """The kind of each field, by all that was learned: the narrowest that fits; text if all is null."""
+        return {field: "text" if len(fitting) == len(self._format.kinds) else fitting[0]
+                for field, fitting in self._fitting.items()}
+
+    def rows(self, cells: Cells, kinds: Mapping[str, Kind]) -> list[tuple[Json, ...]]:
+        """The records as the tables store them, values in the order of `kinds`."""
+        try:
+            columns = [self._format.values_of(cells.columns[field], kind) if field in cells.columns else
+                       [None] * cells.length for field, kind in kinds.items()]
+        except RecursionError:
+            raise JobFailed("a record is nested too deeply") from None
+        return [*zip(*columns, strict=True)]
 
 
 # ==== 7 Job types: what each job means: a model and a function ====
@@ -4093,9 +4734,9 @@ class GenerateRequest(JobRequest):
     def _specs(self) -> dict[str, RecordSpec]:
         """The record types asked for, from one of the three forms: related types, a schema, or a preset."""
         if self.records:
-            extra = self.model_fields_set & {"record_type", "count", "schema_"}
-            if extra:
-                raise BadRequest.of(to_camel(min(extra).rstrip("_")), "cannot be given together with records")
+            for name, value in {"recordType": self.record_type, "count": self.count, "schema": self.schema_}.items():
+                if value is not None:
+                    raise BadRequest.of(name, "cannot be given together with records")
             return self.records
         if self.count is None:
             raise BadRequest.of("count", "is required")
@@ -4108,19 +4749,45 @@ class GenerateRequest(JobRequest):
         return preset_records(record_type, self.count)
 
 
-class _OwnRows:
-    """What a generate job has committed already, for the generator to look up."""
+class _Made:
+    """The rows of a recipe so far, for the generator to look up: committed ones in tables, the newest still here."""
 
-    def __init__(self, context: JobContext):
-        self._records, self._job = context.records, context.job
+    def __init__(self, plan: Plan, context: JobContext | None = None):
+        self.fields = {record_type: list(kinds) for record_type, kinds in plan.columns.items()}
+        self.fresh: dict[str, list[tuple[Json, ...]]] = {record_type: [] for record_type in self.fields}
+        self._context = context
+        self._committed = context.records.own_counts(context.job) if context else Counter[str]()
+
+    def add(self, chunk: Chunk) -> None:
+        """Takes in what was just made."""
+        for record_type, rows in chunk.rows.items():
+            self.fresh[record_type] += rows
+
+    def append(self, connection: sqlite3.Connection) -> None:
+        """Within a transaction: adds the newest rows to the tables."""
+        assert self._context
+        for record_type, rows in self.fresh.items():
+            if rows:
+                self._context.records.append(connection, self._context.job, record_type, self.fields[record_type], rows)
+
+    def committed(self) -> None:
+        """After that transaction: they need not be kept any more."""
+        for record_type, rows in self.fresh.items():
+            self._committed[record_type] += len(rows)
+            rows.clear()
 
     def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
-        """Rows by their 0-based ordinal."""
-        return self._records.own_rows(self._job, record_type, fields, ordinals)
+        """Rows by their 0-based ordinals, which ascend."""
+        first = self._committed[record_type]
+        old = [ordinal for ordinal in ordinals if ordinal < first]
+        stored = self._context.records.own_rows(self._context.job, record_type, fields, old) if self._context else []
+        places = [self.fields[record_type].index(field) for field in fields]
+        newest = [self.fresh[record_type][ordinal - first] for ordinal in ordinals if ordinal >= first]
+        return [*stored, *(tuple(row[place] for place in places) for row in newest)]
 
     def column(self, record_type: str, field: str) -> Iterator[Json]:
-        """All values of a field, in order."""
-        return self._records.own_column(self._job, record_type, field)
+        """All committed values of a field, in order."""
+        return self._context.records.own_column(self._context.job, record_type, field) if self._context else iter(())
 
 
 _CHUNK_ROWS = 50  # made between two pauses: a millisecond or two, which is how long a request may have to wait
@@ -4130,36 +4797,30 @@ _SAVE_ROWS = 1000  # committed together
 @job_type("generate", GenerateRequest)
 def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
-    plan, job = request.plan(), context.job
-    versions = {"taskapi": __version__, "faker": faker_version()}
+    plan = request.plan()
+    versions = {"taskapi": __version__, **library_versions()}
     state = context.checkpoint
     if not state or state["versions"] != versions:  # other versions would not go on with the same values
-        context.records.open_job(job, plan.columns, plan.bounds)
+        context.records.open_job(context.job, plan.columns, plan.bounds)
         state = {"versions": versions, "plan": None}
-    saved, chunk = 0, None
-    made: dict[str, list[tuple[Json, ...]]] = {record_type: [] for record_type in plan.columns}
-
-    def add(connection: sqlite3.Connection) -> None:
-        for record_type, rows in made.items():
-            if rows:
-                context.records.append(connection, job, record_type, list(plan.columns[record_type]), rows)
+    made = _Made(plan, context)
+    saved = done = context.progress.done if state["plan"] else 0
 
     def save(chunk: Chunk) -> None:
-        context.save(Progress(done=chunk.done, total=chunk.total),
-                     {"versions": versions, "plan": chunk.checkpoint}, add)
-        for rows in made.values():
-            rows.clear()
+        context.save(Progress(done=chunk.done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint},
+                     made.append)
+        made.committed()
 
-    for chunk in plan.chunks(state["plan"], _OwnRows(context), _CHUNK_ROWS):
-        for record_type, rows in chunk.rows.items():
-            made[record_type] += rows
-        if chunk.done - saved >= _SAVE_ROWS:
+    for chunk in plan.chunks(state["plan"], made, _CHUNK_ROWS):
+        made.add(chunk)
+        done = chunk.done
+        if done - saved >= _SAVE_ROWS:
             save(chunk)
-            saved = chunk.done
+            saved = done
         yield
-    if chunk and chunk.done > saved:
+    if done > saved:
         save(chunk)
-    return Outcome({"records": chunk.done if chunk else context.progress.done, "versions": versions})
+    return Outcome({"records": done, "versions": versions})
 
 
 def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
@@ -4174,27 +4835,16 @@ def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
 
 
 def preview(request: GenerateRequest) -> str:
-    """JSON text of what a request would make: {"records": [...]}, or for related types an object of such lists."""
+    """JSON text of what a request would make: {"records": [...]}, or for several types an object of such lists."""
     plan = request.plan()
-    texts: dict[str, list[str]] = {record_type: [] for record_type in plan.columns}
-    made: dict[str, list[tuple[Json, ...]]] = {record_type: [] for record_type in plan.columns}
-
-    class Past:
-        def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
-            places = [list(plan.columns[record_type]).index(field) for field in fields]
-            return [tuple(made[record_type][ordinal][place] for place in places) for ordinal in ordinals]
-
-        def column(self, record_type: str, field: str) -> Iterator[Json]:
-            return iter([])
-
-    for chunk in plan.chunks(None, Past()):
-        for record_type, rows in chunk.rows.items():
-            made[record_type] += rows
-            texts[record_type] += [_record_text(plan.columns[record_type], row) for row in rows]
-    lists = {record_type: f"[{', '.join(items)}]" for record_type, items in texts.items()}
-    if request.records or len(lists) > 1:
-        return f'{{"records": {{{", ".join(json.dumps(name) + ": " + items for name, items in lists.items())}}}}}'
-    return f'{{"records": {next(iter(lists.values()))}}}'
+    made = _Made(plan)
+    for chunk in plan.chunks(None, made):
+        made.add(chunk)
+    lists = {record_type: f"[{', '.join(_record_text(plan.columns[record_type], row) for row in rows)}]"
+             for record_type, rows in made.fresh.items()}
+    if len(lists) == 1 and not request.records:
+        return f'{{"records": {next(iter(lists.values()))}}}'
+    return f'{{"records": {{{", ".join(f"{json.dumps(name)}: {rows}" for name, rows in lists.items())}}}}}'
 
 
 def _export_format(name: str) -> str:
@@ -4226,21 +4876,20 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     suffix = f"{request.format}.gz" if request.gzip else request.format
     record_type = request.filters.record_type
     label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
-    safe = request.excel_safe and export_format.style == "csv"
-    with Draft(context.folder.root) as draft, context.records.lines(
-            request.filters, export_format.style, fields=request.fields, order_by=request.order_by,
-            limit=request.limit, excel_safe=safe, interrupted=context.interrupted) as lines:
-        writer = ExportWriter(draft, export_format, lines.fields, gzip=request.gzip, byte_order_mark=safe)
-        for number, block in enumerate(lines.blocks):
-            writer.write(block)
-            if number % 50 == 49:
-                context.save(Progress(done=writer.records, total=lines.total))
-            yield
-        writer.close()
-        context.save(Progress(done=writer.records, total=writer.records))
+    wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
+                      context.interrupted)
+    with Draft(context.folder.root) as draft:
+        sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
+        with closing(export_format.write(sink, context.records, wanted)) as steps:
+            for number, progress in enumerate(steps):
+                if number % 50 == 49:
+                    context.save(progress)
+                yield
+        sink.close()
+        context.save(progress)
         content_type = FILE_TYPES["gz"].content_type if request.gzip else export_format.content_type
         file = draft.keep(f"exports/{context.job.job_id}.{suffix}", label, content_type)
-    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "records": writer.records},
+    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "records": progress.done},
                    file)
 
 
@@ -4253,15 +4902,245 @@ class UploadRequest(JobRequest):
     content_type: str
     draft: SkipValidation[Draft] = Field(exclude=True)
 
+    def keep(self, job_id: str) -> StoredFile:
+        """Gives the file its place in data/uploads, durably."""
+        suffix = self.filename.rpartition(".")[2].lower()
+        return self.draft.keep(f"uploads/{job_id}.{suffix}", self.filename, self.content_type)
+
 
 @job_type("upload", UploadRequest, posted=False, computes=False)
 def run_upload(context: JobContext, request: UploadRequest) -> JobSteps:
     """Gives an uploaded file its place in data/uploads; done while the client waits."""
-    suffix = request.filename.rpartition(".")[2].lower()
-    file = request.draft.keep(f"uploads/{context.job.job_id}.{suffix}", request.filename, request.content_type)
+    file = request.keep(context.job.job_id)
     yield
     return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
                     "contentType": file.content_type}, file)
+
+
+def _delimiter(text: str) -> str:
+    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(text) != 1 or text in '"\r\n':
+        raise ValueError("a delimiter is one character, or the word tab")
+    return text
+
+
+def _encoding(name: str) -> str:
+    try:
+        b" ".decode(name)
+    except UnicodeDecodeError:
+        pass  # one byte is not enough for it
+    except LookupError:
+        raise ValueError(f"no such text encoding {name!r}") from None
+    return name
+
+
+class IngestRequest(JobRequest):
+    """What an uploaded file is to become; the file itself stands in the job's row."""
+
+    filename: str
+    record_type: NewRecordType
+    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = None
+
+    def accepted(self, settings: Settings, clock: Clock) -> Self:
+        """Checks that files of that name can hold records."""
+        self.reader()
+        return self
+
+    @property
+    def makes(self) -> str | None:
+        """The record type that the file's records get."""
+        return self.record_type
+
+    def reader(self) -> RecordReader:
+        """What reads the file; BadRequest if it is of a type that holds no records."""
+        return RecordReader(self.filename, self.delimiter, self.encoding)
+
+
+@job_type("ingest", IngestRequest, posted=False)
+def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
+    """Makes records of an uploaded file: once over it for the kinds of the fields, once more for the records."""
+    job, file, reader = context.job, context.job.file, request.reader()
+    if file is None:
+        raise JobFailed("the uploaded file is gone; upload it again")
+    state = context.checkpoint
+    if not state:
+        total = 0
+        with context.folder.open(file) as stream:
+            for cells in reader.read(stream):
+                reader.learn(cells)
+                total += cells.length
+                yield
+        kinds = reader.kinds()
+        if not kinds:
+            raise JobFailed("line 1: there are no records, so there are no fields")
+        context.records.open_job(job, {request.record_type: kinds}, {request.record_type: max(total, 1)})
+        state = {"kinds": kinds, "total": total, "done": 0}
+        context.save(Progress(total=total), state)
+    kinds, total, done, seen = state["kinds"], state["total"], state["done"], 0
+    with context.folder.open(file) as stream:
+        for cells in reader.read(stream):
+            seen += cells.length
+            if seen > done:  # what an earlier attempt committed is read past
+                rows = reader.rows(cells, kinds)[done - seen:]
+
+                def add(connection: sqlite3.Connection, rows: list[tuple[Json, ...]] = rows) -> None:
+                    context.records.append(connection, job, request.record_type, list(kinds), rows)
+
+                done = seen
+                context.save(Progress(done=done, total=total), {**state, "done": done}, add)
+            yield
+    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
+                    "contentType": file.content_type, "recordType": request.record_type, "records": total}, file)
+
+
+SAMPLE = 10_000  # records that a schema is inferred from
+_FEW = 20  # so many different texts are a choice
+# Faker methods by field name (letters only, in lower case), and by the shape that all of the values have.
+_METHODS_BY_NAME = {
+    name: method for method, names in {
+        "first_name": "firstname forename givenname", "last_name": "lastname surname familyname",
+        "name": "name fullname customer person contact", "user_name": "username login handle nickname",
+        "phone_number": "phone phonenumber mobile telephone tel fax",
+        "street_address": "street streetaddress addressline",
+        "address": "address", "city": "city town", "country": "country", "country_code": "countrycode",
+        "state": "state province region", "postcode": "postcode zip zipcode postalcode", "company": "company employer",
+        "job": "job jobtitle occupation profession", "color_name": "color colour", "iban": "iban", "locale": "locale",
+        "sentence": "title subject summary", "paragraph": "description comment comments notes text body",
+    }.items() for name in names.split()}
+_METHODS_BY_SHAPE = {
+    "uuid": re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE),
+    "email": re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+"), "url": re.compile(r"https?://[^\s]+"),
+    "ipv4": re.compile(r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}"), "mac_address": re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}"),
+}
+
+
+def _pattern(texts: Collection[str]) -> str | None:
+    """The pattern of texts that differ only in digits and capital letters, place by place; None if they have none."""
+    if len(set(map(len, texts))) > 1 or not 0 < len(next(iter(texts))) <= 100:
+        return None
+    marks = []
+    for place in map(set, zip(*texts, strict=True)):
+        if len(place) == 1:
+            marks.append(re.sub(r"([#%?\\])", r"\\\1", place.pop()))
+        elif place <= set("0123456789"):
+            marks.append("#")
+        elif place <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
+            marks.append("?")
+        else:
+            return None
+    return "".join(marks)
+
+
+def _text_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
+    """A small set as it is; else a Faker method that fits shape or name; else a pattern; else words."""
+    counts = Counter(texts)
+    if len(counts) == 1:
+        return {"type": "const", "value": texts[0]}
+    if len(counts) <= min(_FEW, len(texts) // 4):
+        return {"type": "choice", "values": dict(counts.most_common())}
+    unique = {"unique": True} if len(counts) == len(texts) else {}
+    for method, shape in _METHODS_BY_SHAPE.items():
+        if all(map(shape.fullmatch, counts)):
+            return {"type": method, **(unique if method == "email" else {})}
+    if method := _METHODS_BY_NAME.get(re.sub(r"[^a-z]", "", name.lower()), ""):
+        return {"type": method, **(unique if method == "user_name" else {})}
+    if pattern := _pattern(counts):
+        return {"type": "pattern", "pattern": pattern, **unique}
+    words = round(sum(len(text.split()) for text in texts) / len(texts))
+    return {"type": "sentence", "args": {"nb_words": min(words, 50)}} if words > 1 else {"type": "word"}
+
+
+def _int_field(name: str, values: Sequence[int]) -> dict[str, Json]:
+    steps = {after - before for before, after in pairwise(values)}
+    if name and len(steps) == 1 and 1 <= (step := steps.pop()) <= 2**32 and abs(values[0]) < 2**62:
+        return {"type": "sequence", "start": values[0], "step": step}
+    return {"type": "int", "min": max(min(values), 1 - 2**63), "max": max(values)}
+
+
+def _float_field(name: str, values: Sequence[float]) -> dict[str, Json]:
+    finite = [min(max(value, -1e300), 1e300) for value in values]
+    digits = max(len(f"{value!r}".partition(".")[2]) if "e" not in repr(value) else 99 for value in finite)
+    return {"type": "float", "min": min(finite), "max": max(finite)} | ({"round": digits} if digits <= 12 else {})
+
+
+def _decimal_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
+    values = [*map(Decimal, texts)]
+    places = max(-int(value.as_tuple().exponent) for value in values)
+    if not 0 <= places <= 18 or max(map(abs, values)) >= 10**18:
+        return _float_field(name, [*map(float, texts)])
+    return {"type": "decimal", "min": f"{min(values):f}", "max": f"{max(values):f}", "places": places}
+
+
+def _datetime_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
+    moments = [datetime.fromisoformat(text) for text in texts]
+    bounds = [instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC)) for moment in moments]
+    return {"type": "datetime", "from": min(bounds), "to": max(bounds),
+            **({"ms": True} if any("." in text for text in texts) else {})}
+
+
+def _json_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
+    """Lists and objects of fields inferred from what is in them; anything else, by a few of the values."""
+    values = [_JSON_DECODER.decode(text) for text in texts[:1000]]
+    if all(isinstance(value, list) for value in values) and any(values):
+        lengths = [*map(len, values)]
+        return {"type": "list", "of": _field("", [*chain.from_iterable(values)]),
+                "min": min(min(lengths), 20), "max": min(max(lengths), 20)}
+    if all(isinstance(value, dict) for value in values) and any(values):
+        keys = dict.fromkeys(chain.from_iterable(values))
+        return {"type": "object", "fields": {key: _field(key, [value.get(key) for value in values]) for key in keys}}
+    few = dict.fromkeys(texts[:_FEW])
+    return {"type": "choice", "values": [json.loads(text) for text in few]}
+
+
+_FIELDS_BY_KIND: Mapping[Kind, Callable[[str, Sequence[Any]], dict[str, Json]]] = {
+    "int": _int_field, "float": _float_field, "decimal": _decimal_field, "text": _text_field, "json": _json_field,
+    "bool": lambda name, values: {"type": "bool", "true": round(sum(values) / len(values), 4)},
+    "date": lambda name, texts: {"type": "date", "from": min(texts), "to": max(texts)}, "datetime": _datetime_field,
+}
+
+
+def _field(name: str, cells: Sequence[Json]) -> Json:
+    """The field of a schema that fits cells of JSON."""
+    reader = RecordReader("sample.json")
+    reader.learn(Cells({"": cells}, len(cells)))
+    kind = reader.kinds()[""]
+    return inferred_field(name, kind, [row[0] for row in reader.rows(Cells({"": cells}, len(cells)), {"": kind})])
+
+
+def inferred_field(name: str, kind: Kind, values: Sequence[Json]) -> Json:
+    """The field of a schema that makes values like these, which are as the tables store them; nulls too."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return {"type": "const", "value": None}
+    try:
+        field = _FIELDS_BY_KIND[kind](name, present)
+    except (OverflowError, ValueError, ArithmeticError):  # years and numbers beyond what can be calculated with
+        field = _text_field(name, [*map(str, present)])
+    if nulls := 1 - len(present) / len(values):
+        field["null"] = round(nulls, 4)
+    return field["type"] if len(field) == 1 else field
+
+
+def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str, Json]:
+    """A body for POST /generate that makes records like the first ones of a file; BadRequest if it has none."""
+    chunks, count = [], 0
+    try:
+        for cells in reader.read(stream):
+            reader.learn(cells)
+            chunks.append(cells)
+            count += cells.length
+            if count >= SAMPLE:
+                break
+        kinds = reader.kinds()
+        rows = [*chain.from_iterable(reader.rows(cells, kinds) for cells in chunks)][:SAMPLE]
+    except JobFailed as error:
+        raise BadRequest(str(error), [FieldProblem("file", str(error))]) from None
+    if not rows or not kinds:
+        raise BadRequest("there are no records to infer a schema from", [FieldProblem("file", "has no records")])
+    schema = {field: inferred_field(field, kind, column)
+              for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
+    return {"recordType": record_type, "count": len(rows), "schema": schema}
 
 
 # ==== 8 Queue: who runs which job, and when ====
@@ -4472,14 +5351,24 @@ class JobQueue:
             self.wake()
         return swept
 
-    def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None,
-                key_hash: str | None = None) -> tuple[Job, bool]:
-        """Adds a job, durably; answers (job, True), or (the job made with this key before, False)."""
+    def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None, key_hash: str | None = None,
+                keep: Callable[[str], StoredFile] | None = None) -> tuple[Job, bool]:
+        """Adds a job, durably; answers (job, True), or (the job made with this key before, False).
+
+        `keep` puts the job's file in place under the job's id; it is removed again if no job comes of it.
+        """
         self._refuse_when_closed()
         accepted = request.accepted(self._settings, self._clock)
-        job, new = self.jobs.insert(job_type_name, accepted.model_dump(mode="json", exclude_none=True),
-                                    record_type=accepted.makes, after=accepted.after, key=key, key_hash=key_hash,
-                                    max_pending=self._settings.max_pending)
+        job_id = self.jobs.new_id()
+        with ExitStack() as undo:
+            file = keep(job_id) if keep else None
+            if file:
+                undo.callback(self._folder.remove, file)
+            job, new = self.jobs.insert(job_type_name, accepted.model_dump(mode="json", exclude_none=True),
+                                        record_type=accepted.makes, after=accepted.after, key=key, key_hash=key_hash,
+                                        max_pending=self._settings.max_pending, job_id=job_id, file=file)
+            if new:
+                undo.pop_all()
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
             self.wake()
@@ -4548,8 +5437,11 @@ class JobQueue:
 
     def cancel(self, job_id: str) -> Job:
         """Cancels a pending job at once; a running one is asked to stop, and given a second to do so."""
+        file = self.jobs.get(job_id).file
         job = self.jobs.cancel(job_id)
         if job.status.finished:
+            if file:
+                self._folder.remove(file)
             self._announce([job_id])
             _LOG.info("job %s %s canceled", job.job_id, job.type)
             return job
@@ -4771,7 +5663,10 @@ class JobQueue:
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
             self.records.discard(job.job_id)
-        return self.jobs.finish(job, status, error=error)
+        ended = self.jobs.finish(job, status, error=error)
+        if job.file:  # after the row let go of it: a crash in between leaves a stray, which the next start sweeps
+            self._folder.remove(job.file)
+        return ended
 
     def _settle(self, job: Job, write_down: Callable[[], Job] | None) -> None:
         """Writes down how a run ended; tries until the database can be used again or the process ends."""
@@ -4814,12 +5709,20 @@ class JobQueue:
                 self._discard_orphans()
                 self._retire()
                 self.wake()
+                self._folder.free_space()
+            except DiskFull as error:
+                _LOG.warning("%s; giving back what deleted records took", error)
+                self._shrink()
             except StorageError as error:
                 _LOG.warning("housekeeping has to wait: %s", error)
             except Exception:
                 _LOG.exception("housekeeping met a bug")
             if self._stopping.wait(1.0):
                 return
+
+    def _shrink(self) -> None:
+        with suppress(StorageError):
+            self._database.shrink()
 
     def _retire(self) -> None:
         """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
@@ -4963,6 +5866,11 @@ _JSON_TYPE = "application/json"
 _LONG_POLL_SECONDS = 30
 
 
+def takes_upload(path: str, content_type: str | None) -> bool:
+    """True for a request that brings a file: any to /upload, multipart ones to /infer."""
+    return path == "/upload" or path == "/infer" and not (content_type or "").lower().startswith(_JSON_TYPE)
+
+
 def body_too_large(path: str, settings: Settings) -> TaskError:
     """The refusal of a body that is over the limit of its path."""
     return upload_too_large(settings) if path == "/upload" else TooLarge(f"the body is larger than {_JSON_LIMIT} bytes")
@@ -5004,6 +5912,10 @@ class Call:
         if len(raw) > _JSON_LIMIT:  # of a length that the head did not tell
             raise body_too_large("", self.engine.settings)
         request = validated(model, lambda: model.model_validate_json(raw))
+        try:
+            json.dumps(request.model_dump(), allow_nan=False, default=str)
+        except ValueError:
+            raise BadRequest("the body is not such JSON as is expected: a number in it is not finite") from None
         return request, hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
 
 
@@ -5090,6 +6002,9 @@ class UploadForm(Shape):
     """The parts of an upload."""
 
     file: bytes = Field(description="The file; its name tells its type.", json_schema_extra={"format": "binary"})
+    record_type: str | None = Field(None, description="Makes records of this type of what is in the file.")
+    delimiter: str | None = Field(None, description="Of a CSV file; told from its content if missing.")
+    encoding: str | None = Field(None, description="Of a text; must stand before the file. Default: UTF-8 or UTF-16.")
 
 
 @route("POST", "/upload", {201: Job, 409: ErrorBody}, body=UploadForm)
@@ -5097,10 +6012,46 @@ def post_upload(call: Call) -> bottle.HTTPResponse:
     """Takes one file, as multipart/form-data with a part named `file`."""
     engine = call.engine
     with receive_upload(call.environ["wsgi.input"], call.header("Content-Type") or "", call.length, engine.folder,
-                        engine.settings, ()) as received:
+                        engine.settings, ("recordType", "delimiter", "encoding")) as received:
         request = UploadRequest(filename=received.filename, content_type=received.content_type, draft=received.draft)
+        if received.texts:
+            ingest = validated(IngestRequest, lambda: IngestRequest.model_validate(
+                {"filename": received.filename, **received.texts}))
+            digest = f"ingest {ingest.model_dump_json()} {received.draft.sha256}"
+            return _made(engine.queue.enqueue("ingest", ingest, _idempotency_key(call), digest, request.keep), 201)
         digest = f"upload {received.filename} {received.draft.sha256}"
         return _made(engine.queue.perform("upload", request, _idempotency_key(call), digest), 201)
+
+
+class InferForm(Shape):
+    """The parts of a multipart /infer."""
+
+    record_type: NewRecordType | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+
+
+def _type_named_like(filename: str) -> str:
+    """A record type out of a file's name; `record` if none can be made of it."""
+    name = re.sub(r"[^a-z0-9]+", "_", filename.partition(".")[0].lower()).strip("_")[:63]
+    return name if re.match("[a-z]", name) and name != "jobs" and not name.startswith("sqlite") else "record"
+
+
+@route("POST", "/infer", {200: GenerateRequest}, body=UploadForm)
+def post_infer(call: Call) -> bottle.HTTPResponse:
+    """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
+    content_type = call.header("Content-Type") or ""
+    if content_type.partition(";")[0].strip().lower() == _JSON_TYPE:
+        raw = call.environ["wsgi.input"].read(call.length if call.length >= 0 else _JSON_LIMIT + 1)
+        return reply(infer(io.BytesIO(raw), RecordReader("body.json"), "record"))
+    with receive_upload(call.environ["wsgi.input"], content_type, call.length, call.engine.folder, call.engine.settings,
+                        ("recordType", "delimiter", "encoding")) as received:
+        form = validated(InferForm, lambda: InferForm.model_validate(dict(received.texts)))
+        request = validated(IngestRequest, lambda: IngestRequest(
+            filename=received.filename, record_type=form.record_type or _type_named_like(received.filename),
+            delimiter=form.delimiter, encoding=form.encoding))
+        with received.draft.open() as stream:
+            return reply(infer(stream, request.reader(), request.record_type))
 
 
 class WaitQuery(Shape):
@@ -5328,6 +6279,13 @@ def post_preview(call: Call) -> bottle.HTTPResponse:
     return reply(preview(request.accepted(call.engine.settings, call.engine.clock)))
 
 
+def _host_name(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
 def check_origin(method: str, host: str | None, origin: str | None, fetch_site: str | None,
                  allowed_hosts: Container[str]) -> None:
     """The guard against web pages: raises WrongHost or CrossSite, or returns.
@@ -5335,16 +6293,12 @@ def check_origin(method: str, host: str | None, origin: str | None, fetch_site: 
     A page of another site can send requests to loopback, and can give its own name the address 127.0.0.1; its
     requests then carry that name as Host, or its Origin, or Sec-Fetch-Site. Other clients send none of these.
     """
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
-    if host is not None and (name is None or name not in allowed_hosts):
+    if host is not None and _host_name(f"//{host}") not in allowed_hosts:
         raise WrongHost("this server does not answer for that host (TASKAPI_ALLOWED_HOSTS adds names)")
     if method in ("GET", "HEAD", "OPTIONS"):
         return
     if fetch_site not in (None, "same-origin", "none") or (
-            origin is not None and urlsplit(origin).netloc.lower() != (host or "").lower()):
+            origin is not None and not (_host_name(origin) and urlsplit(origin).netloc.lower() == str(host).lower())):
         raise CrossSite("cross-site requests from web pages are refused")
 
 
@@ -5355,7 +6309,7 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
     Returns how many bytes the body may have. The channel asks before it reads, and the app again, for other servers.
     """
     check_origin(method, header("Host"), header("Origin"), header("Sec-Fetch-Site"), allowed_hosts)
-    if method == "POST" and path == "/upload":
+    if method == "POST" and takes_upload(path, header("Content-Type")):
         check_upload_head(header("Content-Type") or "", length, settings)
         return settings.max_upload_bytes + MULTIPART_OVERHEAD
     if length > _JSON_LIMIT:
@@ -5661,10 +6615,14 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
             return len(data)
         if in_head and self.headers_finished and not self.empty and self.error is None:
             try:
+                if self.version == "1.1" and "HOST" not in self.headers:
+                    raise BadRequest("malformed HTTP request: there is no Host header")
                 self._body_limit = type(self).check(self.command, self.path, self._header,
                                                     -1 if self.chunked else self.content_length)
             except TaskError as error:
                 self._refuse(error)
+            except Exception:  # an exception here would end the connection without an answer
+                self._refuse(bug_report(self.path))
         elif self.error is None and self.body_bytes_received > self._body_limit > 0:
             self._refuse(type(self).too_large(self.path))
         if self.completed:
