@@ -1209,10 +1209,11 @@ class Jobs:
         def work(connection: sqlite3.Connection) -> list[Job]:
             ended = []
             while rows := connection.execute(f"SELECT id, after {doomed}").fetchall():  # failing one may doom others
-                connection.executemany(
-                    "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = 'job ' || after || "
-                    "', which this one was to follow, was not completed' WHERE id = ?", [(self._now(), row[0]) for row in rows])
-                ended += [self._get(connection, row[0]) for row in rows]
+                for job_id, before in rows:
+                    connection.execute(
+                        "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = ? WHERE id = ?",
+                        (self._now(), f"job {before}, which this one was to follow, was not completed", job_id))
+                    ended.append(self._get(connection, job_id))
             return ended
 
         with self._database.read() as connection:
@@ -1565,10 +1566,10 @@ class _Selection:
         if after is not None:
             conditions.append("_id > ?")
             values.append(after)
-        for bound, operator in ((self._filters.from_, ">="), (self._filters.to, "<=")):
+        for bound, sign in ((self._filters.from_, ">="), (self._filters.to, "<=")):
             if bound is not None:
-                conditions.append(f"{self._date_key(record_type)} {operator} ?")
-                values.append(_date_bound(bound, last=operator == "<="))
+                conditions.append(f"{self._date_key(record_type)} {sign} ?")
+                values.append(_date_bound(bound, last=sign == "<="))
         for field, condition in self._filters.where.items():
             kind = self._kind(record_type, field)
             for name in condition.model_fields_set:
@@ -2146,8 +2147,8 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
 # ---- Field types: one class each ----
 
 _SCALARS: dict[type, Kind] = {
-    **{str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal"},
-    **{date: "date", datetime: "datetime", time: "text", timedelta: "float"},
+    str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal",
+    date: "date", datetime: "datetime", time: "text", timedelta: "float",
 }
 FIELD_TYPES: dict[str, type[FieldType]] = {}
 _F = TypeVar("_F", bound="type[FieldType]")
@@ -5868,7 +5869,7 @@ _LONG_POLL_SECONDS = 30
 
 def takes_upload(path: str, content_type: str | None) -> bool:
     """True for a request that brings a file: any to /upload, multipart ones to /infer."""
-    return path == "/upload" or path == "/infer" and not (content_type or "").lower().startswith(_JSON_TYPE)
+    return path == "/upload" or (path == "/infer" and not (content_type or "").lower().startswith(_JSON_TYPE))
 
 
 def body_too_large(path: str, settings: Settings) -> TaskError:
