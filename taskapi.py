@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "bottle>=0.13.4,<0.14",
-#   "Faker>=40",
+#   "Faker>=40.54,<41",
 #   "multipart>=2.0.1,<3",
 #   "pydantic>=2.12,<3",
 #   "sqlite-utils>=4.2,<5",
@@ -45,6 +45,7 @@ import inspect
 import io
 import itertools
 import json
+import locale as locales
 import logging
 import math
 import operator
@@ -71,7 +72,8 @@ from collections.abc import Callable, Collection, Container, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from email.utils import format_datetime
 from enum import StrEnum
@@ -1834,6 +1836,14 @@ Draw = Callable[[], Any]
 Row = tuple[Any, ...]
 Domain = tuple[int, Callable[[int], Any]]  # how many values there are, and the n-th of them
 
+
+def library_versions() -> dict[str, str]:
+    """What the values depend on besides the request: with the same versions it makes the same records."""
+    from faker import VERSION
+
+    return {"faker": str(VERSION)}
+
+
 # ---- Draws: what random.Random draws, without its layers ----
 
 
@@ -1855,7 +1865,18 @@ def _pick(rng: random.Random, table: Any) -> Draw:
     return draw
 
 
-def _key(*names: object) -> int:
+def _nullable(draw: Draw, chance: float, rng: random.Random) -> Draw:
+    """Now and then null: settled first, by one draw of its own."""
+    uniform = rng.random
+    return (lambda: None if uniform() < chance else draw()) if chance else draw
+
+
+def _mapped(draw: Draw, function: Callable[[Any], Any] | None) -> Draw:
+    """The draw's values, but for null, put through a function."""
+    return (lambda: None if (value := draw()) is None else function(value)) if function else draw
+
+
+def _hash64(*names: object) -> int:
     """64 bits that stand for these names on every machine, unlike `hash`."""
     return int.from_bytes(blake2b(json.dumps(names).encode(), digest_size=8).digest(), "big")
 
@@ -1898,46 +1919,35 @@ def _own(cls: type, name: str) -> Any:
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
-def _table(provider: BaseProvider, name: str, like: Any) -> Any:
+def _table(cls: type, name: str, like: Any) -> Any:
     """The table a method draws from, if its byte code is that of `like` with another table's name; else None."""
-    function, model = _own(type(provider), name), like.__code__
+    function, model = _own(cls, name), like.__code__
     code = getattr(function, "__code__", None)
     if code is None or code.co_code != model.co_code or function.__closure__ or code.co_argcount != 1:
         return None
     table_name = code.co_names[1]
     if code.co_names != tuple(table_name if name == "table" else name for name in model.co_names):
         return None
-    table = _own(type(provider), table_name)
+    table = _own(cls, table_name)
     return table if type(table) in (OrderedDict, tuple, list) and table else None
 
 
-class _Templates(dict[str, Draw]):
-    """Faker's `{{token}}` texts, each split once; bounded, since some methods make up a text for each value."""
+def _template(generator: FakerGenerator, stock: Callable[[str], str], text: str) -> Draw:
+    """A `{{token}}` text of Faker's, split once; its own `stock` function where a token has arguments."""
+    from faker.generator import _re_token
 
-    def __init__(self, generator: FakerGenerator) -> None:
-        super().__init__()
-        self.generator, self.stock = generator, generator.parse
-
-    def __missing__(self, text: str) -> Draw:
-        from faker.generator import _re_token
-
-        pieces = _re_token.split(text)  # literal, token, argument group, literal, ...
-        draws: list[Any] = [getattr(self.generator, token, None) for token in pieces[1::3]]
-        form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
-        draw: Draw
-        if any(pieces[2::3]) or not all(draws):
-            draw = functools.partial(self.stock, text)
-        elif len(draws) == 1:
-            (a,) = draws
-            draw = lambda: form % (a(),)  # noqa: E731 - the short ones need no list
-        elif len(draws) == 2:
-            a, b = draws
-            draw = lambda: form % (a(), b())  # noqa: E731
-        else:
-            draw = lambda: form % tuple([draw() for draw in draws])  # noqa: E731
-        if len(self) < 4096:
-            self[text] = draw
-        return draw
+    pieces = _re_token.split(text)  # literal, token, argument group, literal, ...
+    draws: list[Any] = [getattr(generator, token, None) for token in pieces[1::3]]
+    form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
+    if any(pieces[2::3]) or not all(draws):
+        return functools.partial(stock, text)
+    if len(draws) == 1:  # the usual numbers need no list
+        (a,) = draws
+        return lambda: form % (a(),)
+    if len(draws) == 2:
+        a, b = draws
+        return lambda: form % (a(), b())
+    return lambda: form % tuple([draw() for draw in draws])
 
 
 class _Frozen(type):
@@ -1976,16 +1986,12 @@ def _stand_ins(rng: random.Random, now: datetime) -> dict[int, Any]:
     clock = sys.modules["datetime"]
     names = ("choice", "choices", "randint", "random", "randrange", "sample", "shuffle", "uniform")
     pairs: list[tuple[Any, Any]] = [
-        (datetime, instants),
-        (date, dates),
+        (datetime, instants), (date, dates), (random, rng), (faker.generator.random, rng),
         (clock, types.SimpleNamespace(**{**vars(clock), "datetime": instants, "date": dates})),
         (faker.providers.date_time._get_local_timezone, lambda: UTC),
-        (random, rng),
-        (faker.generator.random, rng),
         *((getattr(random, name), getattr(rng, name)) for name in names),
         (faker.utils.text, types.SimpleNamespace(slugify=slugify)),
-        (stock_unidecode, unidecode),
-    ]
+        (stock_unidecode, unidecode)]
     return {id(original): stand_in for original, stand_in in pairs}
 
 
@@ -2018,25 +2024,15 @@ class _Worlds:
 
     def _cell(self, cell: types.CellType) -> types.CellType:
         inner = cell.cell_contents
-        if not inspect.isfunction(inner):
-            return cell
-        twin = self.copy(inner)
+        twin = self.copy(inner) if inspect.isfunction(inner) else inner
         return cell if twin is inner else types.CellType(twin)
-
-
-_DIGITS = {"#": (10, string.digits), "%": (9, string.digits[1:]), "$": (8, string.digits[2:])}
-
-
-def _digit_slots(text: str) -> list[tuple[int, int, str]]:
-    """Where the digits of a numerify text go, in the order Faker draws them: place, how many there are, which."""
-    return sorted([(i, *_DIGITS[c]) for i, c in enumerate(text) if c in _DIGITS], key=lambda slot: -slot[1])
 
 
 def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, Any]) -> dict[str, Callable[..., Any]]:
     """The few methods under all others. `tables` holds, by identity, the weighted tables that classes own."""
-    getrandbits, letter, nonzero = rng.getrandbits, _pick(rng, string.ascii_letters), _pick(rng, range(1, 10))
+    getrandbits, letter = rng.getrandbits, _pick(rng, string.ascii_letters)
+    digits = {"#": string.digits, "%": string.digits[1:], "$": string.digits[2:]}  # in the order Faker fills them in
     draws: dict[int, Draw] = {}
-    known: dict[str, list[tuple[int, int, str]]] = {}
 
     def random_element(elements: Any = ("a", "b", "c")) -> Any:
         if type(elements) in (tuple, list, str) and elements:
@@ -2053,21 +2049,19 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
             draw = draws[id(elements)] = _pick(rng, elements)
         return draw()
 
+    @functools.lru_cache(4096)  # texts made up for one call pass through here too
+    def slots(text: str) -> list[tuple[int, int, str]]:
+        return [(i, len(some), some) for mark, some in digits.items() for i, c in enumerate(text) if c == mark]
+
     def numerify(text: str = "###") -> str:
-        if "#" not in text and "%" not in text and "$" not in text:
-            return stock.numerify(text) if "!" in text or "@" in text else text
-        places = known.get(text)
-        if places is None:
-            places = _digit_slots(text)
-            if len(known) < 4096:  # texts made up for one call pass through here too
-                known[text] = places
         letters = list(text)
-        for i, n, digits in places:
+        for i, n, some in slots(text):
             r = getrandbits(4)
             while r >= n:
                 r = getrandbits(4)
-            letters[i] = digits[r]
-        return stock.numerify("".join(letters)) if "!" in text or "@" in text else "".join(letters)
+            letters[i] = some[r]
+        filled = "".join(letters)
+        return stock.numerify(filled) if "!" in text or "@" in text else filled
 
     def lexify(text: str = "????", letters: str = string.ascii_letters) -> str:
         if "?" not in text or letters is not string.ascii_letters:
@@ -2079,8 +2073,8 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
         text = numerify(text)
         return lexify(text, letters) if "?" in text else text
 
-    digits = {"random_digit": _pick(rng, range(10)), "random_digit_not_null": nonzero}
-    return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **digits}
+    numbers = {"random_digit": _pick(rng, range(10)), "random_digit_not_null": _pick(rng, range(1, 10))}
+    return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **numbers}
 
 
 def _date(rng: random.Random, now: datetime, stock: Callable[..., str]) -> Callable[..., str]:
@@ -2097,6 +2091,15 @@ def _date(rng: random.Random, now: datetime, stock: Callable[..., str]) -> Calla
     return draw
 
 
+@functools.cache
+def _attributes(cls: type) -> list[tuple[str, Any, Any, Any]]:
+    """A provider class's methods as written, each with the table it draws its values, or their patterns, from."""
+    names = [name for name in dir(cls) if not name.startswith("__")]
+    owned = [(name, _own(cls, name)) for name in names]
+    return [(name, own, _table(cls, name, _drawn), _table(cls, name, _parsed)) for name, own in owned
+            if inspect.isfunction(own) or isinstance(own, (classmethod, staticmethod))]
+
+
 def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator:
     """A Faker of one locale that draws from `rng`, many times faster than stock and with the same values.
 
@@ -2110,23 +2113,20 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
     generator.random = rng
     stock = BaseProvider(generator)
     stock.__use_weighting__ = True
-    templates, worlds = _Templates(generator), _Worlds(_stand_ins(rng, now))
+    worlds = _Worlds(_stand_ins(rng, now))
+    # bounded, since some methods make up a text for each value
+    template = functools.lru_cache(4096)(functools.partial(_template, generator, generator.parse))
     classes = {base for provider in generator.providers for base in type(provider).__mro__}
     tables = {id(value): value for base in classes for value in vars(base).values() if type(value) is OrderedDict}
     primitives = _primitives(rng, stock, tables)
 
-    def shadow(provider: BaseProvider, name: str) -> Any:
-        """What takes this attribute's place on this instance, or None."""
-        own = _own(type(provider), name)
-        if name in primitives and own is vars(BaseProvider)[name]:
-            return primitives[name]
-        if table := _table(provider, name, _drawn):
-            return _pick(rng, table)
-        if table := _table(provider, name, _parsed):
-            draw = _pick(rng, table)
-            return lambda: templates[draw()]()
-        function: Any = own if inspect.isfunction(own) else getattr(own, "__func__", None)
-        twin: Any = function and worlds.copy(function)
+    def patterned(draw: Draw) -> Draw:
+        return lambda: template(draw())()
+
+    def copied(provider: BaseProvider, own: Any) -> Any:
+        """The method bound, in a world of stand-ins; None, if it would be the same."""
+        function = own if inspect.isfunction(own) else own.__func__
+        twin = worlds.copy(function)
         if twin is function:
             return None
         # a class method too is bound to the instance: it then finds the other shadows through its `cls`
@@ -2135,23 +2135,273 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
         return _date(rng, now, bound) if plain_date else bound
 
     for provider in generator.providers:
-        for name in dir(type(provider)):
-            if not name.startswith("__") and (fast := shadow(provider, name)) is not None:
+        for name, own, table, patterns in _attributes(type(provider)):  # type: ignore[arg-type]
+            fast: Any
+            if name in primitives and own is vars(BaseProvider)[name]:
+                fast = primitives[name]
+            elif table or patterns:
+                fast = _pick(rng, table) if table else patterned(_pick(rng, patterns))
+            else:
+                fast = copied(provider, own)
+            if fast:
                 setattr(provider, name, fast)
                 if getattr(vars(generator).get(name), "__self__", None) is provider:
                     setattr(generator, name, fast)
-    generator.parse = lambda text: templates[text]()  # type: ignore[method-assign]
+    generator.parse = lambda text: template(text)()  # type: ignore[method-assign]
     return generator
 
 
-# ---- Field types: one class each ----
+def _unknown_locales(names: Iterable[str]) -> Iterator[FieldProblem]:
+    """Those that Faker does not have, told without building it."""
+    from faker.config import AVAILABLE_LOCALES, DEFAULT_LOCALE
 
-_SCALARS: dict[type, Kind] = {
-    str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal",
-    date: "date", datetime: "datetime", time: "text", timedelta: "float",
-}
-FIELD_TYPES: dict[str, type[FieldType]] = {}
-_F = TypeVar("_F", bound="type[FieldType]")
+    for name in names:
+        if locales.normalize((name or DEFAULT_LOCALE).replace("-", "_")).split(".")[0] not in AVAILABLE_LOCALES:
+            yield FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, AVAILABLE_LOCALES)}")
+
+
+# ---- Record types: the record in hand, and how far each has come ----
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# What JSON and SQLite hold in different ways, there and back.
+_STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _dumps}
+_LOAD: dict[Kind, Callable[[Any], Any]] = {"bool": bool, "json": json.loads}
+_Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
+_Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
+
+
+class RecordSpec(BaseModel):
+    """So many records of a type, in all or `per` record of another type, and the fields of each."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    count: _Count | tuple[_Count, _Count]
+    per: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The fewest and the most of them."""
+        return (self.count, self.count) if isinstance(self.count, int) else self.count
+
+
+class Past(Protocol):
+    """What is already committed of this job."""
+
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
+        """These fields of the job's rows with these 0-based ordinals (ascending, no two equal), in that order."""
+
+    def column(self, record_type: str, field: str) -> Iterator[Any]:
+        """A field of all the job's rows of the type, in order."""
+
+
+class _Seen:
+    """The values that a unique field has given: a set or, for many, a Bloom filter.
+
+    A filter never takes a known value for a new one; it may take a new one for known, which then gets a number.
+    """
+
+    def __init__(self, expected: int, room: int) -> None:
+        self.exact: set[Any] | None = set() if expected <= EXACT_SET else None
+        bits = 1 << min(expected * 10, room * 8).bit_length() - 1  # a power of two
+        self.bits, self.mask = bytearray(0 if self.exact is not None else bits // 8), bits - 1
+
+    def add(self, value: Any) -> bool:
+        """Whether the value is new; from now on it is not."""
+        if self.exact is not None:
+            before = len(self.exact)
+            self.exact.add(value)
+            return len(self.exact) > before
+        new, bits = False, self.bits
+        for n in struct.unpack("<4I", blake2b(str(value).encode(), digest_size=16).digest()):
+            at, bit = (n & self.mask) >> 3, 1 << (n & 7)
+            new |= not bits[at] & bit
+            bits[at] |= bit
+        return new
+
+
+class _Lookup:
+    """A record's random earlier row of a type that it is not made per; null while there is none.
+
+    The record's ordinal settles which row, not the stream of draws, so that a block of rows can be fetched at once;
+    but of a type that grows `together` with the record's, only those rows count that there are by then.
+    """
+
+    def __init__(self, key: int, target: str, index: Mapping[str, int], together: bool) -> None:
+        self.key, self.target, self.index, self.together = key, target, index, together
+        self.fields: list[str] = []
+        self.row: Row | None = None
+        self.block: dict[int, Row] = {}  # by the ordinal of the record that looks
+
+    def columns(self, row: Sequence[Any]) -> Row:
+        """The fields that are read of one of the target's rows."""
+        return tuple([row[self.index[name]] for name in self.fields])
+
+    def reader(self, column: str, example: Sequence[Any]) -> Draw:
+        """The field in the present record's row; until there is one, in the example."""
+        if column not in self.fields:
+            self.fields.append(column)
+        at, self.row = self.fields.index(column), self.columns(example)
+        return lambda: self.row[at] if self.row else None
+
+    def pick(self, ordinal: int, done: int, past: Past, fresh: Sequence[Row]) -> None:
+        """Settle the row for the record of this ordinal: one of `done`, of which `past` lacks the `fresh` last ones."""
+        if ordinal not in self.block:
+            ahead = range(ordinal, ordinal + (1 if self.together else 500))
+            chosen = {o: _mix(self.key, o) % done for o in ahead} if done else {}
+            old = sorted({at for at in chosen.values() if at < done - len(fresh)})
+            found = dict(zip(old, past.rows(self.target, self.fields, old), strict=True)) if old else {}
+            self.block = {o: found.get(at) or self.columns(fresh[at - done]) for o, at in chosen.items()}
+        self.row = self.block.get(ordinal)
+
+
+class _Stream:
+    """One record type of a plan, as its fields see it and as it grows."""
+
+    def __init__(self, name: str, spec: RecordSpec, seed: int) -> None:
+        self.name, self.spec, self.seed = name, spec, seed
+        self.key = _hash64(seed, name)
+        self.rng = random.Random(0)
+        self.parent: _Stream | None = None
+        self.children: list[_Stream] = []
+        self.bound = spec.range[1]
+        self.index = {column: slot for slot, column in enumerate(spec.schema_)}
+        self.kinds: dict[str, Kind] = {}
+        self.late: set[str] = set()  # fields that wait for the children: sums, and what reads them
+        self.lookups: dict[_Stream, _Lookup] = {}
+        self.steps: list[tuple[_Steps, _Steps]] = []  # by locale: early, late
+        self.values: list[Any] = [None] * len(self.index)  # the record that is being made
+        self.family: list[Row] = []  # the rows made so far for the present parent
+        self.seen: dict[str, _Seen] = {}
+        self.size = self.done = self.locale = 0
+
+    @property
+    def root(self) -> _Stream:
+        """The type at the upper end of `per`."""
+        return self.parent.root if self.parent else self
+
+    def ancestors(self) -> list[_Stream]:
+        """The types that this one is made per, nearest first."""
+        return [self.parent, *self.parent.ancestors()] if self.parent else []
+
+    def lookup(self, target: _Stream) -> _Lookup:
+        """The one random row of this type that all fields of a record read."""
+        if target not in self.lookups:
+            key = _hash64(self.seed, self.name, target.name)
+            self.lookups[target] = _Lookup(key, target.name, target.index, target.root is self.root)
+        return self.lookups[target]
+
+    def many(self, parent_ordinal: int) -> int:
+        """How many records are made for this parent (0 for a type that has none)."""
+        low, high = self.spec.range
+        return low + _mix(self.key, parent_ordinal) % (high - low + 1)
+
+    def grow(self, past: Past, rows: dict[str, list[Row]]) -> None:
+        """Make one record, and all that is made per it."""
+        for target, lookup in self.lookups.items():
+            lookup.pick(self.done, target.done, past, rows[target.name])
+        if self.parent:
+            self.locale = self.parent.locale
+        elif len(self.steps) > 1:
+            self.locale = self.rng.randrange(len(self.steps))
+        values, (early, late) = self.values, self.steps[self.locale]
+        for slot, draw in early:
+            values[slot] = draw()
+        for child in self.children:
+            child.family.clear()
+            for _ in range(child.many(self.done)):
+                child.grow(past, rows)
+        for slot, draw in late:
+            values[slot] = draw()
+        row = tuple(values)
+        rows[self.name].append(row)
+        self.family.append(row)
+        self.done += 1
+
+    def state(self) -> Json:
+        """How far it has come, in a few kilobytes."""
+        _, words, left_over = self.rng.getstate()  # 625 words, and a normal draw kept for the next time
+        packed = base64.b64encode(struct.pack("<625I", *words)).decode()
+        return [self.done, packed, left_over and left_over.hex()]
+
+    def start(self, seed: int, state: Json | None) -> None:
+        """Go to where a `state` says, or to the beginning."""
+        self.rng.seed(seed)
+        self.done = 0
+        for lookup in self.lookups.values():
+            lookup.block = {}
+        if state:
+            self.done, packed, left_over = state
+            words = struct.unpack("<625I", base64.b64decode(packed))
+            self.rng.setstate((3, words, left_over and float.fromhex(left_over)))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a field type may use while it is compiled: its record type, all of them, one locale's Faker, the instant."""
+
+    stream: _Stream
+    streams: Mapping[str, _Stream]
+    make_faker: Callable[[], FakerGenerator]  # built when a field first asks for it: it takes its time
+    several: bool  # locales
+    now: datetime
+    path: str
+    depth: int = 0
+
+    @property
+    def rng(self) -> random.Random:
+        """The one source of chance of this record type."""
+        return self.stream.rng
+
+    @property
+    def faker(self) -> FakerGenerator:
+        """Faker of this locale; it draws from `rng`."""
+        return self.make_faker()
+
+    def at(self, *steps: str | int) -> Scope:
+        """The same for an option of this field, or a field inside it."""
+        return replace(self, path=".".join([self.path, *map(str, steps)]))
+
+    def refuse(self, message: str, *steps: str | int) -> BadRequest:
+        """The error that names this field, or an option of it."""
+        return BadRequest.of(self.at(*steps).path, message)
+
+    def longest(self, draw: Draw, *steps: str | int) -> int:
+        """The length, as JSON, of the longest of a few values."""
+        try:
+            return max(len(_dumps(draw())) for _ in range(TRIALS))
+        except Exception as error:  # a field type's or Faker's; either way this request can not be made
+            raise self.refuse(str(error) or type(error).__name__, *steps) from None
+
+    def find(self, name: str, among: Iterable[_Stream]) -> tuple[_Stream, str]:
+        """The other record type and the field of it that a name such as "customer.id" stands for."""
+        names = {f"{s.name}.{column}": (s, column) for s in among for column in s.index if s is not self.stream}
+        if name not in names:
+            raise self.refuse(f"no such field {name!r}{did_you_mean(name, names)}")
+        return names[name]
+
+    def kind(self, owner: _Stream, column: str) -> Kind:
+        """The kind of a field; an error that names nothing if it has none, being at fault itself."""
+        if column not in owner.kinds:
+            raise BadRequest("a field that this one needs is at fault")
+        return owner.kinds[column]
+
+    def reader(self, name: str) -> tuple[Draw, Kind]:
+        """The present value of a field of this record, "age", or of the one it is related to, "customer.id"."""
+        me = self.stream
+        owner, column = (me, name) if name in me.index else self.find(name, self.streams.values())
+        if column in owner.late and owner in me.ancestors():
+            raise self.refuse(f"{name} is only known once these records are made")
+        kind, slot, values = self.kind(owner, column), owner.index[column], owner.values
+        if owner is me or owner in me.ancestors():
+            return _mapped(lambda: values[slot], _LOAD.get(kind)), kind
+        return _mapped(me.lookup(owner).reader(column, values), _LOAD.get(kind)), kind
+
+
+# ---- Field types: one class each; first what they have in common, then Faker's methods ----
 
 
 class FieldType(BaseModel):
@@ -2188,127 +2438,194 @@ class FieldType(BaseModel):
         return lambda: nth(index()), self.kind
 
 
-def field_type(name: str) -> Callable[[_F], _F]:
-    """Register a subclass of FieldType under this name; ValueError if the name is taken."""
+_F = TypeVar("_F", bound=type[FieldType])
+FIELD_TYPES: dict[str, type[FieldType]] = {}
+
+
+def field_type(name: str, **example: Any) -> Callable[[_F], _F]:
+    """Register a subclass of FieldType under this name, with options to show; ValueError if the name is taken."""
 
     def register(cls: _F) -> _F:
         if FIELD_TYPES.setdefault(name, cls) is not cls:
             raise ValueError(f"there is a field type {name!r} already")
+        if "example" not in vars(cls):
+            cls.example = {"type": name, **example}
         return cls
 
     return register
 
 
-def _refusal(*problems: FieldProblem) -> BadRequest:
-    if not problems:  # the fault is another field's, named there
-        return BadRequest("a field that this one needs is at fault")
+_SCALARS: dict[type, Kind] = {
+    str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal", date: "date", datetime: "datetime",
+    time_of_day: "text", timedelta: "float"}
+# What Faker gives as an object, as JSON would have it.
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    Decimal: lambda value: format(value, "f"), date: date.isoformat, time_of_day: time_of_day.isoformat,
+    datetime: lambda value: value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z",
+    timedelta: timedelta.total_seconds}
+# Whole files as text: what they cost has no bound.
+_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
+# Arguments that are values; any other number says how much to make.
+_VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
+_DATE_ARG = re.compile(r".*(date|start|end|birth).*")
+
+
+def _provider(generator: FakerGenerator, name: str) -> BaseProvider | None:
+    """The provider that answers for a method; None for what is no public method, or withheld."""
+    offered = generator.providers if not name.startswith("_") and name not in _WITHHELD else []
+    return next((provider for provider in offered if inspect.isroutine(_own(type(provider), name))), None)
+
+
+def _methods(generator: FakerGenerator) -> list[str]:
+    """Every public method of a generator's providers, by name."""
+    names = {name for provider in generator.providers for name in dir(type(provider))}
+    return [name for name in sorted(names) if _provider(generator, name)]
+
+
+def _dated(name: str, value: Any) -> Any:
+    """Faker takes a date as an object: an ISO text becomes one where a date is due."""
+    if isinstance(value, str) and _DATE_ARG.fullmatch(name) and re.match(r"\d{4}-\d\d-\d\d", value):
+        return date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
+    return value
+
+
+def _argument(scope: Scope, name: str, value: Any) -> Any:
+    """An argument that is safe to hand to Faker: none makes it work without end, none is a template of its own."""
+    if isinstance(value, dict):  # Faker wants weights in an OrderedDict
+        return OrderedDict((key, _argument(scope.at(key), name, inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return [_argument(scope.at(i), name, inner) for i, inner in enumerate(value)]
+    if isinstance(value, str) and ("{" in value or len(value) > MAX_SIZE_ARG):
+        raise scope.refuse(f"a text here has no braces and at most {MAX_SIZE_ARG} characters")
+    limit = MAX_INT if _VALUE_ARG.fullmatch(name) else MAX_SIZE_ARG
+    if isinstance(value, (int, float)) and abs(value) > limit:
+        raise scope.refuse(f"should be at most {limit}")
+    try:
+        return _dated(name, value)
+    except ValueError as error:
+        raise scope.refuse(str(error)) from None
+
+
+class FakerField(FieldType):
+    """A method of Faker with its keyword `args`; an argument "{field}" is that field's value."""
+
+    redraws: ClassVar = REDRAWS
+    args: dict[str, Any] = {}
+
+    def holes(self) -> dict[str, str]:
+        """The arguments that are another field's value, and the field."""
+        found = {name: re.fullmatch(r"\{([^{}]+)\}", value) for name, value in self.args.items() if type(value) is str}
+        return {name: hole[1] for name, hole in found.items() if hole}
+
+    def reads(self) -> Iterable[str]:
+        return self.holes().values()
+
+    def domain(self, scope: Scope) -> Domain | None:
+        provider = None if self.args or scope.several else _provider(scope.faker, self.type)
+        values = list(dict.fromkeys((provider and _table(type(provider), self.type, _drawn)) or ()))
+        return (len(values), values.__getitem__) if values else None
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        provider = _provider(scope.faker, self.type)
+        if provider is None:
+            hint = did_you_mean(self.type, [*FIELD_TYPES, *_methods(scope.faker)])
+            raise scope.refuse(f"no such type {self.type!r}{hint}")
+        signature = inspect.signature(_own(type(provider), self.type).__get__(provider, type(provider)))
+        made = get_origin(signature.return_annotation) or signature.return_annotation
+        if isinstance(made, type) and issubclass(made, Iterable) and not issubclass(made, str):
+            # not even tried: a container's elements may be as large and as many as its arguments say
+            raise scope.refuse(f"{self.type!r} gives no single value")
+        self._check_names(scope, signature)
+        call = self._call(scope)
+        kind = self._tried(scope, call)
+        plain = kind == "text" and signature.return_annotation is str and not self.holes()
+        return (call if plain else _mapped(call, functools.partial(self._held, kind))), kind
+
+    def _check_names(self, scope: Scope, signature: inspect.Signature) -> None:
+        known = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        known.pop("seed", None)  # there is one seed
+        for name in [name for name in self.args if name not in known]:
+            takes = ", ".join(nearest(name, known) or known) or "no arguments"
+            raise scope.refuse(f"{self.type} has no argument {name!r}; it takes {takes}", "args", name)
+        missing = [name for name, p in known.items() if p.default is p.empty and name not in self.args]
+        if missing:
+            raise scope.refuse(f"{self.type} needs {', '.join(missing)}", "args")
+
+    def _call(self, scope: Scope) -> Draw:
+        """The method with its arguments."""
+        method = getattr(scope.faker, self.type)
+        reads = {name: scope.at("args", name).reader(field)[0] for name, field in self.holes().items()}
+        fixed = {n: _argument(scope.at("args", n), n, value) for n, value in self.args.items() if n not in reads}
+        if reads:
+            return lambda: method(**fixed, **{name: _dated(name, read()) for name, read in reads.items()})
+        return functools.partial(method, **fixed) if fixed else method
+
+    def _tried(self, scope: Scope, call: Draw) -> Kind:
+        """The kind that a few values have: the same ones again from the same state."""
+        state = scope.rng.getstate()
+        try:
+            if len(str(call())) > MAX_TEXT:
+                raise ValueError(f"values are longer than {MAX_TEXT} characters")
+            scope.rng.setstate(state)
+            values = [call() for _ in range(TRIALS)]
+            scope.rng.setstate(state)
+            again = [call() for _ in range(TRIALS)]
+        except Exception as error:  # whatever Faker makes of the arguments
+            raise scope.refuse(str(error) or type(error).__name__, *["args"][: len(self.args)]) from None
+        kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
+        if None in kinds or not kinds:
+            raise scope.refuse(f"{self.type!r} gives no single value")
+        if values != again:
+            raise scope.refuse(f"{self.type!r} ignores the seed")
+        whole = all(type(value) is not int or abs(value) <= MAX_INT for value in values)
+        return (kinds.pop() if len(kinds) == 1 and whole else None) or "text"
+
+    def _held(self, kind: Kind, value: Any) -> Any:
+        """A value as JSON would have it, held to the kind that the trial showed."""
+        if kind != "text" and _SCALARS.get(type(value)) != kind:
+            raise TaskError(f"{self.type} gave {value!r} where it had given {kind}")
+        plain = _PLAIN[type(value)](value) if type(value) in _PLAIN else value
+        return str(plain) if kind == "text" else plain
+
+
+def _refusal(problems: Sequence[FieldProblem]) -> BadRequest:
+    """One error for several problems, which it counts."""
     more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
     return BadRequest(f"{problems[0].field}: {problems[0].message}{more}", problems)
-
-
-def _unknown(what: str, name: str, names: Iterable[str]) -> str:
-    hints = nearest(name, names)
-    return f"no such {what} {name!r}" + (f"; did you mean {' or '.join(map(repr, hints))}?" if hints else "")
 
 
 def parse_field(raw: Any, path: str) -> FieldType:
     """A field's description, checked: a type's name or an object with `type`. BadRequest names each option at fault."""
     spec = {"type": raw} if isinstance(raw, str) else raw
     if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
-        raise _refusal(FieldProblem(path, "should be the name of a type, or an object with a type"))
+        raise BadRequest.of(path, "should be the name of a type, or an object with a type")
     try:
         return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _refusal(*(FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details)) from None
+        problems = [FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details]
+        raise _refusal(problems) from None
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def nested(scope: Scope, raw: Any, *steps: str | int) -> tuple[Draw, Kind]:
+    """Compile a field inside another one, at these steps from it."""
+    inner = replace(scope.at(*steps), depth=scope.depth + 1)
+    if inner.depth > MAX_DEPTH:
+        raise inner.refuse(f"fields go at most {MAX_DEPTH} deep")
+    model = parse_field(raw, inner.path)
+    if model.unique:
+        raise inner.refuse("only the fields of the record itself can be unique", "unique")
+    draw, kind = model.draw(inner)
+    return _nullable(draw, model.null, scope.rng), kind
 
 
-# What JSON and SQLite hold in different ways, there and back.
-_STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _dumps}
-_LOAD: dict[Kind, Callable[[Any], Any]] = {"bool": bool, "json": json.loads}
+# ---- Field types: the built-in ones ----
 
 
-def _mapped(draw: Draw, function: Callable[[Any], Any] | None) -> Draw:
-    """The draw's values, but for null, put through a function."""
-    return (lambda: None if (value := draw()) is None else function(value)) if function else draw
-
-
-def _nullable(draw: Draw, chance: float, rng: random.Random) -> Draw:
-    """Now and then null: settled first, by one draw of its own."""
-    uniform = rng.random
-    return (lambda: None if uniform() < chance else draw()) if chance else draw
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What a field type may use while it is compiled: its record type, one locale's Faker, the instant, its path."""
-
-    stream: _Stream
-    faker: FakerGenerator
-    now: datetime
-    path: str
-    depth: int = 0
-
-    @property
-    def rng(self) -> random.Random:
-        """The one source of chance of this record type."""
-        return self.stream.rng
-
-    def refuse(self, message: str, *steps: str | int) -> BadRequest:
-        """The error that names this field, or an option of it."""
-        return _refusal(FieldProblem(".".join([self.path, *map(str, steps)]), message))
-
-    def nested(self, raw: Any, *steps: str | int) -> tuple[Draw, Kind]:
-        """Compile a field inside this one."""
-        inner = replace(self, path=".".join([self.path, *map(str, steps)]), depth=self.depth + 1)
-        if inner.depth > MAX_DEPTH:
-            raise inner.refuse(f"fields go at most {MAX_DEPTH} deep")
-        model = parse_field(raw, inner.path)
-        if model.unique:
-            raise inner.refuse("only the fields of the record itself can be unique", "unique")
-        draw, kind = model.draw(inner)
-        return _nullable(draw, model.null, self.rng), kind
-
-    def longest(self, draw: Draw, *steps: str | int) -> int:
-        """The length, as JSON, of the longest of a few values."""
-        try:
-            return max(len(_dumps(draw())) for _ in range(TRIALS))
-        except Exception as error:  # a field type's or Faker's; either way this request can not be made
-            raise self.refuse(str(error) or type(error).__name__, *steps) from None
-
-    def find(self, name: str, among: Iterable[_Stream]) -> tuple[_Stream, str]:
-        """The record type and the field of it that a name stands for: "age" of this one, "customer.id" of another."""
-        names = {f"{s.name}.{column}": (s, column) for s in among for column in s.index if s is not self.stream}
-        found = names.get(name)
-        if found is None:
-            raise self.refuse(_unknown("field", name, names))
-        return found
-
-    def reader(self, name: str) -> tuple[Draw, Kind]:
-        """The present value of a field of this record, or of the one it is related to."""
-        owner, column = (
-            (self.stream, name) if name in self.stream.index else self.find(name, self.stream.plan.streams.values())
-        )
-        if column in owner.late and owner in self.stream.ancestors():
-            raise self.refuse(f"{name} is only known once these records are made")
-        if column not in owner.kinds:
-            raise _refusal()
-        kind, slot, values = owner.kinds[column], owner.index[column], owner.values
-        if owner is not self.stream and owner not in self.stream.ancestors():
-            return _mapped(self.stream.lookup(owner).reader(column), _LOAD.get(kind)), kind
-        return _mapped(lambda: values[slot], _LOAD.get(kind)), kind
-
-
-
-@field_type("sequence")
+@field_type("sequence", start=1000)
 class SequenceField(FieldType):
     """1, 2, 3...: `start`, and `step` more for each record before this one."""
 
-    example: ClassVar = {"type": "sequence", "start": 1000}
     distinct: ClassVar = True
     start: int = Field(1, ge=-MAX_INT, le=MAX_INT)
     step: int = Field(1, ge=1, le=2**32)
@@ -2324,14 +2641,14 @@ class _Number(FieldType):
     mean: float | None = None
     sd: float | None = Field(None, gt=0)
 
-    def bell(self, scope: Scope, low: float, high: float, even: Draw) -> Draw:
-        """`even`, or with mean and sd a normal draw: drawn again if out of bounds, at last put at the nearer one."""
+    def bell(self, scope: Scope, low: float, high: float) -> Draw | None:
+        """A normal draw, drawn again if out of bounds, at last put at the nearer one; None without mean and sd."""
         if low > high:
             raise scope.refuse(f"min {low} is more than max {high}", "min")
         if (self.mean is None) != (self.sd is None):
             raise scope.refuse("mean and sd go together", "mean" if self.mean is None else "sd")
         if self.mean is None or self.sd is None:
-            return even
+            return None
         gauss, mean, sd = scope.rng.gauss, self.mean, self.sd
 
         def draw() -> float:
@@ -2343,11 +2660,10 @@ class _Number(FieldType):
         return draw
 
 
-@field_type("int")
+@field_type("int", min=18, max=65)
 class IntField(_Number):
     """A whole number from `min` to `max`, both included; with `mean` and `sd` bell-shaped."""
 
-    example: ClassVar = {"type": "int", "min": 18, "max": 65}
     min: int = Field(0, ge=-MAX_INT, le=MAX_INT)
     max: int = Field(9999, ge=-MAX_INT, le=MAX_INT)
 
@@ -2355,17 +2671,15 @@ class IntField(_Number):
         return self.max - self.min + 1, self.min.__add__
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        low, high = self.min, self.max
-        even = _pick(scope.rng, range(low, high + 1)) if low <= high else int
-        draw = self.bell(scope, low, high, even)
-        return even if draw is even else lambda: min(max(round(draw()), low), high), "int"
+        low, high, bell = self.min, self.max, self.bell(scope, self.min, self.max)
+        even = _pick(scope.rng, range(low, high + 1))
+        return (lambda: min(max(round(bell()), low), high)) if bell else even, "int"
 
 
-@field_type("float")
+@field_type("float", min=0, max=500, mean=80, sd=30, round=2)
 class FloatField(_Number):
     """A number from `min` to `max`, with `round` digits after the point; with `mean` and `sd` bell-shaped."""
 
-    example: ClassVar = {"type": "float", "min": 0, "max": 500, "mean": 80, "sd": 30, "round": 2}
     redraws: ClassVar = REDRAWS
     min: float = Field(0, ge=-1e300, le=1e300)
     max: float = Field(1, ge=-1e300, le=1e300)
@@ -2380,15 +2694,15 @@ class FloatField(_Number):
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         low, high, digits, uniform = self.min, self.max, self.round, scope.rng.random
-        draw = self.bell(scope, low, high, lambda: low + (high - low) * uniform())
+        draw = self.bell(scope, low, high) or (lambda: low + (high - low) * uniform())
         return draw if digits is None else lambda: min(max(round(draw(), digits), low), high), "float"
 
 
-@field_type("decimal")
+@field_type("decimal", min="0.01", max="99.99", places=2)
 class DecimalField(_Number):
     """An exact number from `min` to `max` with `places` digits after the point, kept as text: money."""
 
-    example: ClassVar = {"type": "decimal", "min": "0.01", "max": "99.99", "places": 2}
+    kind: ClassVar[Kind] = "decimal"
     min: str | int | float = "0"
     max: str | int | float = "999.99"
     places: int = Field(2, ge=0, le=18)
@@ -2416,18 +2730,14 @@ class DecimalField(_Number):
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         (low, high), text, scale = self.scaled(scope), self.text, 10**self.places
-        even = _pick(scope.rng, range(low, high + 1)) if low <= high else int
-        draw = self.bell(scope, low / scale, high / scale, even)
-        if draw is even:
-            return lambda: text(even()), "decimal"
-        return lambda: text(min(max(round(draw() * scale), low), high)), "decimal"
+        bell = self.bell(scope, low / scale, high / scale)
+        return (lambda: text(min(max(round(bell() * scale), low), high)), "decimal") if bell else super().draw(scope)
 
 
-@field_type("bool")
+@field_type("bool", true=0.8)
 class BoolField(FieldType):
     """True or false; `true` is how likely true is."""
 
-    example: ClassVar = {"type": "bool", "true": 0.8}
     true: float = Field(0.5, ge=0, le=1)
 
     def domain(self, scope: Scope) -> Domain:
@@ -2438,11 +2748,18 @@ class BoolField(FieldType):
         return lambda: uniform() < true, "bool"
 
 
-@field_type("choice")
+def _literal_kind(values: list[Any]) -> Kind:
+    """The kind of values that a request lists; "json" keeps a mixture as it is."""
+    kinds = {_SCALARS.get(type(value), "json") for value in values if value is not None}
+    if any(type(value) is int and abs(value) > MAX_INT for value in values):
+        return "json"
+    return "float" if kinds == {"int", "float"} else kinds.pop() if len(kinds) == 1 else "json" if kinds else "text"
+
+
+@field_type("choice", values={"free": 80, "pro": 18, "team": 2})
 class ChoiceField(FieldType):
     """One of `values`: a list, or an object that gives each text its weight."""
 
-    example: ClassVar = {"type": "choice", "values": {"free": 80, "pro": 18, "team": 2}}
     values: list[Any] | dict[str, float] = Field(min_length=1)
 
     def domain(self, scope: Scope) -> Domain:
@@ -2457,11 +2774,10 @@ class ChoiceField(FieldType):
         return _pick(scope.rng, OrderedDict(self.values)), "text"
 
 
-@field_type("const")
+@field_type("const", value="EUR")
 class ConstField(FieldType):
     """Always `value`."""
 
-    example: ClassVar = {"type": "const", "value": "EUR"}
     value: Any
 
     def domain(self, scope: Scope) -> Domain:
@@ -2471,42 +2787,33 @@ class ConstField(FieldType):
         return lambda: self.value, _literal_kind([self.value])
 
 
-def _literal_kind(values: list[Any]) -> Kind:
-    """The kind of values that a request lists; "json" keeps a mixture as it is."""
-    kinds = {_SCALARS.get(type(value), "json") for value in values if value is not None}
-    if any(type(value) is int and abs(value) > MAX_INT for value in values):
-        return "json"
-    return "float" if kinds == {"int", "float"} else kinds.pop() if len(kinds) == 1 else "json" if kinds else "text"
-
-
 _BOUND = re.compile(
     r"(?:(?P<name>now|today)|\{(?P<field>[^{}]+)\}|(?P<iso>\d{4}-\d\d-\d\d(?:[T ][\d:.]+(?:Z|[+-]\d\d:\d\d)?)?))?"
-    r"(?P<shift>(?:[+-]\d{1,6}[yMwdhms])*)"
-)
+    r"(?P<shift>(?:[+-]\d{1,6}[yMwdhms])*)")
 _UNITS = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 DAY = 86_400_000  # milliseconds
 
 
-def _shifted(instant: datetime, shift: str) -> int:
-    """An instant moved by "+1y-2d", in milliseconds since 1970; a month after 31 January is the end of February."""
+def _shifted(moment: datetime, shift: str) -> int:
+    """A moment moved by "+1y-2d", in milliseconds since 1970; a month after 31 January is the end of February."""
     for amount, unit in re.findall(r"([+-]\d+)(\w)", shift):
         if unit in _UNITS:
-            instant += timedelta(**{_UNITS[unit]: int(amount)})
+            moment += timedelta(**{_UNITS[unit]: int(amount)})
         else:
-            year, month = divmod(instant.year * 12 + instant.month - 1 + int(amount) * (12 if unit == "y" else 1), 12)
-            day = min(instant.day, calendar.monthrange(year, month + 1)[1])
-            instant = instant.replace(year=year, month=month + 1, day=day)
-    return (instant - EPOCH) // timedelta(milliseconds=1)
+            year, month = divmod(moment.year * 12 + moment.month - 1 + int(amount) * (12 if unit == "y" else 1), 12)
+            day = min(moment.day, calendar.monthrange(year, month + 1)[1])
+            moment = moment.replace(year=year, month=month + 1, day=day)
+    return (moment - EPOCH) // timedelta(milliseconds=1)
 
 
-def _instant(text: str, last: bool) -> datetime:
+def _moment(text: str, last: bool) -> datetime:
     """An ISO date or instant in UTC; a date stands for its first or its last millisecond."""
-    instant = datetime.fromisoformat(text)
-    instant = instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
-    return instant + timedelta(milliseconds=DAY - 1) if last and len(text) == 10 else instant
+    moment = datetime.fromisoformat(text)
+    moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment + timedelta(milliseconds=DAY - 1) if last and len(text) == 10 else moment
 
 
-@field_type("datetime")
+@field_type("datetime", **{"from": "2024-01-01", "to": "2024-12-31"})
 class DatetimeField(FieldType):
     """An instant in UTC between `from` and `to`, both included, as YYYY-MM-DDTHH:MM:SSZ, with milliseconds if `ms`.
 
@@ -2514,11 +2821,14 @@ class DatetimeField(FieldType):
     another field, moved or not ("{joined}", "{order.placedAt}+2h"); then an empty range gives its `from`.
     """
 
-    example: ClassVar = {"type": "datetime", "from": "2024-01-01", "to": "2024-12-31"}
     kind: ClassVar[Kind] = "datetime"
     from_: str = Field("-1y", alias="from", max_length=200)
     to: str = Field("now", max_length=200)
     ms: bool = False
+
+    def unit(self) -> int:
+        """The milliseconds between two neighbours."""
+        return 1 if self.ms else 1000
 
     def text(self, units: int) -> str:
         """A value, counted in units since 1970, as text."""
@@ -2526,35 +2836,31 @@ class DatetimeField(FieldType):
             return (EPOCH + timedelta(milliseconds=units)).isoformat(timespec="milliseconds")[:-6] + "Z"
         return (EPOCH + timedelta(seconds=units)).isoformat()[:-6] + "Z"
 
-    def unit(self) -> int:
-        """The milliseconds between two neighbours."""
-        return 1 if self.ms else 1000
+    def first(self, millis: int) -> int:
+        """The first unit that does not come before this moment; of days, the one it lies in."""
+        return -(-millis // self.unit()) if self.kind == "datetime" else millis // DAY
 
     def reads(self) -> Iterable[str]:
         return [found["field"] for found in map(_BOUND.fullmatch, (self.from_, self.to)) if found and found["field"]]
 
     def bound(self, scope: Scope, option: str) -> Draw:
         """A function that gives a record's bound in milliseconds since 1970, null where the field it reads is null."""
-        text, last = getattr(self, option), option == "to"
+        text, last, steps = getattr(self, option), option == "to", [option.rstrip("_")]
         found = _BOUND.fullmatch(text)
         if not found or not text:
-            raise scope.refuse(f"{text!r} is no date such as 2024-12-31, -90d, now or {{joined}}", option.rstrip("_"))
+            raise scope.refuse(f"{text!r} is no date such as 2024-12-31, -90d, now or {{joined}}", *steps)
         shift = found["shift"]
         if found["field"]:
             read, kind = scope.reader(found["field"])
             if kind not in ("date", "datetime"):
-                raise scope.refuse(f"{found['field']} is no date", option.rstrip("_"))
-            return lambda: None if (value := read()) is None else _shifted(_instant(value, last), shift)
+                raise scope.refuse(f"{found['field']} is no date", *steps)
+            return _mapped(read, lambda value: _shifted(_moment(value, last), shift))
         iso = found["iso"] or (scope.now.date().isoformat() if found["name"] == "today" else scope.now.isoformat())
         try:
-            fixed = _shifted(_instant(iso, last), shift)
+            fixed = _shifted(_moment(iso, last), shift)
         except (ValueError, OverflowError) as error:
-            raise scope.refuse(f"{text!r}: {error}", option.rstrip("_")) from None
+            raise scope.refuse(f"{text!r}: {error}", *steps) from None
         return lambda: fixed
-
-    def first(self, millis: int) -> int:
-        """The first unit that does not come before this instant; of days, the one it lies in."""
-        return -(-millis // self.unit()) if self.kind == "datetime" else millis // DAY
 
     def domain(self, scope: Scope) -> Domain | None:
         if self.reads():
@@ -2579,14 +2885,13 @@ class DatetimeField(FieldType):
         return draw, self.kind
 
 
-@field_type("date")
+@field_type("date", **{"from": "-1y", "to": "now"})
 class DateField(DatetimeField):
     """A date between `from` and `to`, both included, as YYYY-MM-DD; bounds as for datetime.
 
     Without bounds, what Faker's method of that name gives: a date since 1970.
     """
 
-    example: ClassVar = {"type": "date", "from": "-1y", "to": "now"}
     kind: ClassVar[Kind] = "date"
     from_: str = Field("1970-01-01", alias="from", max_length=200)
     ms: ClassVar[bool] = False  # type: ignore[misc]
@@ -2596,18 +2901,17 @@ class DateField(DatetimeField):
             return super().draw(scope)
         return FakerField.model_validate({"type": "date"}).draw(scope)[0], "date"
 
-    def text(self, units: int) -> str:
-        return date.fromordinal(EPOCH.toordinal() + units).isoformat()
-
     def unit(self) -> int:
         return DAY
 
+    def text(self, units: int) -> str:
+        return date.fromordinal(EPOCH.toordinal() + units).isoformat()
 
-@field_type("pattern")
+
+@field_type("pattern", pattern="SKU-####-??")
 class PatternField(FieldType):
     r"""Text in which each # is a digit, % a digit but 0, ? a capital letter; a backslash keeps the mark after it."""
 
-    example: ClassVar = {"type": "pattern", "pattern": "SKU-####-??"}
     redraws: ClassVar = REDRAWS
     pattern: str = Field(min_length=1, max_length=256)
 
@@ -2629,7 +2933,6 @@ class PatternField(FieldType):
 class UuidField(FieldType):
     """A random UUID (version 4)."""
 
-    example: ClassVar = {"type": "uuid"}
     distinct: ClassVar = True
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
@@ -2650,14 +2953,13 @@ _HOLE = re.compile(r"\{\{|\}\}|\{([^{}|]+)((?:\|[^{}|]+)*)\}|[{}]")
 _FILTERS: dict[str, Callable[[str], str]] = {"slug": _slug, "lower": str.lower, "upper": str.upper}
 
 
-@field_type("template")
+@field_type("template", template="{plan}-{id}")
 class TemplateField(FieldType):
     """Text made of other fields, "{firstName|slug}.{id}@example.com"; {{ and }} are braces.
 
     A field is one of this record or of a related one ("{customer.name}"); the filters are slug, lower and upper.
     """
 
-    example: ClassVar = {"type": "template", "template": "{plan}-{id}"}
     redraws: ClassVar = 0
     template: str = Field(max_length=MAX_SIZE_ARG)
 
@@ -2675,9 +2977,9 @@ class TemplateField(FieldType):
         return lambda: (form % tuple([part() for part in parts]))[:MAX_TEXT], "text"
 
     def _part(self, scope: Scope, name: str, filters: list[str]) -> Draw:
-        read, _ = scope.reader(name.replace("%%", "%"))
+        read, _ = scope.reader(name)
         for unknown in [name for name in filters if name not in _FILTERS]:
-            raise scope.refuse(_unknown("filter", unknown, _FILTERS), "template")
+            raise scope.refuse(f"no such filter {unknown!r}{did_you_mean(unknown, _FILTERS)}", "template")
         steps: list[Callable[[Any], str]] = [str, *(_FILTERS[name] for name in filters)]
         return lambda: "" if (value := read()) is None else functools.reduce(lambda v, step: step(v), steps, value)
 
@@ -2691,11 +2993,10 @@ def _inner_reads(raws: Iterable[Any]) -> list[str]:
     return names
 
 
-@field_type("list")
+@field_type("list", of="word", min=0, max=3)
 class ListField(FieldType):
     """A list of `min` to `max` values of the type `of`, stored as JSON."""
 
-    example: ClassVar = {"type": "list", "of": "word", "min": 0, "max": 3}
     of: Any
     min: int = Field(1, ge=0)
     max: int = Field(3, ge=0, le=1000)
@@ -2706,29 +3007,28 @@ class ListField(FieldType):
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         if self.min > self.max:
             raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
-        draw, _ = scope.nested(self.of, "of")
+        draw, _ = nested(scope, self.of, "of")
         if self.max * scope.longest(draw, "of") > MAX_TEXT:
             raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
         length = _pick(scope.rng, range(self.min, self.max + 1))
         return lambda: [draw() for _ in range(length())], "json"
 
 
-@field_type("object")
+@field_type("object", fields={"city": "city", "zip": "postcode"})
 class ObjectField(FieldType):
     """An object with `fields` of its own, stored as JSON."""
 
-    example: ClassVar = {"type": "object", "fields": {"city": "city", "zip": "postcode"}}
     fields: dict[str, Any] = Field(min_length=1, max_length=100)
 
     def reads(self) -> Iterable[str]:
         return _inner_reads(self.fields.values())
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        draws = [(name, scope.nested(raw, "fields", name)[0]) for name, raw in self.fields.items()]
+        draws = [(name, nested(scope, raw, "fields", name)[0]) for name, raw in self.fields.items()]
         return lambda: {name: draw() for name, draw in draws}, "json"
 
 
-@field_type("ref")
+@field_type("ref", field="customer.id")
 class RefField(FieldType):
     """A field of a related record, "customer.id".
 
@@ -2736,7 +3036,6 @@ class RefField(FieldType):
     of a record.
     """
 
-    example: ClassVar = {"type": "ref", "field": "customer.id"}
     field: str
 
     def reads(self) -> Iterable[str]:
@@ -2749,10 +3048,8 @@ class RefField(FieldType):
 class _Arithmetic(FieldType):
     places: int | None = Field(None, ge=0, le=18)
 
-    def fold(
-        self, scope: Scope, kinds: Iterable[Kind], exact: Any, plain: Any
-    ) -> tuple[Callable[[list[Any]], Any], Kind]:
-        """The function from stored numbers to one: `exact` joins two decimals, `plain` all of a list of others."""
+    def fold(self, scope: Scope, kinds: Iterable[Kind], exact: Any, plain: Any) -> tuple[Callable[[Any], Any], Kind]:
+        """The function from a list of stored numbers to one: `exact` joins two decimals, `plain` all the others."""
         found, places = set(kinds), self.places
         if odd := sorted(found - {"int", "float", "decimal"}):
             raise scope.refuse(f"takes numbers, not {' or '.join(odd)}")
@@ -2769,27 +3066,23 @@ class _Arithmetic(FieldType):
         return plain, "int"
 
 
-@field_type("sum")
+@field_type("sum", field="item.amount", places=2)
 class SumField(_Arithmetic):
     """The sum of a field over the records made `per` this one: of its items' amounts an order's total."""
 
-    example: ClassVar = {"type": "sum", "field": "item.amount", "places": 2}
     field: str
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         child, column = scope.find(self.field, scope.stream.children)
-        if column not in child.kinds:
-            raise _refusal()
-        total, kind = self.fold(scope, [child.kinds[column]], EXACT.add, sum)
+        total, kind = self.fold(scope, [scope.kind(child, column)], EXACT.add, sum)
         slot, family = child.index[column], child.family
         return lambda: total([row[slot] for row in family if row[slot] is not None]), kind
 
 
-@field_type("product")
+@field_type("product", of=["price", "quantity"])
 class ProductField(_Arithmetic):
     """The product of the fields in `of`, price times quantity, rounded to `places`; null if one of them is."""
 
-    example: ClassVar = {"type": "product", "of": ["price", "quantity"]}
     of: list[str] = Field(min_length=1, max_length=8)
 
     def reads(self) -> Iterable[str]:
@@ -2801,11 +3094,10 @@ class ProductField(_Arithmetic):
         return lambda: None if None in (values := [read() for read in reads]) else total(values), kind
 
 
-@field_type("first_of")
+@field_type("first_of", of=["state_abbr", "province_abbr", "city"])
 class FirstOfField(FieldType):
     """The first type of `of` that this locale can make: ["state_abbr", "province_abbr", "city"]."""
 
-    example: ClassVar = {"type": "first_of", "of": ["state_abbr", "province_abbr", "city"]}
     redraws: ClassVar = REDRAWS
     of: list[Any] = Field(min_length=1, max_length=16)
 
@@ -2815,7 +3107,7 @@ class FirstOfField(FieldType):
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         for i, raw in enumerate(self.of):
             try:
-                draw, kind = scope.nested(raw, "of", i)
+                draw, kind = nested(scope, raw, "of", i)
                 scope.longest(draw, "of", i)
                 return draw, kind
             except BadRequest as refusal:
@@ -2823,330 +3115,49 @@ class FirstOfField(FieldType):
         raise last
 
 
-# ---- Faker's methods as field types ----
+# ---- The plan: record types checked, put in order and compiled ----
 
-# Whole files as text: what they cost has no bound.
-_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
-# Arguments that are values; any other number says how much to make.
-_VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
-_DATE_ARG = re.compile(r".*(date|start|end|birth).*")
+_RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
+_RESERVED = {"_id", "_job", "_created"}
 
 
-def library_versions() -> dict[str, str]:
-    """The version of Faker: with the same one, the same request makes the same records."""
-    from faker import VERSION
-
-    return {"faker": VERSION}
-
-
-def _provider(generator: FakerGenerator, name: str) -> BaseProvider | None:
-    """The provider that answers for a method; None for what is no public method, or withheld."""
-    for provider in generator.providers if not name.startswith("_") and name not in _WITHHELD else ():
-        if inspect.isroutine(_own(type(provider), name)):
-            return provider
-    return None
+def _storable(raw: Any) -> bool:
+    """Whether no text in it holds a NUL or half a surrogate pair; then no value made from it does."""
+    if isinstance(raw, str):
+        return not re.search("[\0\ud800-\udfff]", raw)
+    items = [*raw.keys(), *raw.values()] if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
+    return all(map(_storable, items))
 
 
-def _methods(generator: FakerGenerator) -> list[str]:
-    """Every public method of a generator's providers, by name."""
-    names = {name for provider in generator.providers for name in dir(type(provider))}
-    return [name for name in sorted(names) if _provider(generator, name)]
+def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The names, each after those it depends on and else in their own order. ValueError tells a cycle."""
+    done: dict[str, None] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise ValueError(" -> ".join([*path[path.index(name):], name]))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*path, name))
+            done[name] = None
+
+    for name in graph:
+        visit(name, ())
+    return list(done)
 
 
-class FakerField(FieldType):
-    """A method of Faker with its keyword `args`; an argument "{field}" is that field's value."""
+class _RecordType(_Stream):
+    """A stream with the description it is compiled from."""
 
-    redraws: ClassVar = REDRAWS
-    args: dict[str, Any] = {}
-
-    def holes(self) -> dict[str, str]:
-        """The arguments that are another field's value, and the field."""
-        found = {name: re.fullmatch(r"\{([^{}]+)\}", value) for name, value in self.args.items() if type(value) is str}
-        return {name: hole[1] for name, hole in found.items() if hole}
-
-    def reads(self) -> Iterable[str]:
-        return self.holes().values()
-
-    def domain(self, scope: Scope) -> Domain | None:
-        provider = None if self.args or len(scope.stream.plan.locales) > 1 else _provider(scope.faker, self.type)
-        values = list(dict.fromkeys((provider and _table(provider, self.type, _drawn)) or ()))
-        return (len(values), values.__getitem__) if values else None
-
-    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        provider = _provider(scope.faker, self.type)
-        if provider is None:
-            raise scope.refuse(_unknown("type", self.type, [*FIELD_TYPES, *_methods(scope.faker)]))
-        stock = _own(type(provider), self.type).__get__(provider, type(provider))
-        signature = inspect.signature(stock)
-        made = get_origin(signature.return_annotation) or signature.return_annotation
-        if isinstance(made, type) and issubclass(made, Iterable) and not issubclass(made, str):
-            # not even tried: a container's elements may be as large and as many as its arguments say
-            raise scope.refuse(f"{self.type!r} gives no single value")
-        self._check_args(scope, signature)
-        call, state = self._call(scope), scope.rng.getstate()
-        try:
-            if len(str(call())) > MAX_TEXT:
-                raise ValueError(f"values are longer than {MAX_TEXT} characters")
-            scope.rng.setstate(state)
-            values = [call() for _ in range(TRIALS)]
-            scope.rng.setstate(state)
-            again = [call() for _ in range(TRIALS)]
-        except Exception as error:  # whatever Faker makes of the arguments
-            raise scope.refuse(str(error) or type(error).__name__, *["args"][: len(self.args)]) from None
-        kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
-        if None in kinds or not kinds:
-            raise scope.refuse(f"{self.type!r} gives no single value")
-        if values != again:
-            raise scope.refuse(f"{self.type!r} ignores the seed")
-        whole = all(type(value) is not int or abs(value) <= MAX_INT for value in values)
-        kind: Kind = (kinds.pop() if len(kinds) == 1 and whole else None) or "text"
-        plain = kind == "text" and signature.return_annotation is str and not self.holes()
-        return (call if plain else _checked(call, kind, self.type)), kind
-
-    def _check_args(self, scope: Scope, signature: inspect.Signature) -> None:
-        known = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        known.pop("seed", None)  # there is one seed
-        for name in [name for name in self.args if name not in known]:
-            takes = ", ".join(nearest(name, known) or known) or "no arguments"
-            raise scope.refuse(f"{self.type} has no argument {name!r}; it takes {takes}", "args", name)
-        missing = [name for name, p in known.items() if p.default is p.empty and name not in self.args]
-        if missing:
-            raise scope.refuse(f"{self.type} needs {', '.join(missing)}", "args")
-
-    def _call(self, scope: Scope) -> Draw:
-        """The method with its arguments."""
-        method = getattr(scope.faker, self.type)
-        at = {name: replace(scope, path=f"{scope.path}.args.{name}") for name in self.holes()}
-        reads = {name: at[name].reader(field)[0] for name, field in self.holes().items()}
-        fixed = {n: _argument(scope, n, value, "args", n) for n, value in self.args.items() if n not in reads}
-        if reads:
-            return lambda: method(**fixed, **{name: _dated(name, read()) for name, read in reads.items()})
-        return functools.partial(method, **fixed) if fixed else method
-
-
-def _dated(name: str, value: Any) -> Any:
-    """Faker takes a date as an object: an ISO text becomes one where a date is due."""
-    if isinstance(value, str) and _DATE_ARG.fullmatch(name) and re.match(r"\d{4}-\d\d-\d\d", value):
-        return date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
-    return value
-
-
-def _argument(scope: Scope, name: str, value: Any, *steps: str | int) -> Any:
-    """An argument that is safe to hand to Faker: none makes it work without end, none is a template of its own."""
-    if isinstance(value, dict):  # Faker wants weights in an OrderedDict
-        return OrderedDict((key, _argument(scope, name, inner, *steps, key)) for key, inner in value.items())
-    if isinstance(value, list):
-        return [_argument(scope, name, inner, *steps, i) for i, inner in enumerate(value)]
-    if isinstance(value, str) and ("{" in value or len(value) > MAX_SIZE_ARG):
-        raise scope.refuse(f"a text here has no braces and at most {MAX_SIZE_ARG} characters", *steps)
-    limit = MAX_INT if _VALUE_ARG.fullmatch(name) else MAX_SIZE_ARG
-    if isinstance(value, (int, float)) and abs(value) > limit:
-        raise scope.refuse(f"should be at most {limit}", *steps)
-    try:
-        return _dated(name, value)
-    except ValueError as error:
-        raise scope.refuse(str(error), *steps) from None
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of Faker's as JSON would have it."""
-    if isinstance(value, Decimal):
-        return format(value, "f")
-    if isinstance(value, datetime):
-        return value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    return value.total_seconds() if isinstance(value, timedelta) else value
-
-
-def _checked(call: Draw, kind: Kind, name: str) -> Draw:
-    """The method's values as JSON would have them, held to the kind that its trial showed."""
-
-    def draw() -> Any:
-        value = call()
-        if value is None or kind == "text":
-            return None if value is None else str(_plain(value))
-        if _SCALARS.get(type(value)) != kind:
-            raise TaskError(f"{name} gave {value!r} where it had given {kind}")
-        return _plain(value)
-
-    return draw
-
-
-# ---- Unique values, in bounded memory ----
-
-
-class _Seen:
-    """The values that a unique field has given: a set or, for many, a Bloom filter.
-
-    A filter never takes a known value for a new one; it may take a new one for known, which then gets a number.
-    """
-
-    def __init__(self, expected: int, room: int) -> None:
-        self.exact: set[Any] | None = set() if expected <= EXACT_SET else None
-        bits = 1 << min(expected * 10, room * 8).bit_length() - 1  # a power of two
-        self.bits, self.mask = bytearray(0 if self.exact is not None else bits // 8), bits - 1
-
-    def add(self, value: Any) -> bool:
-        """Whether the value is new; from now on it is not."""
-        if self.exact is not None:
-            before = len(self.exact)
-            self.exact.add(value)
-            return len(self.exact) > before
-        new, bits = False, self.bits
-        for n in struct.unpack("<4I", blake2b(str(value).encode(), digest_size=16).digest()):
-            at, bit = (n & self.mask) >> 3, 1 << (n & 7)
-            new |= not bits[at] & bit
-            bits[at] |= bit
-        return new
-
-
-def _unique_draw(draw: Draw, stream: _Stream, name: str, redraws: int) -> Draw:
-    """Draw until a value is new, a few times at most; then give it a number, before the @ or at its end.
-
-    No two records try the same number, so this does not get slower as values run out.
-    """
-
-    def unique() -> Any:
-        add = stream.seen[name].add
-        for _ in range(redraws + 1):
-            value = draw()
-            if value is None or add(value):
-                return value
-        if not isinstance(value, str):
-            raise TaskError(f"{stream.name}.{name}: no new value in {redraws + 1} draws")
-        start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
-        n = stream.done + 1
-        while not add(numbered := f"{start}{n}{at}{end}"):
-            n += stream.bound
-        return numbered
-
-    return unique
-
-
-# ---- The plan: record types in order, and their rows ----
-
-_Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
-
-
-class RecordSpec(BaseModel):
-    """So many records of a type, in all or `per` record of another type, and the fields of each."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    count: _Count | tuple[_Count, _Count]
-    per: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
-
-    @property
-    def range(self) -> tuple[int, int]:
-        """The fewest and the most of them."""
-        return (self.count, self.count) if isinstance(self.count, int) else self.count
-
-
-class Past(Protocol):
-    """What is already committed of this job."""
-
-    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
-        """These fields of the job's rows with these 0-based ordinals (ascending, no two equal), in that order."""
-
-    def column(self, record_type: str, field: str) -> Iterator[Any]:
-        """A field of all the job's rows of the type, in order."""
-
-
-class Chunk(NamedTuple):
-    """More rows by record type; how many are done of how many; and from where to go on after them, JSON-able."""
-
-    rows: dict[str, list[Row]]
-    done: int
-    total: int
-    checkpoint: Json
-
-
-class _Lookup:
-    """A record's random earlier row of a type that it is not made per.
-
-    The record's ordinal settles which row, not the stream of draws, so that a block of rows can be fetched at once.
-    """
-
-    def __init__(self, owner: _Stream, target: _Stream) -> None:
-        self.owner, self.target = owner, target
-        self.key = _key(owner.plan.seed, owner.name, target.name)
-        self.fields: list[str] = []
-        self.row: Row | None = None
-        self.block: dict[int, Row] = {}  # by the owner's ordinal
-
-    def reader(self, column: str) -> Draw:
-        """The field in the present record's row; null while there is no earlier row."""
-        if column not in self.fields:
-            self.fields.append(column)
-        at = self.fields.index(column)
-        self.row = self._columns(self.target.values)  # for the trial
-        return lambda: self.row[at] if self.row else None
-
-    def _columns(self, row: Sequence[Any]) -> Row:
-        return tuple([row[self.target.index[name]] for name in self.fields])
-
-    def pick(self, past: Past, fresh: Sequence[Row]) -> None:
-        """Settle the row of the owner's next record; `fresh` are the target's last rows, which `past` lacks."""
-        done, ordinal = self.target.done, self.owner.done
-        if self.target.root is self.owner.root:  # the two grow together: of the rows there are by now
-            at = _mix(self.key, ordinal) % done if done else 0
-            old = at < done - len(fresh)
-            self.row = past.rows(self.target.name, self.fields, [at])[0] if old else None
-            if done and not old:
-                self.row = self._columns(fresh[at - done])
-            return
-        if ordinal not in self.block:
-            chosen = {o: _mix(self.key, o) % done for o in range(ordinal, ordinal + 500 if done else ordinal)}
-            wanted = sorted(set(chosen.values()))
-            found = dict(zip(wanted, past.rows(self.target.name, self.fields, wanted), strict=True)) if wanted else {}
-            self.block = {o: found[at] for o, at in chosen.items()}
-        self.row = self.block.get(ordinal)
-
-
-class _Stream:
-    """One record type of a plan: its fields, compiled, and how far it has come."""
-
-    def __init__(self, plan: Plan, name: str, spec: RecordSpec, path: str) -> None:
-        self.plan, self.name, self.spec, self.path = plan, name, spec, path
-        self.parent: _Stream | None = None
-        self.children: list[_Stream] = []
-        self.bound = spec.range[1]
-        self.key = _key(plan.seed, name)
-        self.rng = random.Random(0)
+    def __init__(self, name: str, spec: RecordSpec, seed: int, path: str) -> None:
+        super().__init__(name, spec, seed)
+        self.path = path
         self.fields: dict[str, FieldType] = {}
-        self.index = {column: slot for slot, column in enumerate(spec.schema_)}
-        self.kinds: dict[str, Kind] = {}
-        self.late: set[str] = set()  # fields that wait for the children: sums, and what reads them
-        self.lookups: dict[str, _Lookup] = {}
         self.draws: list[dict[str, tuple[Draw, Kind]]] = []  # by locale
-        self.steps: list[tuple[list[tuple[int, Draw]], list[tuple[int, Draw]]]] = []  # by locale: early, late
-        self.values: list[Any] = [None] * len(self.index)  # the record that is being made
-        self.family: list[Row] = []  # the rows made so far for the present parent
-        self.seen: dict[str, _Seen] = {}
-        self.size = self.done = self.locale = 0
 
     def at(self, *steps: str) -> str:
-        """The path of a part of this record type's description."""
+        """The path of a part of this description."""
         return ".".join([*filter(None, [self.path]), *steps])
-
-    @property
-    def root(self) -> _Stream:
-        """The type at the upper end of `per`."""
-        return self.parent.root if self.parent else self
-
-    def ancestors(self) -> list[_Stream]:
-        """The types that this one is made per, nearest first."""
-        return [self.parent, *self.parent.ancestors()] if self.parent else []
-
-    def lookup(self, target: _Stream) -> _Lookup:
-        """The one random row of this type that all fields of a record read."""
-        return self.lookups.setdefault(target.name, _Lookup(self, target))
-
-    def needs(self) -> list[str]:
-        """The other record types that have to be made first."""
-        read = {name.partition(".")[0] for f in self.fields.values() for name in f.reads() if name not in self.index}
-        return [name for name in self.plan.streams if name in read or name == self.spec.per]
 
     def parse(self) -> Iterator[FieldProblem]:
         """Check all that can be checked of the description by itself."""
@@ -3170,112 +3181,108 @@ class _Stream:
             except BadRequest as refusal:
                 yield from refusal.fields
 
+    def needs(self, streams: Iterable[str]) -> list[str]:
+        """Those of the record types that have to be made first."""
+        read = {name.partition(".")[0] for f in self.fields.values() for name in f.reads() if name not in self.index}
+        return [name for name in streams if name in read or name == self.spec.per]
+
     def order(self) -> None:
         """Put the fields in order: as in the schema, but what a field reads comes first. ValueError tells a cycle."""
         graph = {name: [n for n in model.reads() if n in self.fields] for name, model in self.fields.items()}
         self.fields = {name: self.fields[name] for name in _ordered(graph)}
         for name, model in self.fields.items():
-            if isinstance(model, SumField) or any(other in self.late for other in graph[name]):
+            if isinstance(model, SumField) or not self.late.isdisjoint(graph[name]):
                 self.late.add(name)
 
-    def compile(self, faker: FakerGenerator, late: bool) -> Iterator[FieldProblem]:
+    def compile(self, scope: Scope, late: bool) -> Iterator[FieldProblem]:
         """Make these fields' functions for one more locale, try each, and tell what is wrong."""
-        for name, model in self.fields.items():
-            if (name in self.late) is late:
-                scope = Scope(self, faker, self.plan.now, self.at("schema", name))
-                try:
-                    draw, kind = model.draw(scope)
-                    if (longest := scope.longest(draw)) > MAX_TEXT:
-                        raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
-                    self.size += longest
-                    self.values[self.index[name]] = _mapped(draw, _STORE.get(kind))()
-                    # another locale's values may be of another kind: text holds both
-                    self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
-                    draw = self._unique(scope, model, name, draw) if model.unique else draw
-                    self.draws[-1][name] = draw, kind
-                except BadRequest as refusal:
-                    yield from refusal.fields
+        for name in [name for name in self.fields if (name in self.late) is late]:
+            try:
+                self._compile(scope.at(name), name)
+            except BadRequest as refusal:
+                yield from refusal.fields
         self.family[:] = [tuple(self.values)]
+
+    def _compile(self, scope: Scope, name: str) -> None:
+        model = self.fields[name]
+        draw, kind = model.draw(scope)
+        if (longest := scope.longest(draw)) > MAX_TEXT:
+            raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
+        self.size += longest
+        self.values[self.index[name]] = _mapped(draw, _STORE.get(kind))()
+        # another locale's values may be of another kind: text holds both
+        self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
+        self.draws[-1][name] = self._unique(scope, model, name, draw) if model.unique else draw, kind
 
     def _unique(self, scope: Scope, model: FieldType, name: str, draw: Draw) -> Draw:
         size, nth = (None if model.distinct else model.domain(scope)) or (2**64 + 1, str)
         if size < self.bound:
             raise scope.refuse(f"has only {size} different values for {self.bound} records", "unique")
         if size <= 2**64:
-            key = _key(self.plan.seed, self.name, name)
+            key = _hash64(self.seed, self.name, name)
             return lambda: nth(_shuffled(size, key, self.done))
         if model.distinct:
             return draw
         if model.redraws is None or self.kinds[name] not in ("text", "float"):
             raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
         self.seen[name] = _Seen(1, 1)
-        return _unique_draw(draw, self, name, model.redraws)
+        return functools.partial(self._new, name, draw, model.redraws)
+
+    def _new(self, name: str, draw: Draw, redraws: int) -> Any:
+        """Draw until a value is new, a few times at most; then give it a number, before the @ or at its end.
+
+        No two records try the same number, so this does not get slower as values run out.
+        """
+        add = self.seen[name].add
+        for _ in range(redraws + 1):
+            value = draw()
+            if value is None or add(value):
+                return value
+        if not isinstance(value, str):
+            raise TaskError(f"{self.name}.{name}: no new value in {redraws + 1} draws")
+        start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
+        n = self.done + 1
+        while not add(numbered := f"{start}{n}{at}{end}"):
+            n += self.bound
+        return numbered
 
     def finish(self) -> None:
         """Settle the steps of a record, now that the kinds of all fields are known."""
         for draws in self.draws:
-            steps: tuple[list[tuple[int, Draw]], list[tuple[int, Draw]]] = ([], [])
+            steps: tuple[_Steps, _Steps] = ([], [])
             for name, (draw, kind) in draws.items():
-                draw = _mapped(draw, _STORE.get(kind, None if self.kinds[name] == kind else str))
-                step = self.index[name], _nullable(draw, self.fields[name].null, self.rng)
+                stored = _mapped(draw, _STORE.get(kind, None if self.kinds[name] == kind else str))
+                step = self.index[name], _nullable(stored, self.fields[name].null, self.rng)
                 steps[name in self.late].append(step)
             self.steps.append(steps)
 
-    def many(self, parent_ordinal: int) -> int:
-        """How many records are made for this parent (0 for a type that has none)."""
-        low, high = self.spec.range
-        return low + _mix(self.key, parent_ordinal) % (high - low + 1)
 
-    def grow(self, past: Past, rows: dict[str, list[Row]]) -> None:
-        """Make one record, and all that is made per it."""
-        for lookup in self.lookups.values():
-            lookup.pick(past, rows[lookup.target.name])
-        if self.parent:
-            self.locale = self.parent.locale
-        elif len(self.steps) > 1:
-            self.locale = self.rng.randrange(len(self.steps))
-        values, (early, late) = self.values, self.steps[self.locale]
-        for slot, draw in early:
-            values[slot] = draw()
-        for child in self.children:
-            child.family.clear()
-            for _ in range(child.many(self.done)):
-                child.grow(past, rows)
-        for slot, draw in late:
-            values[slot] = draw()
-        row = tuple(values)
-        rows[self.name].append(row)
-        self.family.append(row)
-        self.done += 1
+class _Memory:
+    """A Past for a plan whose rows nobody stores, such as a preview's: it keeps the rows that are referred to."""
+
+    def __init__(self, streams: Iterable[_Stream]) -> None:
+        self.targets = {target.name: target for stream in streams for target in stream.lookups}
+        self.kept: dict[str, list[Row]] = {name: [] for name in self.targets}
+
+    def extend(self, rows: Mapping[str, list[Row]]) -> None:
+        for name, kept in self.kept.items():
+            kept += rows[name]
+
+    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
+        kept, slots = self.kept[record_type], [self.targets[record_type].index[name] for name in fields]
+        return [tuple([kept[o][slot] for slot in slots]) for o in ordinals]
+
+    def column(self, record_type: str, field: str) -> Iterator[Any]:
+        raise NotImplementedError("only a plan that goes on asks for this")
 
 
-def _storable(raw: Any) -> bool:
-    """Whether no text in it holds a NUL or half a surrogate pair; then no value made from it does."""
-    if isinstance(raw, str):
-        return not re.search("[\0\ud800-\udfff]", raw)
-    items = [*raw.keys(), *raw.values()] if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
-    return all(map(_storable, items))
+class Chunk(NamedTuple):
+    """More rows by record type; how many are done of how many; and from where to go on after them, JSON-able."""
 
-
-def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
-    """The names, each after those it depends on and else in their own order. ValueError tells a cycle."""
-    done: dict[str, None] = {}
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        if name in path:
-            raise ValueError(" -> ".join([*path[path.index(name) :], name]))
-        if name not in done:
-            for other in graph[name]:
-                visit(other, (*path, name))
-            done[name] = None
-
-    for name in graph:
-        visit(name, ())
-    return list(done)
-
-
-_RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
-_RESERVED = {"_id", "_job", "_created"}
+    rows: dict[str, list[Row]]
+    done: int
+    total: int
+    checkpoint: Json
 
 
 class Plan:
@@ -3291,50 +3298,36 @@ class Plan:
     bounds: dict[str, int]  # the most rows each type can have; their number, where no range is asked for
     total: int  # rows of all types, an estimate where ranges are asked for
 
-    def __init__(
-        self,
-        records: Mapping[str, RecordSpec],
-        *,
-        seed: int,
-        now: datetime,
-        locale: str | Sequence[str],
-        where: str = "",
-    ) -> None:
+    def __init__(self, records: Mapping[str, RecordSpec], *, seed: int, now: datetime,
+                 locale: str | Sequence[str], where: str = "") -> None:
         self.seed, self.now = seed, now.astimezone(UTC)
         self.locales = [locale] if isinstance(locale, str) else list(dict.fromkeys(locale))
         where = where or ("records" if len(records) > 1 else "")
-        self.streams = {
-            name: _Stream(self, name, spec, f"{where}.{name}" if where else "") for name, spec in records.items()
-        }
+        self.streams = {name: _RecordType(name, spec, seed, f"{where}.{name}" if where else "")
+                        for name, spec in records.items()}
         problems = [problem for stream in self.streams.values() for problem in stream.parse()]
         related = list(self._relate(where or "schema"))
-        problems += related or self._compile()
+        problems += related or list(_unknown_locales(self.locales))[:1] or self._compile()
         if problems := list(dict.fromkeys(problems)):
-            raise _refusal(*problems)
+            raise _refusal(problems)
         self.columns = {name: {column: s.kinds[column] for column in s.index} for name, s in self.streams.items()}
         self.bounds = {name: stream.bound for name, stream in self.streams.items()}
         self.total = self._expected()
 
     def _relate(self, where: str) -> Iterator[FieldProblem]:
-        """Find each type's parent, and order types: parents before children, what is referred to before its reader."""
+        """Find each type's parent, put types and their fields in order, and tell what can not be."""
         for stream in self.streams.values():
             per = stream.spec.per
-            if per is not None and per not in self.streams:
-                yield FieldProblem(stream.at("per"), _unknown("record type", per, self.streams))
-            elif per is not None:
+            if per in self.streams:
                 stream.parent = self.streams[per]
                 stream.parent.children.append(stream)
+            elif per is not None:
+                yield FieldProblem(stream.at("per"), f"no such record type {per!r}{did_you_mean(per, self.streams)}")
         try:
-            needs = {name: stream.needs() for name, stream in self.streams.items()}
-            order = _ordered(needs)
-            tree = {name: self.streams[name].root.name for name in order}
-            # a tree of types is made as a whole, so trees have an order too
-            between = {top: [tree[o] for n in order if tree[n] == top for o in needs[n]] for top in tree.values()}
-            tops = _ordered({top: [other for other in others if other != top] for top, others in between.items()})
+            self._order()
         except ValueError as cycle:
             yield FieldProblem(where, f"these record types need each other: {cycle}")
             return
-        self.streams = {name: self.streams[name] for top in tops for name in order if tree[name] == top}
         for stream in self.streams.values():
             stream.children = [s for s in self.streams.values() if s.parent is stream]
             stream.bound *= stream.parent.bound if stream.parent else 1
@@ -3345,23 +3338,30 @@ class Plan:
             except ValueError as cycle:
                 yield FieldProblem(stream.at("schema"), f"these fields need each other: {cycle}")
 
+    def _order(self) -> None:
+        """Parents before children, what is referred to before its reader. ValueError tells a cycle."""
+        needs = {name: stream.needs(self.streams) for name, stream in self.streams.items()}
+        order = _ordered(needs)
+        tree = {name: self.streams[name].root.name for name in order}
+        # a tree of types is made as a whole, so trees have an order too
+        between = {top: [tree[o] for n in order if tree[n] == top for o in needs[n]] for top in tree.values()}
+        tops = _ordered({top: [other for other in others if other != top] for top, others in between.items()})
+        self.streams = {name: self.streams[name] for top in tops for name in order if tree[name] == top}
+
     def _compile(self) -> list[FieldProblem]:
         """Compile every field for every locale."""
         problems: list[FieldProblem] = []
+        several = len(self.locales) > 1
         for locale in self.locales:
-            try:
-                fakers = {name: fast_faker(locale, s.rng, self.now) for name, s in self.streams.items()}
-            except AttributeError:
-                from faker.config import AVAILABLE_LOCALES
-
-                return [FieldProblem("locale", _unknown("locale", locale, AVAILABLE_LOCALES))]
             for _, tree in itertools.groupby(self.streams.values(), key=lambda s: s.root):
-                streams = list(tree)
-                for stream in streams:
+                scopes = {}
+                for stream in tree:
+                    faker = functools.cache(functools.partial(fast_faker, locale, stream.rng, self.now))
+                    scopes[stream] = scope = Scope(stream, self.streams, faker, several, self.now, stream.at("schema"))
                     stream.draws.append({})
-                    problems += stream.compile(fakers[stream.name], late=False)
-                for stream in reversed(streams):
-                    problems += stream.compile(fakers[stream.name], late=True)
+                    problems += stream.compile(scope, late=False)
+                for stream, scope in reversed(scopes.items()):
+                    problems += stream.compile(scope, late=True)
         for stream in self.streams.values():
             stream.finish()
             if stream.size > MAX_RECORD * len(self.locales):
@@ -3386,17 +3386,28 @@ class Plan:
         starts at the beginning and keeps the rows that others refer to itself. Use one iterator of a plan at a time.
         TaskError tells a value that fails.
         """
-        memory = None if past else _Memory(self.streams.values())
-        checkpoint = checkpoint if past else None
-        keep: Any = past or memory
-        self._resume(checkpoint, keep)
-        size = max(1, min(size, MAX_CHUNK // max(1, *(s.size for s in self.streams.values()))))
-        for root in [stream for stream in self.streams.values() if not stream.parent]:
+        streams = self.streams.values()
+        memory = _Memory(streams)
+        self._start(checkpoint if past else None, past or memory)
+        size = max(1, min(size, MAX_CHUNK // max(1, *(stream.size for stream in streams))))
+        for root in [stream for stream in streams if not stream.parent]:
             while root.done < root.many(0):
-                rows = self._grow(root, keep, size)
-                if memory:
+                rows = self._grow(root, past or memory, size)
+                if not past:
                     memory.extend(rows)
-                yield Chunk(rows, sum(s.done for s in self.streams.values()), self._expected(), self._checkpoint())
+                state = {name: stream.state() for name, stream in self.streams.items()}
+                yield Chunk(rows, sum(stream.done for stream in streams), self._expected(), state)
+
+    def _start(self, checkpoint: Json | None, past: Past) -> None:
+        """Put every type where the checkpoint says, or at its beginning."""
+        room = BLOOM_BYTES // max(1, sum(len(stream.seen) for stream in self.streams.values()))
+        for i, (name, stream) in enumerate(self.streams.items()):
+            # the first type's values are stock Faker's under seed_instance(seed)
+            stream.start(stream.key if i else self.seed, checkpoint and checkpoint[name])
+            for column in stream.seen:
+                stream.seen[column] = seen = _Seen(stream.bound, room)
+                for value in past.column(name, column) if stream.done else ():
+                    seen.add(value)
 
     def _grow(self, root: _Stream, past: Past, size: int) -> dict[str, list[Row]]:
         """The next chunk of rows."""
@@ -3412,199 +3423,88 @@ class Plan:
             raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
         return rows
 
-    def _checkpoint(self) -> Json:
-        checkpoint = {}
-        for name, stream in self.streams.items():
-            _, words, left_over = stream.rng.getstate()  # 625 words, and a normal draw kept for the next time
-            packed = base64.b64encode(struct.pack("<625I", *words)).decode()
-            checkpoint[name] = [stream.done, packed, left_over and left_over.hex()]
-        return checkpoint
-
-    def _resume(self, checkpoint: Json | None, past: Past) -> None:
-        """Put every type where the checkpoint says, or at its beginning."""
-        room = BLOOM_BYTES // max(1, sum(len(stream.seen) for stream in self.streams.values()))
-        for i, (name, stream) in enumerate(self.streams.items()):
-            # the first type's values are stock Faker's under seed_instance(seed)
-            stream.rng.seed(stream.key if i else self.seed)
-            stream.done = 0
-            if checkpoint:
-                stream.done, packed, left_over = checkpoint[name]
-                words = struct.unpack("<625I", base64.b64decode(packed))
-                stream.rng.setstate((3, words, left_over and float.fromhex(left_over)))
-            for lookup in stream.lookups.values():
-                lookup.block = {}
-            for column in stream.seen:
-                stream.seen[column] = seen = _Seen(stream.bound, room)
-                for value in past.column(name, column) if stream.done else ():
-                    seen.add(value)
-
-
-class _Memory:
-    """A Past for a plan whose rows nobody stores, such as a preview's: it keeps the rows that are referred to."""
-
-    def __init__(self, streams: Iterable[_Stream]) -> None:
-        self.kept = {lookup.target.name: (lookup.target, list[Row]()) for s in streams for lookup in s.lookups.values()}
-
-    def extend(self, rows: Mapping[str, list[Row]]) -> None:
-        for name, (_, kept) in self.kept.items():
-            kept += rows[name]
-
-    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
-        target, kept = self.kept[record_type]
-        slots = [target.index[name] for name in fields]
-        return [tuple([kept[o][slot] for slot in slots]) for o in ordinals]
-
-    def column(self, record_type: str, field: str) -> Iterator[Any]:
-        raise NotImplementedError("only a plan that goes on asks for this")
-
 
 # ---- Presets: plain schemas, to be read, copied and changed ----
 
-_PERSON: dict[str, Any] = {
-    "id": "sequence",
-    "firstName": "first_name",
-    "lastName": "last_name",
-    "name": {"type": "template", "template": "{firstName} {lastName}"},
-    "username": {"type": "template", "template": "{firstName|slug}.{lastName|slug}", "unique": True},
-    "email": {"type": "template", "template": "{username}@example.com"},
-    "phone": {"type": "first_of", "of": ["phone_number", "mobile_number"]},
-    "birthDate": {"type": "date", "from": "-90y", "to": "-18y"},
-    "street": "street_address",
+_ADDRESS: dict[str, Any] = {
+    "phone": {"type": "first_of", "of": ["phone_number", "mobile_number"]}, "street": "street_address",
     "city": "city",
     "state": {"type": "first_of", "of": ["state_abbr", "province_abbr", "administrative_unit", "city"]},
-    "postcode": {
-        "type": "first_of",
-        "of": [
-            {"type": "postcode_in_state", "args": {"state_abbr": "{state}"}},
-            {"type": "postcode_in_province", "args": {"province_abbr": "{state}"}},
-            "postcode",
-        ],
-    },
-    "job": "job",
-    "joined": {"type": "date", "from": "-5y", "to": "today"},
+    "postcode": {"type": "first_of", "of": [
+        {"type": "postcode_in_state", "args": {"state_abbr": "{state}"}},
+        {"type": "postcode_in_province", "args": {"province_abbr": "{state}"}},
+        "postcode"]},
 }
+_NAME = {"firstName": "first_name", "lastName": "last_name"}
+_FULL_NAME = {"type": "template", "template": "{firstName} {lastName}"}
+_EMAIL = {"type": "template", "template": "{firstName|slug}.{lastName|slug}@example.com"}
+_EURO = {"type": "const", "value": "EUR"}
 _PRICE = {"type": "decimal", "min": "1.00", "max": "250.00", "mean": 40, "sd": 45}
+_AMOUNT = {"type": "product", "of": ["price", "quantity"], "places": 2}
 _STATUS = {"type": "choice", "values": {"paid": 20, "shipped": 20, "delivered": 55, "returned": 5}}
 _PRODUCT = {"type": "choice", "values": ["Lamp", "Chair", "Desk", "Shelf", "Mug", "Kettle", "Blanket", "Clock"]}
 _PART = {"type": "choice", "values": ["Oak", "Steel", "Linen", "Walnut", "Glass", "Cotton", "Brass", "Bamboo"]}
+_PERSON: dict[str, Any] = {
+    "id": "sequence", **_NAME, "name": _FULL_NAME,
+    "username": {"type": "template", "template": "{firstName|slug}.{lastName|slug}", "unique": True},
+    "email": {"type": "template", "template": "{username}@example.com"}, "phone": _ADDRESS["phone"],
+    "birthDate": {"type": "date", "from": "-90y", "to": "-18y"},
+    **{field: _ADDRESS[field] for field in ("street", "city", "state", "postcode")}, "job": "job",
+    "joined": {"type": "date", "from": "-5y", "to": "today"},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "person": {"schema": _PERSON},
-    "company": {
-        "schema": {
-            "id": "sequence",
-            "name": "company",
-            "domain": {"type": "template", "template": "{name|slug}.example", "unique": True},
-            "email": {"type": "template", "template": "info@{domain}"},
-            **{field: _PERSON[field] for field in ("phone", "street", "city", "state", "postcode")},
-            "industry": {"type": "choice", "values": ["retail", "software", "health", "energy", "finance"]},
-            "employees": {"type": "int", "min": 1, "max": 20000, "mean": 200, "sd": 900},
-            "revenue": {"type": "decimal", "min": "10000.00", "max": "90000000.00"},
-            "founded": {"type": "date", "from": "-80y", "to": "-1y"},
-        }
-    },
-    "product": {
-        "schema": {
-            "id": "sequence",
-            "sku": {"type": "pattern", "pattern": "???-######", "unique": True},
-            "material": _PART,
-            "kind": _PRODUCT,
-            "name": {"type": "template", "template": "{material} {kind}"},
-            "price": _PRICE,
-            "costRate": {"type": "decimal", "min": "0.35", "max": "0.85"},
-            "cost": {"type": "product", "of": ["price", "costRate"], "places": 2},
-            "stock": {"type": "int", "min": 0, "max": 500},
-            "rating": {"type": "float", "min": 1, "max": 5, "mean": 4.1, "sd": 0.6, "round": 1, "null": 0.1},
-            "addedAt": {"type": "datetime", "from": "-3y", "to": "now"},
-        }
-    },
-    "order": {
-        "schema": {
-            "id": "sequence",
-            "number": {"type": "pattern", "pattern": "%#######", "unique": True},
-            "firstName": "first_name",
-            "lastName": "last_name",
-            "customer": {"type": "template", "template": "{firstName} {lastName}"},
-            "email": {"type": "template", "template": "{firstName|slug}.{lastName|slug}@example.com"},
-            "status": _STATUS,
-            "price": _PRICE,
-            "quantity": {"type": "int", "min": 1, "max": 6},
-            "total": {"type": "product", "of": ["price", "quantity"], "places": 2},
-            "currency": {"type": "const", "value": "EUR"},
-            "placedAt": {"type": "datetime", "from": "-1y", "to": "-10d"},
-            "paidAt": {"type": "datetime", "from": "{placedAt}", "to": "{placedAt}+1h"},
-            "shippedAt": {"type": "datetime", "from": "{paidAt}+1h", "to": "{paidAt}+3d"},
-        }
-    },
-    "transaction": {
-        "schema": {
-            "id": "uuid",
-            "account": "iban",
-            "at": {"type": "datetime", "from": "-90d", "to": "-2d"},
-            "bookedAt": {"type": "datetime", "from": "{at}", "to": "{at}+2d"},
-            "direction": {"type": "choice", "values": {"debit": 80, "credit": 20}},
-            "amount": {"type": "decimal", "min": "0.50", "max": "5000.00", "mean": 60, "sd": 250},
-            "currency": {"type": "const", "value": "EUR"},
-            "counterparty": "company",
-            "reference": {"type": "pattern", "pattern": "??##-####-####", "unique": True},
-        }
-    },
-    "event": {
-        "schema": {
-            "id": "uuid",
-            "at": {"type": "datetime", "from": "-7d", "to": "now", "ms": True},
-            "name": {"type": "choice", "values": {"page_view": 70, "search": 15, "add_to_cart": 10, "purchase": 5}},
-            "userId": {"type": "int", "min": 1, "max": 10000, "null": 0.3},
-            "sessionId": "uuid",
-            "path": "uri_path",
-            "ip": "ipv4",
-            "userAgent": "user_agent",
-            "properties": {"type": "object", "fields": {"ms": {"type": "int", "min": 5, "max": 900}, "term": "word"}},
-        }
-    },
-    "ticket": {
-        "schema": {
-            "id": "sequence",
-            "subject": "sentence",
-            "firstName": "first_name",
-            "lastName": "last_name",
-            "requester": {"type": "template", "template": "{firstName} {lastName}"},
-            "email": {"type": "template", "template": "{firstName|slug}.{lastName|slug}@example.com"},
-            "priority": {"type": "choice", "values": {"low": 30, "normal": 50, "high": 15, "urgent": 5}},
-            "tags": {"type": "list", "of": "word", "min": 0, "max": 3},
-            "openedAt": {"type": "datetime", "from": "-180d", "to": "-10d"},
-            "answeredAt": {"type": "datetime", "from": "{openedAt}", "to": "{openedAt}+2d"},
-            "closedAt": {"type": "datetime", "from": "{answeredAt}", "to": "{answeredAt}+7d", "null": 0.2},
-        }
-    },
-    "shop": {
-        "records": {
-            "customer": {"schema": _PERSON},
-            "order": {
-                "per": "customer",
-                "count": [0, 6],
-                "schema": {
-                    "id": "sequence",
-                    "customerId": {"type": "ref", "field": "customer.id"},
-                    "placedAt": {"type": "datetime", "from": "{customer.joined}", "to": "now"},
-                    "status": _STATUS,
-                    "currency": {"type": "const", "value": "EUR"},
-                    "total": {"type": "sum", "field": "item.amount", "places": 2},
-                },
-            },
-            "item": {
-                "per": "order",
-                "count": [1, 5],
-                "schema": {
-                    "id": "sequence",
-                    "orderId": {"type": "ref", "field": "order.id"},
-                    "product": _PRODUCT,
-                    "price": _PRICE,
-                    "quantity": {"type": "int", "min": 1, "max": 4},
-                    "amount": {"type": "product", "of": ["price", "quantity"], "places": 2},
-                },
-            },
-        }
-    },
+    "company": {"schema": {
+        "id": "sequence", "name": "company",
+        "domain": {"type": "template", "template": "{name|slug}.example", "unique": True},
+        "email": {"type": "template", "template": "info@{domain}"}, **_ADDRESS,
+        "industry": {"type": "choice", "values": ["retail", "software", "health", "energy", "finance"]},
+        "employees": {"type": "int", "min": 1, "max": 20000, "mean": 200, "sd": 900},
+        "revenue": {"type": "decimal", "min": "10000.00", "max": "90000000.00"},
+        "founded": {"type": "date", "from": "-80y", "to": "-1y"}}},
+    "product": {"schema": {
+        "id": "sequence", "sku": {"type": "pattern", "pattern": "???-######", "unique": True}, "material": _PART,
+        "kind": _PRODUCT, "name": {"type": "template", "template": "{material} {kind}"}, "price": _PRICE,
+        "costRate": {"type": "decimal", "min": "0.35", "max": "0.85"},
+        "cost": {"type": "product", "of": ["price", "costRate"], "places": 2},
+        "stock": {"type": "int", "min": 0, "max": 500},
+        "rating": {"type": "float", "min": 1, "max": 5, "mean": 4.1, "sd": 0.6, "round": 1, "null": 0.1},
+        "addedAt": {"type": "datetime", "from": "-3y", "to": "now"}}},
+    "order": {"schema": {
+        "id": "sequence", "number": {"type": "pattern", "pattern": "%#######", "unique": True}, **_NAME,
+        "customer": _FULL_NAME, "email": _EMAIL, "status": _STATUS, "price": _PRICE,
+        "quantity": {"type": "int", "min": 1, "max": 6}, "total": _AMOUNT, "currency": _EURO,
+        "placedAt": {"type": "datetime", "from": "-1y", "to": "-10d"},
+        "paidAt": {"type": "datetime", "from": "{placedAt}", "to": "{placedAt}+1h"},
+        "shippedAt": {"type": "datetime", "from": "{paidAt}+1h", "to": "{paidAt}+3d"}}},
+    "transaction": {"schema": {
+        "id": "uuid", "account": "iban", "at": {"type": "datetime", "from": "-90d", "to": "-2d"},
+        "bookedAt": {"type": "datetime", "from": "{at}", "to": "{at}+2d"},
+        "direction": {"type": "choice", "values": {"debit": 80, "credit": 20}},
+        "amount": {"type": "decimal", "min": "0.50", "max": "5000.00", "mean": 60, "sd": 250}, "currency": _EURO,
+        "counterparty": "company", "reference": {"type": "pattern", "pattern": "??##-####-####", "unique": True}}},
+    "event": {"schema": {
+        "id": "uuid", "at": {"type": "datetime", "from": "-7d", "to": "now", "ms": True},
+        "name": {"type": "choice", "values": {"page_view": 70, "search": 15, "add_to_cart": 10, "purchase": 5}},
+        "userId": {"type": "int", "min": 1, "max": 10000, "null": 0.3}, "sessionId": "uuid", "path": "uri_path",
+        "ip": "ipv4", "userAgent": "user_agent",
+        "properties": {"type": "object", "fields": {"ms": {"type": "int", "min": 5, "max": 900}, "term": "word"}}}},
+    "ticket": {"schema": {
+        "id": "sequence", "subject": "sentence", **_NAME, "requester": _FULL_NAME, "email": _EMAIL,
+        "priority": {"type": "choice", "values": {"low": 30, "normal": 50, "high": 15, "urgent": 5}},
+        "tags": {"type": "list", "of": "word", "min": 0, "max": 3},
+        "openedAt": {"type": "datetime", "from": "-180d", "to": "-10d"},
+        "answeredAt": {"type": "datetime", "from": "{openedAt}", "to": "{openedAt}+2d"},
+        "closedAt": {"type": "datetime", "from": "{answeredAt}", "to": "{answeredAt}+7d", "null": 0.2}}},
+    "shop": {"records": {
+        "customer": {"schema": _PERSON},
+        "order": {"per": "customer", "count": [0, 6], "schema": {
+            "id": "sequence", "customerId": {"type": "ref", "field": "customer.id"},
+            "placedAt": {"type": "datetime", "from": "{customer.joined}", "to": "now"}, "status": _STATUS,
+            "currency": _EURO, "total": {"type": "sum", "field": "item.amount", "places": 2}}},
+        "item": {"per": "order", "count": [1, 5], "schema": {
+            "id": "sequence", "orderId": {"type": "ref", "field": "order.id"}, "product": _PRODUCT, "price": _PRICE,
+            "quantity": {"type": "int", "min": 1, "max": 4}, "amount": _AMOUNT}}}},
 }
 
 
@@ -3615,7 +3515,7 @@ def _specs(records: Mapping[str, Any]) -> dict[str, RecordSpec]:
 def preset_records(name: str, count: int) -> dict[str, RecordSpec]:
     """The record types of a preset, `count` records of the first. BadRequest names the nearest presets."""
     if name not in PRESETS:
-        raise _refusal(FieldProblem("recordType", _unknown("preset", name, PRESETS)))
+        raise BadRequest.of("recordType", f"no such preset {name!r}{did_you_mean(name, PRESETS)}")
     records = PRESETS[name].get("records") or {name: PRESETS[name]}
     return _specs({key: {"count": count, **spec} for key, spec in records.items()})
 
@@ -3623,14 +3523,34 @@ def preset_records(name: str, count: int) -> dict[str, RecordSpec]:
 # ---- What there is to choose from ----
 
 
-def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
-    """The types that a schema may use in this locale, built-in ones first: type, kind, sample, args, doc, example.
+def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, Any]]:
+    """The kind of each of these fields and a value; those that make none, for want of arguments, are left out."""
+    common = {"id": "sequence", "plan": {"type": "const", "value": "pro"}, "price": _PRICE, "quantity": "int"}
+    chosen = {f"sample {name}": spec for name, spec in fields.items()}
+    records = {"customer": {"count": 1, "schema": {"id": "sequence"}},
+               "sample": {"per": "customer", "count": 1, "schema": {**common, **chosen}},
+               "item": {"per": "sample", "count": 2, "schema": {"amount": _PRICE}}}
+    try:
+        plan = Plan(_specs(records), seed=1, now=datetime(2026, 1, 1, tzinfo=UTC), locale=locale)
+    except BadRequest as refusal:
+        at = "records.sample.schema.sample"
+        faulty = {n for n in fields for p in refusal.fields if f"{p.field}.".startswith(f"{at} {n}.")}
+        if not faulty:
+            raise
+        return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
+    kinds = plan.columns["sample"]
+    row = dict(zip(kinds, next(plan.chunks()).rows["sample"][0], strict=True))
+    return {n: (kinds[c], _LOAD.get(kinds[c], lambda v: v)(row[c])) for n, c in zip(fields, chosen, strict=True)}
 
-    `args` are objects with name and default (null if there is none). `query` keeps the types whose name or description
-    holds it. Raises BadRequest for an unknown locale.
-    """
-    wanted = (query or "").lower()
-    return [entry for entry in _entries(locale) if wanted in f"{entry['type']} {entry['doc']}".lower()]
+
+def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
+    """A type's options or a method's arguments, each with its default."""
+    if model:
+        options = {f.alias or name: f for name, f in model.model_fields.items() if name not in FieldType.model_fields}
+        defaults = {name: None if f.is_required() else f.default for name, f in options.items()}
+    else:
+        defaults = {name: p.default for name, p in inspect.signature(method).parameters.items() if name != "self"}
+    return [{"name": n, "default": d if type(d) in (str, int, float, bool) else None} for n, d in defaults.items()]
 
 
 @functools.lru_cache(8)
@@ -3649,36 +3569,14 @@ def _entries(locale: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
-    """A type's options or a method's arguments, each with its default."""
-    if model:
-        options = {f.alias or name: f for name, f in model.model_fields.items() if name not in FieldType.model_fields}
-        defaults = {name: None if f.is_required() else f.default for name, f in options.items()}
-    else:
-        defaults = {name: p.default for name, p in inspect.signature(method).parameters.items() if name != "self"}
-    return [{"name": n, "default": d if type(d) in (str, int, float, bool) else None} for n, d in defaults.items()]
+def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
+    """The types that a schema may use in this locale, built-in ones first: type, kind, sample, args, doc, example.
 
-
-def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, Any]]:
-    """The kind of each of these fields and a value; those that make none, for want of arguments, are left out."""
-    common = {"id": "sequence", "plan": {"type": "const", "value": "pro"}, "price": _PRICE, "quantity": "int"}
-    chosen = {f"sample {name}": spec for name, spec in fields.items()}
-    records = {
-        "customer": {"count": 1, "schema": {"id": "sequence"}},
-        "sample": {"per": "customer", "count": 1, "schema": {**common, **chosen}},
-        "item": {"per": "sample", "count": 2, "schema": {"amount": _PRICE}},
-    }
-    try:
-        plan = Plan(_specs(records), seed=1, now=datetime(2026, 1, 1, tzinfo=UTC), locale=locale)
-    except BadRequest as refusal:
-        at = "records.sample.schema.sample"
-        faulty = {n for n in fields for p in refusal.fields if f"{p.field}.".startswith(f"{at} {n}.")}
-        if not faulty:
-            raise
-        return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
-    row = dict(zip(plan.columns["sample"], next(plan.chunks()).rows["sample"][0], strict=True))
-    kinds = plan.columns["sample"]
-    return {n: (kinds[c], _LOAD.get(kinds[c], lambda v: v)(row[c])) for n, c in zip(fields, chosen, strict=True)}
+    `args` are objects with name and default (null if there is none). `query` keeps the types whose name or description
+    holds it. Raises BadRequest for an unknown locale.
+    """
+    wanted = (query or "").lower()
+    return [entry for entry in _entries(locale) if wanted in f"{entry['type']} {entry['doc']}".lower()]
 
 
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
@@ -4287,6 +4185,24 @@ def _ended(texts: Iterable[str]) -> Iterator[str]:
         yield "\n"
 
 
+def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line: int) -> Iterator[Cells]:
+    """The records after the header; the first text begins with the header's line end."""
+    row = re.escape(delimiter).join([f"({_cell_pattern(delimiter)})"] * len(fields))
+    # With one field an empty line is a null. The last group takes what is left: a record that is cut, or wrong.
+    row = rf"[\r\n]*{row}[\r\n]+" if len(fields) > 1 else rf"(?:\r\n|\n|\r(?!\n)){row}(?=[\r\n])"
+    pattern = re.compile(rf"{row}|([\s\S]+)")
+    rest = ""
+    for text in texts:
+        text = rest + text
+        rows = pattern.findall(text)
+        rest = rows.pop()[-1] if rows and rows[-1][-1] else ""
+        if rows:
+            yield Cells(dict(zip(fields, zip(*rows, strict=True), strict=False)), len(rows))
+        line += _lines_in(text[:len(text) - len(rest)])
+        _check_rest(rest, delimiter, len(fields), line, last=False)
+    _check_rest(rest, delimiter, len(fields), line, last=True)
+
+
 def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[Cells]:
     """Records of delimited text (RFC 4180, and what is usual beside it), named by the first line."""
     texts, sample = _ended(texts), ""
@@ -4307,24 +4223,6 @@ def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[Cells]:
     _check_fields(fields, line)
     yield Cells(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
     yield from _csv_rows(chain([text[end:]], texts), delimiter, fields, line)
-
-
-def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line: int) -> Iterator[Cells]:
-    """The records after the header; the first text begins with the header's line end."""
-    row = re.escape(delimiter).join([f"({_cell_pattern(delimiter)})"] * len(fields))
-    # With one field an empty line is a null. The last group takes what is left: a record that is cut, or wrong.
-    row = rf"[\r\n]*{row}[\r\n]+" if len(fields) > 1 else rf"(?:\r\n|\n|\r(?!\n)){row}(?=[\r\n])"
-    pattern = re.compile(rf"{row}|([\s\S]+)")
-    rest = ""
-    for text in texts:
-        text = rest + text
-        rows = pattern.findall(text)
-        rest = rows.pop()[-1] if rows and rows[-1][-1] else ""
-        if rows:
-            yield Cells(dict(zip(fields, zip(*rows, strict=True), strict=False)), len(rows))
-        line += _lines_in(text[:len(text) - len(rest)])
-        _check_rest(rest, delimiter, len(fields), line, last=False)
-    _check_rest(rest, delimiter, len(fields), line, last=True)
 
 
 # JSON. Cells are what json.loads makes of them, but for numbers with a point or an exponent: they keep their digits.
@@ -4387,27 +4285,6 @@ _ARRAY = _gaps(r"\[", r"[ \t\r\n]*,", r"\]", "a JSON array of objects, [{...}, .
 _LINES = _gaps("", r"[ \t\r]*\n", "", "one JSON object on each line")
 
 
-def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[Cells]:
-    """Records of a JSON array or of JSON lines; of all the text one record and one piece are held at a time."""
-    text, line, fields = "", 1, dict[str, None]()
-    gap, end = gaps.first, gaps.empty
-    for piece in texts:
-        text += piece
-        records, place = _json_records(text, gap, gaps.between, line)
-        if records:
-            gap, end = gaps.between, gaps.last
-            new = dict.fromkeys(chain.from_iterable(records)).keys() - fields.keys()
-            if new:
-                fields |= dict.fromkeys(key for key in chain.from_iterable(records) if key in new)
-                _check_fields(fields, line)
-            yield Cells({field: [record.get(field) for record in records] for field in fields}, len(records))
-        line, text = line + _lines_in(text[:place]), text[place:]
-        if len(text) > _RECORD_LIMIT:
-            break
-    if not end.fullmatch(text):
-        raise _json_error(text, gap, line, gaps.expected)
-
-
 def _json_records(text: str, gap: re.Pattern[str], between: re.Pattern[str], line: int) -> tuple[list[Json], int]:
     """The whole records at the beginning of a text, and where they end."""
     records, place, escapes = [], 0, "\\u" in text
@@ -4441,6 +4318,27 @@ def _json_error(text: str, gap: re.Pattern[str], line: int, expected: str) -> Jo
     if len(text) > _RECORD_LIMIT:
         reason = f"a record is longer than {_RECORD_LIMIT} characters, or broken: {reason}"
     return _bad_line(line + _lines_in(text[:place]), reason)
+
+
+def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[Cells]:
+    """Records of a JSON array or of JSON lines; of all the text one record and one piece are held at a time."""
+    text, line, fields = "", 1, dict[str, None]()
+    gap, end = gaps.first, gaps.empty
+    for piece in texts:
+        text += piece
+        records, place = _json_records(text, gap, gaps.between, line)
+        if records:
+            gap, end = gaps.between, gaps.last
+            new = dict.fromkeys(chain.from_iterable(records)).keys() - fields.keys()
+            if new:
+                fields |= dict.fromkeys(key for key in chain.from_iterable(records) if key in new)
+                _check_fields(fields, line)
+            yield Cells({field: [record.get(field) for record in records] for field in fields}, len(records))
+        line, text = line + _lines_in(text[:place]), text[place:]
+        if len(text) > _RECORD_LIMIT:
+            break
+    if not end.fullmatch(text):
+        raise _json_error(text, gap, line, gaps.expected)
 
 
 # Kinds: what a column holds, told without loss from all of its cells
@@ -5080,42 +4978,39 @@ def _datetime_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
             **({"ms": True} if any("." in text for text in texts) else {})}
 
 
-def _json_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
+def _json_field(texts: Sequence[str], nested: Callable[[str, Sequence[Json]], Json]) -> dict[str, Json]:
     """Lists and objects of fields inferred from what is in them; anything else, by a few of the values."""
     values = [_JSON_DECODER.decode(text) for text in texts[:1000]]
     if all(isinstance(value, list) for value in values) and any(values):
         lengths = [*map(len, values)]
-        return {"type": "list", "of": _field("", [*chain.from_iterable(values)]),
+        return {"type": "list", "of": nested("", [*chain.from_iterable(values)]),
                 "min": min(min(lengths), 20), "max": min(max(lengths), 20)}
     if all(isinstance(value, dict) for value in values) and any(values):
         keys = dict.fromkeys(chain.from_iterable(values))
-        return {"type": "object", "fields": {key: _field(key, [value.get(key) for value in values]) for key in keys}}
-    few = dict.fromkeys(texts[:_FEW])
-    return {"type": "choice", "values": [json.loads(text) for text in few]}
+        return {"type": "object", "fields": {key: nested(key, [value.get(key) for value in values]) for key in keys}}
+    return {"type": "choice", "values": [json.loads(text) for text in dict.fromkeys(texts[:_FEW])]}
 
 
 _FIELDS_BY_KIND: Mapping[Kind, Callable[[str, Sequence[Any]], dict[str, Json]]] = {
-    "int": _int_field, "float": _float_field, "decimal": _decimal_field, "text": _text_field, "json": _json_field,
+    "int": _int_field, "float": _float_field, "decimal": _decimal_field, "text": _text_field,
     "bool": lambda name, values: {"type": "bool", "true": round(sum(values) / len(values), 4)},
     "date": lambda name, texts: {"type": "date", "from": min(texts), "to": max(texts)}, "datetime": _datetime_field,
 }
 
 
-def _field(name: str, cells: Sequence[Json]) -> Json:
-    """The field of a schema that fits cells of JSON."""
-    reader = RecordReader("sample.json")
-    reader.learn(Cells({"": cells}, len(cells)))
-    kind = reader.kinds()[""]
-    return inferred_field(name, kind, [row[0] for row in reader.rows(Cells({"": cells}, len(cells)), {"": kind})])
-
-
 def inferred_field(name: str, kind: Kind, values: Sequence[Json]) -> Json:
     """The field of a schema that makes values like these, which are as the tables store them; nulls too."""
+    def nested(key: str, cells: Sequence[Json]) -> Json:
+        reader, column = RecordReader("sample.json"), Cells({"": cells}, len(cells))
+        reader.learn(column)
+        inner = reader.kinds()[""]
+        return inferred_field(key, inner, [row[0] for row in reader.rows(column, {"": inner})])
+
     present = [value for value in values if value is not None]
     if not present:
         return {"type": "const", "value": None}
     try:
-        field = _FIELDS_BY_KIND[kind](name, present)
+        field = _json_field(present, nested) if kind == "json" else _FIELDS_BY_KIND[kind](name, present)
     except (OverflowError, ValueError, ArithmeticError):  # years and numbers beyond what can be calculated with
         field = _text_field(name, [*map(str, present)])
     if nulls := 1 - len(present) / len(values):
