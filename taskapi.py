@@ -5642,6 +5642,7 @@ class Engine:
         self.settings, self.clock = settings, clock
         self.allowed_hosts = {"localhost", "127.0.0.1", "::1", *(name.lower() for name in settings.allowed_hosts)}
         self._started = monotonic()
+        self._closed = False
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
         self._polls = threading.Semaphore(max(1, settings.threads // 2))
         with ExitStack() as undo:
@@ -5747,7 +5748,13 @@ class Engine:
             "links": LINKS})
 
     def close(self, seconds: float = 2.0) -> bool:
-        """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time."""
+        """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time.
+
+        Closing again does nothing.
+        """
+        if self._closed:
+            return True
+        self._closed = True
         ended = self.queue.stop(seconds)
         self._database.close()
         for lock in self._locks:
