@@ -495,7 +495,7 @@ MOVES: Mapping[JobStatus, frozenset[JobStatus]] = {
 class Shape(BaseModel):
     """Base of all that goes over the wire: camelCase keys, no unknown key, no silent conversion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, alias_generator=to_camel,
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, alias_generator=to_camel, defer_build=True,
                               validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
 
@@ -2177,7 +2177,7 @@ _Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
 class RecordSpec(BaseModel):
     """So many records of a type, in all or `per` record of another type, and the fields of each."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
     count: _Count | tuple[_Count, _Count]
     per: str | None = None
     schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
@@ -2407,7 +2407,7 @@ class Scope:
 class FieldType(BaseModel):
     """A field of a schema. A subclass is a type: its attributes are the options, its docstring is shown at /fields."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False, defer_build=True)
     example: ClassVar[dict[str, Any]] = {}
     kind: ClassVar[Kind] = "text"
     redraws: ClassVar[int | None] = None  # for `unique`: how often to draw a taken value again; None: only if countable
