@@ -5124,7 +5124,7 @@ class Metrics:
         lines = []
         for name, (kind, about) in _METRICS.items():
             lines += [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
-            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:g}"
+            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:.15g}"
                       for (metric, suffix, labels), value in values.items() if metric == name]
         return "\n".join(lines) + "\n"
 
@@ -6296,8 +6296,9 @@ def all_routes() -> list[Route]:
         post_job.__doc__ = kind.run.__doc__
         return post_job
 
-    return [*ROUTES, *(Route("POST", f"/{kind.name}", poster(kind), None, kind.model, {202: Job, 409: ErrorBody})
-                       for kind in JOB_TYPES.values() if kind.posted)]
+    posted = [Route("POST", f"/{kind.name}", poster(kind), None, kind.model, {202: Job, 409: ErrorBody})
+              for kind in JOB_TYPES.values() if kind.posted]
+    return [*ROUTES[:1], *posted, *ROUTES[1:]]  # in the order in which people meet them
 
 
 _COMMON_ANSWERS = {400: "The request is wrong; `fields` says where.", 403: "A web page of another site sent it.",
