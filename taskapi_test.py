@@ -3415,6 +3415,114 @@ def test_importing_does_nothing_but_define(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+# ==== 8 and 9, more: followers, suspects, retention, metrics, documentation ====
+
+
+def test_a_job_follows_another(tmp_path: Path) -> None:
+    """Generate and its export posted in one go: the export waits, and has all the records."""
+    with held(tmp_path) as (service, runner):
+        first = service.enqueue("generate", PERSONS)
+        after = {"format": "json", "filters": {"jobId": first.job_id}, "after": first.job_id}
+        follower = service.enqueue("export", after)
+        assert service.queue.jobs.claim()[0].job_id == first.job_id
+        assert service.queue.jobs.claim() is None
+        service.queue.jobs.release(service.queue.jobs.get(first.job_id), "a test", charged=False)
+        service.queue.wake()
+        runner.run()
+        done = service.queue.jobs.get(follower.job_id)
+    assert (done.status, done.after, done.result["records"]) == ("completed", first.job_id, 10)
+
+
+def test_what_follows_a_failed_job_fails_and_so_on(tmp_path: Path) -> None:
+    """All along the chain, with the job's id in the message; an unknown job is refused at once."""
+    with held(tmp_path) as (service, runner):
+        first = service.enqueue("export", {"format": "csv", "filters": {"recordType": "nobody"}})
+        second = service.enqueue("generate", {**PERSONS, "after": first.job_id})
+        third = service.enqueue("export", {"format": "csv", "after": second.job_id})
+        runner.run()
+        ends = [service.queue.jobs.get(job.job_id) for job in (second, third)]
+        assert [(job.status, job.error.startswith(f"job {before.job_id}, which this one was to follow"))
+                for job, before in zip(ends, (first, second), strict=True)] == [("failed", True)] * 2
+        with pytest.raises(BadRequest, match="after"):
+            service.enqueue("export", {"format": "csv", "after": "nothing"})
+
+
+def test_after_a_crash_suspects_run_one_at_a_time(jobs: taskapi.Jobs) -> None:
+    """A job that was interrupted waits while another such job runs; fresh ones do not."""
+    for _ in range(2):
+        jobs.insert("script", {})
+    suspects = [jobs.claim()[0] for _ in range(2)]
+    for job in suspects:
+        jobs.release(job, "a crash", charged=True)
+    fresh = jobs.insert("script", {})[0]
+    assert jobs.claim()[0].attempt == 2
+    assert jobs.claim(suspects=False)[0].job_id == fresh.job_id
+    assert jobs.claim(suspects=False) is None
+    assert [entry.reason for entry in jobs.get(suspects[1].job_id).interruptions] == ["a crash"]
+
+
+def test_retention_removes_what_is_old_and_nothing_in_use(tmp_path: Path) -> None:
+    """Jobs, files and records; a file that is being downloaded stays until that ends."""
+    clock = FakeClock()
+    with taskapi.open_service(tmp_path, inline=True, clock=clock, retention_days=2) as service:
+        old = service.enqueue("generate", PERSONS)
+        export = service.enqueue("export", {"format": "csv"})
+        clock.now += timedelta(days=3)
+        young = service.enqueue("generate", {**PERSONS, "recordType": "company"})
+        with service.folder.open(export.file):
+            service.queue._retire()
+            assert {job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]} == {
+                young.job_id, export.job_id}
+        service.queue._retire()
+        assert [job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]] == [young.job_id]
+        assert old.job_id != young.job_id
+    assert not list((tmp_path / "exports").iterdir())
+    assert plain(tmp_path, "SELECT count(*) FROM person") == [0]
+    assert plain(tmp_path, "SELECT count(*) FROM company") == [10]
+
+
+def test_metrics_count_what_happened(service: taskapi.Service, url: str) -> None:
+    """Jobs, records, bytes and requests, exactly, in Prometheus' text format."""
+    service.enqueue("generate", PERSONS)
+    service.enqueue("export", {"format": "csv", "filters": {"recordType": "nobody"}})
+    ask(url, "GET", "/nowhere")
+    answer = ask(url, "GET", "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    values = dict(line.rsplit(" ", 1) for line in answer.body.decode().splitlines() if not line.startswith("#"))
+    assert values['taskapi_jobs_total{type="generate",status="completed"}'] == "1"
+    assert values['taskapi_jobs_total{type="export",status="failed"}'] == "1"
+    assert values["taskapi_records_total"] == "10"
+    assert values['taskapi_requests_total{method="GET",route="none",status="404"}'] == "1"
+    assert values['taskapi_job_seconds_bucket{type="generate",le="+Inf"}'] == "1"
+    assert values["taskapi_jobs_pending"] == "0"
+
+
+def test_the_openapi_document_has_every_route_and_resolves(url: str) -> None:
+    """Each route and method, its path parameters, and nothing that points nowhere."""
+    document = ask(url, "GET", "/openapi.json").json
+    assert document["openapi"] == "3.1.0"
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(entry.method, entry.path) for entry in taskapi.all_routes()}
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references <= schemas.keys()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            told = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"}
+            assert told == set(re.findall(r"{(\w+)}", path))
+            assert {"400", "500", "503"} <= operation["responses"].keys()
+            assert operation["summary"]
+
+
+def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
+    """Every path is on it; no script, no address of another host."""
+    answer = ask(url, "GET", "/docs")
+    page = answer.body.decode()
+    assert not [entry.path for entry in taskapi.all_routes() if entry.path not in page]
+    assert not re.search(r"<script|https?://|src=", page)
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
 # ==== Determinism: the same request makes the same records, whatever happens on the way ====
 
 RELATED = {"seed": 11, "now": "2026-01-01T00:00:00Z", "locale": ["en_US", "de_DE"], "records": {
