@@ -25,7 +25,7 @@ The file reads top-down; a room uses only the rooms above it.
  5 Generator  a checked recipe in, rows out; the only Faker
  6 Files      the data folder: drafts, uploads, exports
  7 Job types  what each job means: a model and a function
- 8 Queue      who runs which job, and when
+ 8 Queue      who runs which job, and when; the engine, which is all but HTTP
  9 HTTP       thin handlers, one way for bodies and errors
 10 Page       the documentation page, with no outside asset
 11 Server     the service as a whole, the Waitress channel, the command line
@@ -512,7 +512,7 @@ def validated(model: type[Q], validate: Callable[[], Q], names: Iterable[str] = 
                                  message.startswith("extra inputs") else message)
                     for field, message in field_problems(error)]
         if problems[0].field == "body":
-            raise BadRequest(f"the body is not such JSON as is expected: {problems[0].message}") from None
+            raise BadRequest(f"the body is not as expected: {problems[0].message}") from None
         shown = "; ".join(f"{field}: {message}" for field, message in problems)
         raise BadRequest(shown, problems) from None
 
@@ -642,9 +642,9 @@ class Health(Shape):
     links: dict[str, str]
 
 
-LINKS = {"generate": "/generate", "upload": "/upload", "export": "/export", "status": "/status/{jobId}",
-         "jobs": "/jobs", "records": "/records", "fields": "/fields", "preview": "/preview",
-         "openapi": "/openapi.json", "docs": "/docs", "ui": "/ui", "metrics": "/metrics"}
+LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "export": "/export",
+         "status": "/status/{jobId}", "jobs": "/jobs", "records": "/records", "fields": "/fields",
+         "preview": "/preview", "openapi": "/openapi.json", "docs": "/docs", "ui": "/ui", "metrics": "/metrics"}
 
 
 # ==== 4 Store: the only SQL: the job table and the record tables ====
@@ -995,7 +995,7 @@ class FolderLock:
     others can still read who holds it.
     """
 
-    def __init__(self, path: Path, holder: Mapping[str, Json]):
+    def __init__(self, path: Path, what: str, holder: Mapping[str, Json]):
         self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._holder = dict(holder)
         try:
@@ -1004,17 +1004,17 @@ class FolderLock:
             self.unclean = not self._about().get("clean", True)  # the last holder ended without letting go
             self.describe(clean=False)
         except sqlite3.Error as error:
-            message = self._refusal(path, error)
+            message = self._refusal(what, error)
             self._connection.close()
             raise StartupError(message) from None
 
-    def _refusal(self, path: Path, error: sqlite3.Error) -> str:
+    def _refusal(self, what: str, error: sqlite3.Error) -> str:
         if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
-            return f"cannot use the data folder {path.parent}: {error}"
+            return f"cannot use {what}: {error}"
         about = self._about()
         who = f"process {about['pid']} on {about['host']}" if about else "another process"
         at = f", serving {about['url']}" if about.get("url") else ""
-        return f"the data folder {path.parent} is in use by {who}{at}"
+        return f"{what} is in use by {who}{at}"
 
     def _about(self) -> dict[str, Json]:
         with suppress(sqlite3.Error, TypeError, ValueError):
@@ -1377,9 +1377,11 @@ class Lines(NamedTuple):
 def _date_bound(text: str, last: bool) -> str:
     """A date or instant of a filter in the normal form; a date alone means its first or its last millisecond."""
     try:
-        if len(text) == 10:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
             date.fromisoformat(text)
             return text + ("T23:59:59.999Z" if last else "T00:00:00.000Z")
+        if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
+            raise ValueError(text)
         moment = datetime.fromisoformat(text)
         return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
     except (ValueError, OverflowError):
@@ -1397,7 +1399,9 @@ def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
         return value
     if kind in ("int", "float", "decimal") and not isinstance(value, bool):
         with suppress(ValueError):
-            return float(value) if isinstance(value, str) else value
+            number = float(value) if isinstance(value, str) else value
+            if number == number:  # which NaN, that SQLite takes for null, is not
+                return number
     elif (kind == "bool") == isinstance(value, bool):
         return value if kind == "bool" else str(value)
     raise JobFailed(f"filter on {field!r}: {json.dumps(value)} cannot be compared with a field of kind {kind}")
@@ -1433,7 +1437,7 @@ class _Selection:
         self.kinds = {name: kinds_of(connection, name) for name in names or existing}
         self._descending = bool(order_by) and str(order_by).startswith("-") and order_by not in self._all_fields()
         self._order_by = str(order_by)[1:] if self._descending else order_by
-        for field in (*(fields or ()), *([self._order_by] if self._order_by else ()), *filters.where,
+        for field in (*(fields or ()), *([] if self._order_by is None else [self._order_by]), *filters.where,
                       *([filters.date_field] if filters.date_field else ())):
             self._check_field(field)
         self.fields = list(fields) if fields else self._all_fields()
@@ -4587,7 +4591,8 @@ class GenerateRequest(JobRequest):
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
     locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
     now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
-    schema_: dict[str, Json] | None = Field(None, alias="schema", description="Field name: type, or object with type.")
+    schema_: dict[str, Json] | None = Field(None, alias="schema", min_length=1, max_length=500,
+                                            description="Field name: type, or object with type.")
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
 
@@ -4598,6 +4603,7 @@ class GenerateRequest(JobRequest):
             "now": instant(clock()) if self.now is None else self.now,
             "locale": self.locale or "en_US",
             "record_type": None if self.records else self.record_type or "person"})
+        filled._moment()
         if filled._checked_total() > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
         return filled
@@ -4606,28 +4612,33 @@ class GenerateRequest(JobRequest):
         """How many records the recipe makes; raises BadRequest.
 
         Checking a recipe takes many times as long as answering, and clients post the same one again and again, so the
-        last ones are remembered by all that the check looks at; of `now` that is the day.
+        last ones are remembered by all that the check looks at; of `now` only where there are dates of its own.
         """
-        recipe = self.model_copy(update={"seed": 0, "after": None, "now": str(self.now)[:10]})
-        return self._total(recipe.model_dump_json())
+        recipe = self.model_copy(update={"seed": 0, "after": None, "now": None}).model_dump_json(exclude_none=True)
+        dated = re.search(r'"(from|to|\w*date\w*)":', recipe)
+        now = instant(self._moment()) if dated else "2000-01-01T00:00:00Z"
+        return self._total(recipe, now)
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def _total(recipe: str) -> int:
-        return GenerateRequest.model_validate_json(recipe).plan().total
+    def _total(recipe: str, now: str) -> int:
+        return GenerateRequest.model_validate_json(recipe).model_copy(update={"now": now}).plan().total
 
     @property
     def makes(self) -> str | None:
         """The first record type of the recipe."""
         return self.record_type or next(iter(self.records or ()), None)
 
-    def plan(self) -> Plan:
-        """The checked recipe; raises BadRequest with every problem it has."""
+    def _moment(self) -> datetime:
         try:
             now = datetime.fromisoformat(str(self.now))
-        except ValueError:
+            return now.astimezone(UTC) if now.tzinfo else now.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):
             raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z") from None
-        return Plan(self._specs(), seed=self.seed or 0, now=now if now.tzinfo else now.replace(tzinfo=UTC),
+
+    def plan(self) -> Plan:
+        """The checked recipe; raises BadRequest with every problem it has."""
+        return Plan(self._specs(), seed=self.seed or 0, now=self._moment(),
                     locale=self.locale or "en_US", where="records" if self.records else "")
 
     def _specs(self) -> dict[str, RecordSpec]:
@@ -4762,7 +4773,7 @@ class ExportRequest(JobRequest):
     format: Annotated[str, AfterValidator(_export_format)] = Field(json_schema_extra={"enum": [*EXPORT_FORMATS]})
     filters: Filters = Filters()
     fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
-    order_by: str | None = Field(None, description="A field; with - before it, descending.")
+    order_by: str | None = Field(None, min_length=1, description="A field; with - before it, descending.")
     limit: int | None = Field(None, ge=0, le=2**63 - 1)
     gzip: bool = False
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
@@ -5039,7 +5050,7 @@ def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str,
     return {"recordType": record_type, "count": len(rows), "schema": schema}
 
 
-# ==== 8 Queue: who runs which job, and when ====
+# ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
 
 _LOG = logging.getLogger("taskapi")
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
@@ -5223,6 +5234,7 @@ class JobQueue:
         self._stopping = threading.Event()  # no more work is begun, and nobody waits for any
         self._closed = False  # no more jobs are taken in
         self._keeper: threading.Thread | None = None
+        self._first: Callable[[Callable[[], bool]], None] = lambda interrupted: None
 
     # From outside
 
@@ -5235,6 +5247,8 @@ class JobQueue:
         for job in self.jobs.recover(self._settings.max_attempts):
             _LOG.warning("job %s (%s) was interrupted in attempt %d; now %s", job.job_id, job.type, job.attempt,
                          job.status)
+            if job.status.finished:
+                self._count(job)
         swept = self._folder.sweep(self.jobs.stored_paths())
         if swept:
             _LOG.info("removed %d files that no job had finished", swept)
@@ -5290,6 +5304,7 @@ class JobQueue:
             raise
         if not new:
             self._folder.remove(outcome.file)
+            return job, new
         _LOG.info("job %s %s completed", job.job_id, job.type)
         self._count(job)
         return job, new
@@ -5338,6 +5353,7 @@ class JobQueue:
         if job.status.finished:
             if file:
                 self._folder.remove(file)
+            self._count(job)
             self._announce([job_id])
             _LOG.info("job %s %s canceled", job.job_id, job.type)
             return job
@@ -5400,7 +5416,7 @@ class JobQueue:
         return ended
 
     def check(self, seconds: float = 1.0) -> None:
-        """Asks the workers; raises Unavailable if none can take a job."""
+        """Asks a free worker, if one is free; raises Unavailable if none answers. Busy ones are taken to be well."""
         if self._stopping.is_set():
             raise Unavailable("the server is stopping")
         with self._state:
@@ -5462,6 +5478,7 @@ class JobQueue:
     def _claim(self) -> _Task | None:
         for job in self.jobs.fail_followers():
             _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
+            self._count(job)
             self._announce([job.job_id])
         with self._state:
             # One at a time after a crash, so that a job that kills the process cannot use up its neighbours' attempts.
@@ -5476,6 +5493,8 @@ class JobQueue:
             self._running[job.job_id] = context
             if self._stopping.is_set():
                 context.interruption = "stopped"
+        if self.jobs.get(job.job_id).cancel_requested:  # between the claim and now, when nobody could be told
+            context.interruption = "canceled by a client"
         return _Task(context, self._steps(context))
 
     def _context(self, job: Job, checkpoint: Json) -> JobContext:
@@ -5488,7 +5507,12 @@ class JobQueue:
         if kind is None:
             raise JobFailed(f"this program knows no job type {job.type!r}")
         request = kind.model.model_validate_json(json.dumps(job.request))
-        return (yield from kind.run(context, request))
+        run = kind.run(context, request)
+        outcome = (yield from run) if isinstance(run, Generator) else run
+        if not isinstance(outcome, Outcome):
+            raise TypeError(f"the function of job type {job.type!r} returned no Outcome")
+        json.dumps(outcome.result)  # what cannot be written down has to fail here, while the job still can
+        return outcome
 
     def _work(self, task: _Task) -> None:
         """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker."""
@@ -5504,7 +5528,6 @@ class JobQueue:
                         if not self._stopping.is_set():
                             self._parked.append(task)
                             return
-            task.steps.close()
             self._interrupt(task)
         except StopIteration as end:
             outcome = cast(Outcome, end.value)
@@ -5532,7 +5555,10 @@ class JobQueue:
     def _interrupt(self, task: _Task) -> None:
         """Ends a paused job that was canceled, or that the end of the process interrupts."""
         job = task.context.job
-        task.steps.close()
+        try:
+            task.steps.close()
+        except Exception:
+            _LOG.exception("job %s %s did not end as it was asked to", job.job_id, job.type)
         if task.context.interruption == "stopped":
             self._settle(job, lambda: self.jobs.release(job, "the server was stopped", charged=False))
         else:
@@ -5543,7 +5569,7 @@ class JobQueue:
         job = task.context.job
         if isinstance(error, Fenced):
             self._settle(job, None)
-        elif isinstance(error, Interrupted) and task.context.interruption:
+        elif isinstance(error, (Interrupted, StorageError)) and task.context.interruption:
             self._interrupt(task)
         elif isinstance(error, StorageError) and not isinstance(error, DiskFull) and (
                 job.attempt < self._settings.max_attempts):
@@ -5650,10 +5676,12 @@ class Engine:
                 self.folder = DataFolder(settings.data_dir)
                 settings.database_path.parent.mkdir(parents=True, exist_ok=True)
                 # A database outside of the folder gets a lock of its own: two folders must not share it.
-                paths = {self.folder.root / "taskapi.lock", settings.database_path.with_suffix(".lock")}
-                self._locks = [FolderLock(path, self._holder) for path in sorted(paths)]
-                for lock in self._locks:
-                    undo.callback(lock.release)
+                locks = {settings.database_path.with_suffix(".lock"): f"the database {settings.database_path}",
+                         self.folder.root / "taskapi.lock": f"the data folder {self.folder.root}"}
+                self._locks: list[FolderLock] = []
+                for path, what in sorted(locks.items()):
+                    self._locks.append(FolderLock(path, what, self._holder))
+                    undo.callback(self._locks[-1].release)
                 self._database = Database(settings.database_path)
                 undo.callback(self._database.close)
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
@@ -5701,6 +5729,8 @@ class Engine:
 
     def enqueue(self, job_type_name: str, request: Mapping[str, Json]) -> Job:
         """Makes a job as POST would; raises BadRequest."""
+        if job_type_name not in JOB_TYPES:
+            raise BadRequest(f"there is no job type {job_type_name!r}{did_you_mean(job_type_name, JOB_TYPES)}")
         model = JOB_TYPES[job_type_name].model
         return self.queue.enqueue(job_type_name, validated(model, lambda: model.model_validate(request)))[0]
 
@@ -5818,7 +5848,7 @@ class Call:
         try:
             json.dumps(request.model_dump(), allow_nan=False, default=str)
         except ValueError:
-            raise BadRequest("the body is not such JSON as is expected: a number in it is not finite") from None
+            raise BadRequest("the body is not as expected: invalid JSON: a number in it is not finite") from None
         return request, hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
 
 

@@ -3527,6 +3527,52 @@ def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
 
 
+@pytest.mark.parametrize("returned", [None, {"n": 1}, taskapi.Outcome({"when": datetime(2026, 1, 1)})])
+def test_a_job_function_that_returns_the_wrong_thing_fails_its_job(tmp_path: Path, script: Any, returned: Any) -> None:
+    """No Outcome, or one that JSON cannot hold: failed and logged, not in progress for ever."""
+    @script
+    def wrong(context: taskapi.JobContext) -> taskapi.JobSteps:
+        yield
+        return returned
+
+    with taskapi.open_service(tmp_path, inline=True) as service:
+        job = service.enqueue("script", {})
+    assert job.status == "failed"
+    assert "TypeError" in job.error
+
+
+def test_a_recipe_is_checked_against_its_own_now(service: taskapi.Service) -> None:
+    """To the second, before a job exists; an instant that is none, and an empty schema, are refused."""
+    schema = {"at": {"type": "datetime", "from": "2026-01-01T12:00:00Z", "to": "now"}}
+    body = {"recordType": "thing", "count": 3, "schema": schema}
+    assert service.enqueue("generate", {**body, "now": "2026-01-01T23:00:00Z"}).status == "completed"
+    for wrong in ({"now": "2026-01-01T11:00:00Z"}, {"now": "2026-01-01Tgarbage"}, {"schema": {}}):
+        with pytest.raises(BadRequest):
+            service.enqueue("generate", {**body, **wrong})
+    with pytest.raises(BadRequest, match="did you mean 'generate'"):
+        service.enqueue("genrate", {})
+
+
+@pytest.mark.parametrize(("filters", "message"), [
+    ({"to": "20261122"}, "is not a date such as"), ({"from": "2026-W01-1"}, "is not a date such as"),
+    ({"where": {"id": {"eq": "nan"}}}, "cannot be compared"), ({"where": {"id": {"eq": "1"}}}, None)])
+def test_a_filter_that_could_be_misread_is_refused(service: taskapi.Service, filters: Any, message: str | None) -> None:
+    """Other ISO forms of a date, and what is not a number."""
+    service.enqueue("generate", PERSONS)
+    job = service.enqueue("export", {"format": "csv", "filters": {"recordType": "person", **filters}})
+    assert (message or "") in (job.error or "")
+    assert job.status == ("failed" if message else "completed")
+
+
+def test_a_second_lock_that_is_refused_lets_go_of_the_first(tmp_path: Path) -> None:
+    """Two folders must not share a database; the folder of the one that is refused stays free."""
+    with taskapi.open_service(tmp_path / "a"):
+        with pytest.raises(taskapi.StartupError, match=r"the database .* is in use by process"):
+            taskapi.open_service(tmp_path / "b", database=tmp_path / "a" / "taskapi.db")
+        with taskapi.open_service(tmp_path / "b", inline=True) as service:
+            assert service.health().status == "ok"
+
+
 # ==== Determinism: the same request makes the same records, whatever happens on the way ====
 
 RELATED = {"seed": 11, "now": "2026-01-01T00:00:00Z", "locale": ["en_US", "de_DE"], "records": {
