@@ -1247,6 +1247,10 @@ class SqlitePast:
             names = ", ".join(f'"{column}"' for column in columns)
             self.db.execute(f'create table "{name}" (_id integer primary key, {names})')
 
+
+    def __del__(self) -> None:
+        self.db.close()
+
     def commit(self, chunk: taskapi.Chunk) -> None:
         for name, made in chunk.rows.items():
             for row in made:
