@@ -1247,7 +1247,6 @@ class SqlitePast:
             names = ", ".join(f'"{column}"' for column in columns)
             self.db.execute(f'create table "{name}" (_id integer primary key, {names})')
 
-
     def __del__(self) -> None:
         self.db.close()
 
