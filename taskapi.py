@@ -438,6 +438,15 @@ Kind = Literal["int", "float", "decimal", "bool", "text", "date", "datetime", "j
 Clock = Callable[[], datetime]
 
 
+RESERVED_COLUMNS = ("_id", "_job", "_created")  # of every record table
+
+
+def is_field_name(name: str) -> bool:
+    """True if a record's field may have this name, which becomes a column: 1 to 64 printable characters."""
+    return 1 <= len(name) <= 64 and name.isprintable() and name == name.strip() and (
+        name.lower() not in RESERVED_COLUMNS)
+
+
 def utc_now() -> datetime:
     """This instant, aware, in UTC."""
     return datetime.now(UTC)
@@ -652,7 +661,6 @@ LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "expor
 T = TypeVar("T")
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _MIGRATIONS = Migrations("taskapi")
-_RESERVED_COLUMNS = ("_id", "_job", "_created")
 _BLOCK_CHARACTERS = 1_000_000  # about so much text is made of records at a time
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
 
@@ -1071,8 +1079,15 @@ def _json_text(value: Json) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def _file_text(file: StoredFile | None) -> str | None:
+    return _json_text(file.model_dump(by_alias=False) if file else None)
+
+
 class Fenced(Interrupted):
     """The job is no longer this worker's: another attempt or an ending came first."""
+
+
+_CANCELED = "canceled by a client"
 
 
 class Jobs:
@@ -1116,7 +1131,7 @@ class Jobs:
                 "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
                 "idempotency_hash, file) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)",
                 (new_id, job_type, self._now(), record_type, _json_text(request), after, key, key_hash,
-                 _json_text(file.model_dump(by_alias=False) if file else None)))
+                 _file_text(file)))
             return self._get(connection, new_id), True
 
         return self._database.write(work, durable=True)
@@ -1133,7 +1148,7 @@ class Jobs:
                 "INSERT INTO jobs(id, type, status, created_at, started_at, finished_at, attempt, request, result, "
                 "file, idempotency_key, idempotency_hash) VALUES (?, ?, 'completed', ?, ?, ?, 1, ?, ?, ?, ?, ?)",
                 (job_id, job_type, now, now, now, _json_text(request), _json_text(result),
-                 _json_text(file.model_dump(by_alias=False)), key, key_hash))
+                 _file_text(file), key, key_hash))
             return self._get(connection, job_id), True
 
         return self._database.write(work, durable=True)
@@ -1252,7 +1267,7 @@ class Jobs:
         def work(connection: sqlite3.Connection) -> Job:
             self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
                        (self._now(), _json_text(result), error,
-                        _json_text(file.model_dump(by_alias=False) if file else None)))
+                        _file_text(file)))
             connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
             return self._get(connection, job.job_id)
 
@@ -1289,7 +1304,7 @@ class Jobs:
             for job in jobs:
                 status, error = JobStatus.PENDING, None
                 if job.cancel_requested:
-                    status, error = JobStatus.CANCELED, "canceled by a client"
+                    status, error = JobStatus.CANCELED, _CANCELED
                 elif job.attempt >= max_attempts:
                     times = "once" if job.attempt == 1 else f"{job.attempt} times"
                     status, error = JobStatus.FAILED, f"interrupted {times}: the server ended while the job ran"
@@ -1308,7 +1323,7 @@ class Jobs:
                 raise Conflict(f"the job is {job.status} already")
             if job.status is JobStatus.PENDING:
                 connection.execute("UPDATE jobs SET status = 'canceled', finished_at = ?, error = ?, file = NULL "
-                                   "WHERE id = ?", (self._now(), "canceled by a client", job_id))
+                                   "WHERE id = ?", (self._now(), _CANCELED, job_id))
             else:
                 connection.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ?", (job_id,))
             return self._get(connection, job_id)
@@ -1459,13 +1474,13 @@ class _Selection:
 
     def _check_field(self, field: str) -> None:
         known = self._all_fields()
-        if field not in known and field not in _RESERVED_COLUMNS:
+        if field not in known and field not in RESERVED_COLUMNS:
             where = f"record type {self._filters.record_type!r}" if not self._several else "any of the record types"
             raise JobFailed(f"there is no field {field!r} in {where}{did_you_mean(field, known)}"
                             f"; there are: {', '.join(known)}")
 
     def _kind(self, record_type: str, field: str) -> Kind | None:
-        if field in _RESERVED_COLUMNS:
+        if field in RESERVED_COLUMNS:
             return "int" if field == "_id" else "text"
         return self.kinds[record_type].get(field)
 
@@ -1506,13 +1521,15 @@ class _Selection:
             parameters.append(limit)
         return query, parameters
 
-    def range_sql(self, record_type: str, style: Style, between: str, excel_safe: bool, after: int,
-                  limit: int) -> tuple[str, list[Json]]:
-        """One row for up to `limit` records of a type behind an id: their joined text, their number, the last id."""
-        conditions, values = self._conditions(record_type, after)
+    def range_sql(self, record_type: str, style: Style, between: str, excel_safe: bool) -> tuple[str, list[Json]]:
+        """One row for some records of a type: their joined text, their number, the last id.
+
+        Its parameters are the id that they come after, the values that are returned, and the most records.
+        """
+        conditions, values = self._conditions(record_type, None)
         return (f"SELECT group_concat(line, {_literal(between)}), count(*), max(_id) FROM (SELECT "
                 f"{self._line(record_type, style, excel_safe)} AS line, _id FROM {_quote(record_type)} "
-                f"WHERE {' AND '.join(conditions)} ORDER BY _id LIMIT ?)", [*values, limit])
+                f"WHERE {' AND '.join(['_id > ?', *conditions])} ORDER BY _id LIMIT ?)", values)
 
     def _order_key(self, record_type: str) -> str:
         kind = self._kind(record_type, str(self._order_by))
@@ -1678,7 +1695,7 @@ class Records:
             "SELECT first, rows, size FROM _spans WHERE job = ? AND record_type = ?", (job.job_id, record_type)
         ).fetchone()
         assert used + len(rows) <= size, "a job made more rows than it reserved ids for"
-        names = ", ".join(map(_quote, (*_RESERVED_COLUMNS, *fields)))
+        names = ", ".join(map(_quote, (*RESERVED_COLUMNS, *fields)))
         marks = ", ".join("?" * (len(fields) + 3))
         owner = (job.job_id, job.created_at)
         connection.executemany(f"INSERT INTO {_quote(record_type)}({names}) VALUES ({marks})",
@@ -1788,11 +1805,11 @@ class Records:
                 limit: int | None, excel_safe: bool) -> Iterator[Block]:
         """Many records a fetch: SQLite joins them, so that Python, and its lock, are asked for once a block."""
         for record_type in selection.kinds:
+            query, values = selection.range_sql(record_type, style, between, excel_safe)
             last, size, got = 0, 500, 1
             while got and limit != 0:
                 step = size if limit is None else min(size, limit)
-                query, parameters = selection.range_sql(record_type, style, between, excel_safe, last, step)
-                text, got, last = connection.execute(query, parameters).fetchone()
+                text, got, last = connection.execute(query, [last, *values, step]).fetchone()
                 if got:
                     yield Block(text.replace(f'"{_NULL_MARK}"', "") if style == "csv" else text, got)
                     limit = None if limit is None else limit - got
@@ -3122,7 +3139,6 @@ class FirstOfField(FieldType):
 # ---- The plan: record types checked, put in order and compiled ----
 
 _RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
-_RESERVED = {"_id", "_job", "_created"}
 
 
 def _storable(raw: Any) -> bool:
@@ -3173,7 +3189,7 @@ class _RecordType(_Stream):
         folded: dict[str, str] = {}
         for name, raw in self.spec.schema_.items():
             path = self.at("schema", name)
-            if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or name.lower() in _RESERVED:
+            if not is_field_name(name):
                 yield FieldProblem(path, "a name has 1 to 64 printable characters, and is not _id, _job or _created")
             elif (other := folded.setdefault(name.lower(), name)) != name:
                 yield FieldProblem(path, f"differs from {other!r} only in case")
@@ -4111,10 +4127,9 @@ def _check_fields(names: Collection[str], line: int) -> None:
         raise _bad_line(line, f"there are more than {MAX_FIELDS} fields")
     seen: dict[str, str] = {}
     for name in names:
-        if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or (
-                name.lower() in _RESERVED_COLUMNS):
+        if not is_field_name(name):
             raise _bad_line(line, f"{name[:80]!r} cannot name a field: 1 to 64 printable characters without a space "
-                                  f"around them, and not {', '.join(_RESERVED_COLUMNS)}")
+                                  f"around them, and not {', '.join(RESERVED_COLUMNS)}")
         if name.lower() in seen:
             raise _bad_line(line, f"two fields are named {seen[name.lower()]!r} and {name!r}")
         seen[name.lower()] = name
@@ -5360,7 +5375,7 @@ class JobQueue:
         with self._state:
             context = self._running.get(job_id)
             if context:
-                context.interruption = "canceled by a client"
+                context.interruption = _CANCELED
         self.wake()
         return self.wait(job_id, 1.0)
 
@@ -5494,7 +5509,7 @@ class JobQueue:
             if self._stopping.is_set():
                 context.interruption = "stopped"
         if self.jobs.get(job.job_id).cancel_requested:  # between the claim and now, when nobody could be told
-            context.interruption = "canceled by a client"
+            context.interruption = _CANCELED
         return _Task(context, self._steps(context))
 
     def _context(self, job: Job, checkpoint: Json) -> JobContext:
@@ -5562,7 +5577,7 @@ class JobQueue:
         if task.context.interruption == "stopped":
             self._settle(job, lambda: self.jobs.release(job, "the server was stopped", charged=False))
         else:
-            self._settle(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, "canceled by a client"))
+            self._settle(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, _CANCELED))
 
     def _fail(self, task: _Task, error: BaseException) -> None:
         """Decides what an exception out of a job's function means."""
@@ -5837,13 +5852,18 @@ class Call:
             values[name] = value
         return validated(model, lambda: model.model_validate(values), values)
 
+    def raw(self) -> bytes:
+        """The body of a JSON request, as it came."""
+        raw: bytes = self.environ["wsgi.input"].read(self.length if self.length >= 0 else _JSON_LIMIT + 1)
+        if len(raw) > _JSON_LIMIT:  # of a length that the head did not tell
+            raise body_too_large("", self.engine.settings)
+        return raw
+
     def body(self, model: type[Q]) -> tuple[Q, str]:
         """The JSON body as a model, and its hash for Idempotency-Key."""
         if (self.header("Content-Type") or "").partition(";")[0].strip().lower() != _JSON_TYPE:
             raise UnsupportedMedia(f"send the body as Content-Type: {_JSON_TYPE}")
-        raw = self.environ["wsgi.input"].read(self.length if self.length >= 0 else _JSON_LIMIT + 1)
-        if len(raw) > _JSON_LIMIT:  # of a length that the head did not tell
-            raise body_too_large("", self.engine.settings)
+        raw = self.raw()
         request = validated(model, lambda: model.model_validate_json(raw))
         try:
             json.dumps(request.model_dump(), allow_nan=False, default=str)
@@ -5975,8 +5995,7 @@ def post_infer(call: Call) -> bottle.HTTPResponse:
     """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
     content_type = call.header("Content-Type") or ""
     if content_type.partition(";")[0].strip().lower() == _JSON_TYPE:
-        raw = call.environ["wsgi.input"].read(call.length if call.length >= 0 else _JSON_LIMIT + 1)
-        return reply(infer(io.BytesIO(raw), RecordReader("body.json"), "record"))
+        return reply(infer(io.BytesIO(call.raw()), RecordReader("body.json"), "record"))
     with receive_upload(call.environ["wsgi.input"], content_type, call.length, call.engine.folder, call.engine.settings,
                         ("recordType", "delimiter", "encoding")) as received:
         form = validated(InferForm, lambda: InferForm.model_validate(dict(received.texts)))
