@@ -659,9 +659,13 @@ LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "expor
 # ==== 4 Store: the only SQL: the job table and the record tables ====
 
 T = TypeVar("T")
+Style = Literal["csv", "json"]
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _MIGRATIONS = Migrations("taskapi")
-_BLOCK_CHARACTERS = 1_000_000  # about so much text is made of records at a time
+_BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
+_BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
+_COPY_STEP = 20_000  # records that one statement copies into an exported database
+_STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, until it asks whether to go on
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
 
 
@@ -696,6 +700,15 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+class KindSql(NamedTuple):
+    """How one kind of field is stored, and made JSON inside SQLite; `{c}` stands for the column."""
+
+    column: str
+    json: str = "{c}"  # an argument of json_object or json_array
+    compare: str = "{c}"  # what filters and ORDER BY look at
+    raw: bool = False  # the argument is JSON text, not a string
+
+
 def _exact_float(value: float | None) -> str | None:
     """A float as the shortest text that reads back equal; beyond the range of JSON it reads back as infinite."""
     if value is None:
@@ -703,36 +716,63 @@ def _exact_float(value: float | None) -> str | None:
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
-class KindSql(NamedTuple):
-    """How one kind of field is stored, and made text inside SQLite; `{c}` stands for the column."""
-
-    column: str
-    csv: tuple[str, str]  # a piece of a printf format, and its argument
-    json: str  # an argument for %s
-    compare: str = "{c}"  # what filters and ORDER BY look at
-
-
-# Exact without asking Python: a quotient of two whole numbers is rounded right, so that a number that equals one has
-# no other digits. All others are asked of Python, whose digits always read back equal.
-_FLOAT_SQL = ("iif({c} IS NULL OR {c} = 0 OR (abs({c}) BETWEEN 1e-4 AND 1e9 AND "
-              "{c} = CAST(round({c} * 1e6) AS INTEGER) / 1e6), CAST({c} AS TEXT), exact_float({c}))")
-# A null becomes this in quotes, which is then replaced by nothing: one branch less for each cell. No data holds it.
-_NULL_MARK = "null-" + secrets.token_hex(16)
-_CSV_TEXT = ('"%w"', f"coalesce({{c}}, '{_NULL_MARK}')")
-_TEXT = KindSql("TEXT", _CSV_TEXT, "json_quote({c})")
+# These stand where Python has to mend the JSON that SQLite made of many records: where a null is, where one record is
+# sewn together, around a number that is not to be quoted, and around a float. Nobody knows them, so no data holds them.
+_NULL_MARK, _SEAM_MARK, _BARE_MARK, _FLOAT_MARK = (f"{name}-{secrets.token_hex(8)}" for name in (
+    "null", "seam", "bare", "float"))
+# A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints.
+_SHORT_FLOAT = ("({c} BETWEEN 1e-4 AND 1e9 OR {c} BETWEEN -1e9 AND -1e-4) AND {c} = round({c} * 1e6) / 1e6 "
+                "OR {c} = 0")
+# What SQLite prints of others is not exact, and calling Python for each would wait for the interpreter lock each time.
+# So they leave as whole numbers of 2**-power, which hold all bits of a float from 2**(limit - 10) up to 2**limit.
+_FLOAT_LIMITS = {-10: 72, 0: 62, 10: 52, 20: 42, 30: 32, 40: 22, 50: 12}
+_FLOAT_UNITS = {b"%d" % power: 2.0**-power for power in _FLOAT_LIMITS.values()}
+_FLOAT_BITS = " ".join(f"WHEN abs({{c}}) * {2**max(0, -limit)} < {2**max(0, limit)} THEN '{_FLOAT_MARK}{power}' || "
+                       f"CAST({{c}} * {2**(power // 2)} * {2**(power - power // 2)} AS INTEGER) || '{_FLOAT_MARK}'"
+                       for limit, power in _FLOAT_LIMITS.items())
+_BARE = f"'{_BARE_MARK}' || {{c}} || '{_BARE_MARK}'"
+_FLOAT = (f"CASE WHEN {_SHORT_FLOAT} THEN {{c}} WHEN abs({{c}}) * {2**20} < 1 THEN {{bare}} {_FLOAT_BITS} "
+          "WHEN {c} IS NOT NULL THEN {bare} END").replace("{bare}", _BARE.replace("{c}", "exact_float({c})"))
 KIND_SQL: Mapping[Kind, KindSql] = {
-    "int": KindSql("INTEGER", ("%s", "{c}"), "coalesce({c}, 'null')"),
-    "float": KindSql("REAL", ("%s", _FLOAT_SQL), f"coalesce({_FLOAT_SQL}, 'null')"),
-    "decimal": KindSql("TEXT", ("%s", "{c}"), "coalesce({c}, 'null')", "CAST({c} AS REAL)"),
-    "bool": KindSql("INTEGER", ("%s", "iif({c}, 'true', iif({c} IS NULL, '', 'false'))"),
-                    "iif({c}, 'true', iif({c} IS NULL, 'null', 'false'))"),
-    "text": _TEXT, "date": _TEXT, "datetime": _TEXT,
-    "json": KindSql("TEXT", _CSV_TEXT, "coalesce({c}, 'null')"),
+    "int": KindSql("INTEGER"),
+    "float": KindSql("REAL", _FLOAT),
+    "decimal": KindSql("TEXT", _BARE, compare="CAST({c} AS REAL)"),
+    "bool": KindSql("INTEGER", "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"),
+    "text": KindSql("TEXT"), "date": KindSql("TEXT"), "datetime": KindSql("TEXT"),
+    "json": KindSql("TEXT", raw=True),
     # A column that schemas have given different kinds: every value keeps the type it was stored with.
-    "any": KindSql("ANY", ("%s", f"CASE typeof({{c}}) WHEN 'text' THEN printf('\"%w\"', {{c}}) WHEN 'real' THEN "
-                                 f"{_FLOAT_SQL} ELSE {{c}} END"),
-                   f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_SQL} ELSE json_quote({{c}}) END"),
+    "any": KindSql("ANY", f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT} ELSE {{c}} END"),
 }
+
+
+
+
+def _mended(text: bytes) -> bytes:
+    """JSON that SQLite made, with all that is marked put right, but for nulls."""
+    bare, mark = _BARE_MARK.encode(), _FLOAT_MARK.encode()
+    text = text.replace(f"}}{_SEAM_MARK}{{".encode(), b",").replace(b'"' + bare, b"").replace(bare + b'"', b"")
+    if mark not in text:
+        return text
+    parts = text.replace(b'"' + mark, mark).replace(mark + b'"', mark).split(mark)
+    floats = [int(part[2:]) * _FLOAT_UNITS[part[:2]] for part in parts[1::2]]
+    parts[1::2] = ",".join(map(repr, floats)).encode().split(b",")
+    return b"".join(parts)
+
+
+def _csv_of(arrays: bytes) -> bytes:
+    """JSON arrays with CRLF between as CSV. A string of JSON holds no line end, and no quote but after a backslash."""
+    text = arrays[1:-1].replace(f"]{_SEAM_MARK}[".encode(), b",").replace(b"]\r\n[", b"\r\n")
+    text = text.replace(f'"{_NULL_MARK}"'.encode(), b"")
+    # Where backslashes that stand for themselves are taken out, every other one begins an escape.
+    return b"\\".join(map(_unescaped, text.split(b"\\\\"))) if b"\\" in text else text
+
+
+def _unescaped(text: bytes) -> bytes:
+    for escaped, plain in ((b'"', b'""'), (b"n", b"\n"), (b"r", b"\r"), (b"t", b"\t"), (b"b", b"\b"), (b"f", b"\f")):
+        text = text.replace(b"\\" + escaped, plain)
+    return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
+
+
 # Only what a spreadsheet would run as a formula: not a plain signed number.
 _SAFE_TEXT = ("""iif({c} GLOB '[=@' || char(9, 13) || ']*' OR ({c} GLOB '[+-]*' """
               """AND substr({c}, 2) GLOB '*[^0-9.]*'), '''' || {c}, {c})""")
@@ -950,9 +990,7 @@ class Database:
     def _take_reader(self) -> sqlite3.Connection:
         with suppress(IndexError):
             return self._readers.pop()
-        connection = self._connect("rw")
-        connection.execute("PRAGMA query_only = ON")
-        return connection
+        return self._connect("ro")
 
     def _close_connections(self) -> None:
         while self._readers:  # before the writer, which as the last one checkpoints
@@ -986,7 +1024,7 @@ class Database:
     def quick_check(self, interrupted: Callable[[], bool]) -> str:
         """`ok`, or what SQLite finds damaged; reads the whole file, so that it may take long."""
         with self.read() as connection:
-            connection.set_progress_handler(interrupted, 200_000)
+            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
             return "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
 
     def close(self) -> None:
@@ -1363,9 +1401,6 @@ class Jobs:
             return {row[0] for row in rows}
 
 
-Style = Literal["csv", "json"]
-
-
 class RecordTypeInfo(Shape):
     """A record type: how many records it has, and the kind of each field."""
 
@@ -1375,10 +1410,14 @@ class RecordTypeInfo(Shape):
 
 
 class Block(NamedTuple):
-    """The text of some records, and how many they are."""
+    """The text of some records in UTF-8, how many they are, and the place of the last."""
 
-    text: str
+    text: bytes
     records: int
+    last: int
+
+
+BlockSteps = Generator[Block, None, None]
 
 
 class Lines(NamedTuple):
@@ -1406,6 +1445,21 @@ def _date_bound(text: str, last: bool) -> str:
 _OPERATORS = {"eq": "IS", "ne": "IS NOT", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "LIKE"}
 
 
+def _column(field: str) -> str:
+    """A field of the record table that a query calls r."""
+    return f"r.{_quote(field)}"
+
+
+def _sewn(pieces: Sequence[str]) -> str:
+    """SQL of one JSON array or object of several, whose seams are mended afterwards."""
+    return _concat([pieces[0], *chain.from_iterable((f"'{_SEAM_MARK}'", piece) for piece in pieces[1:])])
+
+
+def _block_sql(lines: str, between: str) -> str:
+    """One row of what the query `lines` gives: texts joined, how many, the last place."""
+    return f"SELECT CAST(group_concat(line, {_literal(between)}) AS BLOB), count(*), max(place) FROM ({lines})"
+
+
 def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
     """A filter's value as the column would hold it; JobFailed if no value of that kind can be equal to it."""
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -1424,7 +1478,7 @@ def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
 
 def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple[str, list[Json]]:
     """One condition of a filter as SQL and its values; a type without the field has null there."""
-    column = KIND_SQL[kind].compare.format(c=_quote(field)) if kind else "NULL"
+    column = KIND_SQL[kind].compare.format(c=_column(field)) if kind else "NULL"
     if operator == "null":
         return f"{column} IS {'' if value else 'NOT '}NULL", []
     if operator == "in_":
@@ -1484,143 +1538,149 @@ class _Selection:
             return "int" if field == "_id" else "text"
         return self.kinds[record_type].get(field)
 
+    # Which records
+
     def total(self, limit: int | None) -> int | None:
         """How many records there will be, if that is known without reading them."""
-        if self._filters.where or self._filters.from_ or self._filters.to:
+        if self._filters.where or (self._bounds() and not self._by_creation):
             return None
         count = sum(self._spans_total(name) for name in self.kinds)
         return min(count, limit) if limit is not None else count
 
     def _spans_total(self, record_type: str) -> int:
-        row = self._connection.execute(
-            "SELECT coalesce(sum(rows), 0) FROM _spans JOIN jobs ON jobs.id = job WHERE _spans.record_type = ? "
-            "AND status = 'completed' AND (?2 IS NULL OR job = ?2)", (record_type, self._filters.job_id)).fetchone()
-        return int(row[0])
+        spans, values = self._visible_spans(record_type)
+        return int(self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {spans}", values).fetchone()[0])
 
-    def sql(self, columns: str, style: Style, limit: int | None, *, after: int | None = None,
-            excel_safe: bool = False) -> tuple[str, list[Json]]:
-        """One SELECT over all the types, of `columns` out of line, id and type; and its parameters."""
+    @property
+    def _by_creation(self) -> bool:
+        return self._filters.date_field in (None, "_created")
+
+    def _bounds(self) -> list[tuple[str, str]]:
+        """The operator and the instant of each end that the filters give."""
+        ends = ((">=", self._filters.from_), ("<=", self._filters.to))
+        return [(sign, _date_bound(end, last=sign == "<=")) for sign, end in ends if end is not None]
+
+    def _visible_spans(self, record_type: str) -> tuple[str, list[Json]]:
+        """FROM and WHERE of the spans that may hold selected records: of completed jobs, as a job's come all at once.
+
+        All records of a job say that they were created when the job was, which settles filters on that too.
+        """
+        conditions, values = ["_spans.record_type = ?", "jobs.status = 'completed'"], [record_type]
+        if self._filters.job_id is not None:
+            conditions.append("_spans.job = ?")
+            values.append(self._filters.job_id)
+        for sign, bound in self._bounds() if self._by_creation else ():
+            conditions.append(f"jobs.created_at {sign} ?")
+            values.append(bound)
+        # CROSS keeps the order of the loops: spans by their first id, and in each its records.
+        return f"_spans CROSS JOIN jobs ON jobs.id = _spans.job WHERE {' AND '.join(conditions)}", list(values)
+
+    def _selected(self, record_type: str, after: str) -> tuple[str, list[Json]]:
+        """FROM and WHERE of the selected records of a type, as `r`, with an _id beyond `after`, an expression."""
+        spans, values = self._visible_spans(record_type)
+        tables, _, conditions = spans.partition(" WHERE ")
+        more = [] if self._by_creation else [(f"{self._date_key(record_type)} {sign} ?", [bound])
+                                             for sign, bound in self._bounds()]
+        more += [_compare(self._kind(record_type, field), field, name, getattr(condition, name))
+                 for field, condition in self._filters.where.items() for name in condition.model_fields_set]
+        rows = (f"{tables} CROSS JOIN {_quote(record_type)} AS r ON r._id >= max(_spans.first, {after} + 1) "
+                "AND r._id < _spans.first + _spans.rows")
+        return (f"{rows} WHERE {' AND '.join([conditions, *(sql for sql, _ in more)])}",
+                [*values, *chain.from_iterable(bound for _, bound in more)])
+
+    def _date_key(self, record_type: str) -> str:
+        field = str(self._filters.date_field)
+        kind = self._kind(record_type, field)
+        if kind not in ("date", "datetime", "text", "any", None):
+            raise JobFailed(f"field {field!r} of {record_type!r} has the kind {kind}: it is not a date")
+        return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_column(field)})" if kind else "NULL"
+
+    def choose(self, limit: int | None) -> None:
+        """Notes the selected records in the temporary table `chosen`, which counts them in order from 1.
+
+        It is SQLite that sorts, outside of memory if need be, and without asking Python for its lock.
+        """
         selects, parameters = [], []
-        for record_type in self.kinds:
-            line = self._line(record_type, style, excel_safe)
-            conditions, values = self._conditions(record_type, after)
-            key = f", {self._order_key(record_type)} AS key" if self._order_by else ""
-            selects.append(f"SELECT {line} AS line{key}, _id AS id, {_literal(record_type)} AS type "
-                           f"FROM {_quote(record_type)} WHERE {' AND '.join(conditions) or 'TRUE'}")
+        for number, record_type in enumerate(self.kinds):
+            rows, values = self._selected(record_type, "0")
+            key = "NULL"
+            if self._order_by and (kind := self._kind(record_type, self._order_by)):
+                key = KIND_SQL[kind].compare.format(c=_column(self._order_by))
+            selects.append(f"SELECT {key} AS key, {number} AS type, r._id AS id FROM {rows}")
             parameters += values
-        if not selects:
-            return "SELECT '' WHERE FALSE", []
-        if len(selects) > 500:
+        if len(selects) > 500:  # of which SQLite makes one statement
             raise JobFailed("there are more than 500 record types: name up to 100 of them")
-        order = f"key {'DESC' if self._descending else 'ASC'}, " if self._order_by else ""
-        # One type is read in the order of its key, without sorting; so is each of several, one after the other.
-        order += "id" if len(selects) == 1 else "type, id" if self._order_by else ""
-        query = f"SELECT {columns} FROM ({' UNION ALL '.join(selects)})" + (f" ORDER BY {order}" if order else "")
-        if limit is not None:
-            query += " LIMIT ?"
-            parameters.append(limit)
-        return query, parameters
+        self._connection.execute("CREATE TEMP TABLE chosen(n INTEGER PRIMARY KEY, type INTEGER, id INTEGER)")
+        if selects:
+            self._connection.execute(
+                f"INSERT INTO chosen(type, id) SELECT type, id FROM ({' UNION ALL '.join(selects)}) "
+                f"ORDER BY key {'DESC' if self._descending else 'ASC'}, type, id LIMIT ?",
+                [*parameters, -1 if limit is None else limit])
 
-    def range_sql(self, record_type: str, style: Style, between: str, excel_safe: bool) -> tuple[str, list[Json]]:
+    # Their text
+
+    def block_sql(self, record_type: str, style: Style, between: str, excel_safe: bool) -> tuple[str, list[Json]]:
         """One row for some records of a type: their joined text, their number, the last id.
 
         Its parameters are the id that they come after, the values that are returned, and the most records.
         """
-        conditions, values = self._conditions(record_type, None)
-        return (f"SELECT group_concat(line, {_literal(between)}), count(*), max(_id) FROM (SELECT "
-                f"{self._line(record_type, style, excel_safe)} AS line, _id FROM {_quote(record_type)} "
-                f"WHERE {' AND '.join(['_id > ?', *conditions])} ORDER BY _id LIMIT ?)", values)
+        rows, values = self._selected(record_type, "?")
+        return _block_sql(f"SELECT {self._line(record_type, style, excel_safe)} AS line, r._id AS place FROM {rows} "
+                          "ORDER BY _spans.first, r._id LIMIT ?", between), values
 
-    def _order_key(self, record_type: str) -> str:
-        kind = self._kind(record_type, str(self._order_by))
-        return KIND_SQL[kind].compare.format(c=_quote(str(self._order_by))) if kind else "NULL"
+    def chosen_sql(self, style: Style, between: str, excel_safe: bool) -> str:
+        """As `block_sql`, of the chosen records in their order; a place is a number in `chosen`."""
+        lines = [f"WHEN {number} THEN (SELECT {self._line(record_type, style, excel_safe)} "
+                 f"FROM {_quote(record_type)} AS r WHERE r._id = chosen.id)"
+                 for number, record_type in enumerate(self.kinds)]
+        line = f"CASE chosen.type {' '.join(lines)} END" if lines else "''"
+        return _block_sql(f"SELECT {line} AS line, n AS place FROM chosen WHERE n > ? ORDER BY n LIMIT ?", between)
 
     def _line(self, record_type: str, style: Style, excel_safe: bool) -> str:
-        """The SQL expression that makes one record's text; of pieces, since a function has up to 127 arguments."""
-        if style == "csv":
-            cells = [self._csv_cell(record_type, field, excel_safe) for field in self.fields]
-            cells = [("%s", _literal(f'"{record_type}"')), *cells] if self._several else cells
-        else:
-            cells = [self._json_member(record_type, field) for field in self.fields if self._kind(record_type, field)]
-            cells = [('"recordType":%s', _literal(f'"{record_type}"')), *cells] if self._several else cells
-        pieces = []
-        for start in range(0, len(cells), 100):
-            forms, values = zip(*cells[start:start + 100], strict=True)
-            lead = "," if start else "{" if style == "json" else ""
-            tail = "}" if style == "json" and start + 100 >= len(cells) else ""
-            pieces.append(f"printf({_literal(lead + ','.join(forms) + tail)}, {', '.join(values)})")
-        return _concat(pieces) if pieces else "'{}'"
+        """The SQL expression that makes one record's JSON; of pieces, since a function has up to 127 arguments."""
+        return self._array(record_type, excel_safe) if style == "csv" else self._object(record_type)
 
-    def _csv_cell(self, record_type: str, field: str, excel_safe: bool) -> tuple[str, str]:
+    def _array(self, record_type: str, excel_safe: bool) -> str:
+        cells = [self._cell(record_type, field, excel_safe) for field in self.fields]
+        cells = [_literal(record_type), *cells] if self._several else cells
+        return _sewn([f"json_array({', '.join(cells[start:start + 100])})" for start in range(0, len(cells), 100)])
+
+    def _cell(self, record_type: str, field: str, excel_safe: bool) -> str:
         kind = self._kind(record_type, field)
         if kind is None:
-            return "%s", "''"
-        column = _quote(field)
+            return f"'{_NULL_MARK}'"
+        column = _column(field)
         if excel_safe and kind == "text":
             column = "(" + _SAFE_TEXT.format(c=column) + ")"
-        form, value = KIND_SQL[kind].csv
-        return form, value.format(c=column)
+        return f"coalesce({KIND_SQL[kind].json.format(c=column)}, '{_NULL_MARK}')"
 
-    def _json_member(self, record_type: str, field: str) -> tuple[str, str]:
-        kind = self._kind(record_type, field)
-        assert kind is not None
-        name = json.dumps(field, ensure_ascii=False).replace("%", "%%")
-        return f"{name}:%s", KIND_SQL[kind].json.format(c=_quote(field))
+    def _object(self, record_type: str) -> str:
+        pieces, run = [], ["'recordType'", _literal(record_type)] if self._several else []
+        for field in self.fields:
+            if not (kind := self._kind(record_type, field)):
+                continue
+            value = KIND_SQL[kind].json.format(c=_column(field))
+            if run and (KIND_SQL[kind].raw or len(run) > 100):
+                pieces.append(f"json_object({', '.join(run)})")
+                run = []
+            if KIND_SQL[kind].raw:
+                name = json.dumps(field, ensure_ascii=False)
+                pieces.append(f"{_literal('{' + name + ':')} || coalesce({value}, 'null') || '}}'")
+            else:
+                run += [_literal(field), value]
+        return _sewn([*pieces, f"json_object({', '.join(run)})"] if run or not pieces else pieces)
 
-    def copy_sql(self, record_type: str, limit: int | None) -> tuple[str, str, list[Json]] | None:
-        """(CREATE TABLE, INSERT, parameters) that copy the type's selected records into `copy`; None without fields."""
+    def copy_sql(self, number: int, record_type: str) -> tuple[str, str] | None:
+        """(CREATE TABLE, INSERT of the chosen with n after ? and up to ?) in `copy`; None for a type without fields."""
         fields = {field: kind for field in self.fields if (kind := self._kind(record_type, field))}
         if not fields:
             return None
         table = f"copy.{_quote(record_type)}"
-        create = ", ".join(f"{_quote(field)} {KIND_SQL[kind].column}" for field, kind in fields.items())
-        conditions, values = self._conditions(record_type, None)
-        if limit is not None:  # which counts over all types
-            query, more = self.sql("id, type", "json", limit)
-            conditions.append(f"_id IN (SELECT id FROM ({query}) WHERE type = ?)")
-            values += [*more, record_type]
-        key = self._order_key(record_type) + (" DESC, " if self._descending else ", ") if self._order_by else ""
-        return (f"CREATE TABLE {table}({create}) STRICT",
-                f"INSERT INTO {table} SELECT {', '.join(map(_quote, fields))} FROM main.{_quote(record_type)} "
-                f"WHERE {' AND '.join(conditions) or 'TRUE'} ORDER BY {key}_id", values)
-
-    def _conditions(self, record_type: str, after: int | None) -> tuple[list[str], list[Json]]:
-        conditions, values = self._visible(record_type)
-        if after is not None:
-            conditions.append("_id > ?")
-            values.append(after)
-        for bound, sign in ((self._filters.from_, ">="), (self._filters.to, "<=")):
-            if bound is not None:
-                conditions.append(f"{self._date_key(record_type)} {sign} ?")
-                values.append(_date_bound(bound, last=sign == "<="))
-        for field, condition in self._filters.where.items():
-            kind = self._kind(record_type, field)
-            for name in condition.model_fields_set:
-                sql, bound_values = _compare(kind, field, name, getattr(condition, name))
-                conditions.append(sql)
-                values += bound_values
-        return conditions, values
-
-    def _visible(self, record_type: str) -> tuple[list[str], list[Json]]:
-        """Only records of completed jobs; of one job if the filters name one, by its ranges of ids."""
-        if self._filters.job_id is not None:
-            spans = self._connection.execute("SELECT first, first + rows - 1 FROM _spans WHERE job = ? AND "
-                                             "record_type = ?", (self._filters.job_id, record_type)).fetchall()
-            ranges = " OR ".join("_id BETWEEN ? AND ?" for _ in spans)
-            return [f"({ranges or 'FALSE'})"], list(chain.from_iterable(spans))
-        hidden = [row[0] for row in self._connection.execute(
-            "SELECT DISTINCT job FROM _spans LEFT JOIN jobs ON jobs.id = job WHERE _spans.record_type = ? "
-            "AND status IS NOT 'completed'", (record_type,))]
-        return (["_job NOT IN (SELECT value FROM json_each(?))"], [json.dumps(hidden)]) if hidden else ([], [])
-
-    def _date_key(self, record_type: str) -> str:
-        field = self._filters.date_field
-        if field is None or field == "_created":
-            return "_created"  # stored in the normal form already
-        kind = self._kind(record_type, field)
-        if kind not in ("date", "datetime", "text", "any", None):
-            raise JobFailed(f"field {field!r} of {record_type!r} has the kind {kind}: it is not a date")
-        return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_quote(field)})" if kind else "NULL"
+        columns = ", ".join(f"{_quote(field)} {KIND_SQL[kind].column}" for field, kind in fields.items())
+        return (f"CREATE TABLE {table}({columns}) STRICT",
+                f"INSERT INTO {table} SELECT {', '.join(map(_column, fields))} FROM chosen CROSS JOIN "
+                f"main.{_quote(record_type)} AS r ON r._id = chosen.id "
+                f"WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {number} ORDER BY chosen.n")
 
 
 class Records:
@@ -1780,61 +1840,80 @@ class Records:
     def lines(self, filters: Filters, style: Style, between: str, *, fields: Sequence[str] | None = None,
               order_by: str | None = None, limit: int | None = None, excel_safe: bool = False,
               interrupted: Callable[[], bool] = lambda: False) -> Iterator[Lines]:
-        """The selected records as CSV or JSON text with `between` between them, made inside SQLite, from one snapshot.
+        """The selected records as CSV or JSON text, `between` (CRLF for CSV) between them, made inside SQLite, from one
+        snapshot.
 
         `order_by` is a field, with a `-` before it for descending. `interrupted` is asked now and then; when it says
         True, Interrupted is raised. Raises JobFailed that names what exists when a type or field does not.
         """
         with self._database.read() as connection:
-            connection.set_progress_handler(interrupted, 200_000)
+            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
             selection = _Selection(connection, filters, fields, order_by, self._kinds)
+            queries: Iterable[tuple[str, list[Json]]]
             if order_by:
-                query = selection.sql("line", style, limit, excel_safe=excel_safe)
-                blocks = self._sorted_blocks(connection, between, *query)
+                selection.choose(limit)
+                queries = [(selection.chosen_sql(style, between, excel_safe), [])]
             else:
-                blocks = self._blocks(connection, between, selection, style, limit, excel_safe)
-            yield Lines(selection.header, selection.total(limit), blocks)
+                queries = (selection.block_sql(name, style, between, excel_safe) for name in selection.kinds)
+            yield Lines(selection.header, selection.total(limit), self._limited(connection, queries, style, limit))
 
-    def _sorted_blocks(self, connection: sqlite3.Connection, between: str, query: str,
-                       parameters: list[Json]) -> Iterator[Block]:
-        cursor = connection.execute(query, parameters)
-        while rows := cursor.fetchmany(1000):
-            yield Block(between.join(row[0] for row in rows).replace(f'"{_NULL_MARK}"', ""), len(rows))
+    def _limited(self, connection: sqlite3.Connection, queries: Iterable[tuple[str, list[Json]]], style: Style,
+                 limit: int | None) -> Iterator[Block]:
+        for query, values in queries:
+            for block in self._blocks(connection, query, values, style, limit):
+                yield block
+                limit = None if limit is None else limit - block.records
 
-    def _blocks(self, connection: sqlite3.Connection, between: str, selection: _Selection, style: Style,
-                limit: int | None, excel_safe: bool) -> Iterator[Block]:
+    def _blocks(self, connection: sqlite3.Connection, query: str, values: list[Json], style: Style,
+                limit: int | None, after: int = 0) -> Iterator[Block]:
         """Many records a fetch: SQLite joins them, so that Python, and its lock, are asked for once a block."""
-        for record_type in selection.kinds:
-            query, values = selection.range_sql(record_type, style, between, excel_safe)
-            last, size, got = 0, 500, 1
-            while got and limit != 0:
-                step = size if limit is None else min(size, limit)
-                text, got, last = connection.execute(query, [last, *values, step]).fetchone()
-                if got:
-                    yield Block(text.replace(f'"{_NULL_MARK}"', "") if style == "csv" else text, got)
-                    limit = None if limit is None else limit - got
-                    # Bounded also where records are big.
-                    size = max(1, min(500, got * _BLOCK_CHARACTERS // max(1, len(text))))
+        size = 100
+        while limit is None or limit > 0:
+            most = size if limit is None else min(size, limit)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _BLOCK_LIMIT if most > 1 else 2**31 - 1)
+            try:
+                text, records, last = connection.execute(query, [after, *values, most]).fetchone()
+            except sqlite3.DataError:  # longer than the limit
+                size = max(1, size // 8)
+                continue
+            finally:
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2**31 - 1)
+            if not records:
+                return
+            yield Block(_mended(_csv_of(text) if style == "csv" else text), records, last)
+            after, limit = last, None if limit is None else limit - records
+            size = max(1, min(_BLOCK_RECORDS, 8 * records, records * _BLOCK_BYTES // len(text)))
 
     def copy_to(self, path: Path, filters: Filters, *, fields: Sequence[str] | None = None, order_by: str | None = None,
-                limit: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Iterator[int]:
+                limit: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
 
-        Yields the number of records after each type; otherwise as `lines`. Rows come in order, so pages are full.
+        Yields how far it is; otherwise as `lines`. Rows come in order, so pages are full.
         """
         with self._database.copying(path) as connection:
-            connection.set_progress_handler(interrupted, 200_000)
+            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
             selection = _Selection(connection, filters, fields, order_by, self._kinds)
-            for record_type in selection.kinds:
-                if steps := selection.copy_sql(record_type, limit):
-                    connection.execute(steps[0])
-                    yield connection.execute(*steps[1:]).rowcount
+            selection.choose(limit)
+            copies = [copy for number, name in enumerate(selection.kinds) if (copy := selection.copy_sql(number, name))]
+            for create, _ in copies:
+                connection.execute(create)
+            done, total = 0, connection.execute("SELECT count(*) FROM chosen").fetchone()[0]
+            for start in range(0, total, _COPY_STEP):
+                done += sum(connection.execute(insert, (start, start + _COPY_STEP)).rowcount for _, insert in copies)
+                yield Progress(done=done, total=total)
 
-    def page(self, filters: Filters, limit: int, after: int | None) -> list[tuple[int, str]]:
-        """Up to `limit` records of one type, older first, from the `_id` after `after`: (_id, JSON text) pairs."""
+    def page(self, filters: Filters, limit: int, after: int | None) -> tuple[bytes, int | None]:
+        """Up to `limit` records of one type, older first, from the `_id` after `after`, as JSON with commas between.
+
+        Beside it the last `_id`, if there are more.
+        """
         with self._database.read() as connection:
             selection = _Selection(connection, filters, None, None, self._kinds)
-            return connection.execute(*selection.sql("id, line", "json", limit, after=after)).fetchall()
+            query, values = selection.block_sql(str(filters.record_type), "json", ", ", excel_safe=False)
+            blocks = [*self._blocks(connection, query, values, "json", limit, after or 0)]
+            last = blocks[-1].last if blocks else 0
+            more = blocks and any(self._blocks(connection, query, values, "json", 1, last))
+            return b", ".join(block.text for block in blocks), last if more else None
 
 
 # ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
@@ -3944,7 +4023,10 @@ def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: Dat
 
 
 class Selected(NamedTuple):
-    """Which records an export is of, and how texts are guarded; `interrupted` is asked while SQLite works."""
+    """Which records an export is of, and how texts are guarded.
+
+    `interrupted` is asked while SQLite works; `ahead` lets it make the next block while this one is written.
+    """
 
     filters: Filters
     fields: Sequence[str] | None
@@ -3952,6 +4034,7 @@ class Selected(NamedTuple):
     limit: int | None
     excel_safe: bool
     interrupted: Callable[[], bool]
+    ahead: Callable[[Iterator[Block]], BlockSteps]
 
 
 class ExportSink:
@@ -3991,26 +4074,26 @@ def _write_text(sink: ExportSink, records: Records, wanted: Selected,
         names = ",".join('"' + field.replace('"', '""') + '"' for field in lines.fields)
         head = ("\ufeff" if safe else "") + (names + "\r\n" if layout.header else "")
         done = 0
-        for block in lines.blocks:
-            sink.write(((layout.between if done else head + layout.first) + block.text).encode())
-            done += block.records
-            yield Progress(done=done, total=lines.total)
+        with closing(wanted.ahead(lines.blocks)) as blocks:
+            for block in blocks:
+                sink.write((layout.between if done else head + layout.first).encode() + block.text)
+                done += block.records
+                yield Progress(done=done, total=lines.total)
         sink.write((layout.end if done else head + layout.empty).encode())
         yield Progress(done=done, total=done)
 
 
 def _write_database(sink: ExportSink, records: Records, wanted: Selected) -> Generator[Progress, None, None]:
-    done = 0
+    progress = Progress(done=0, total=0)
     with sink.draft.beside() as copy:
-        for count in records.copy_to(copy.path, wanted.filters, fields=wanted.fields, order_by=wanted.order_by,
-                                     limit=wanted.limit, interrupted=wanted.interrupted):
-            done += count
-            yield Progress(done=done)
+        for progress in records.copy_to(copy.path, wanted.filters, fields=wanted.fields, order_by=wanted.order_by,
+                                        limit=wanted.limit, interrupted=wanted.interrupted):
+            yield progress
         with copy.open() as stream:
             while block := stream.read(_BLOCK):
                 sink.write(block)
-                yield Progress(done=done, total=done)
-    yield Progress(done=done, total=done)
+                yield progress
+    yield progress
 
 
 class ExportFormat(NamedTuple):
@@ -4539,9 +4622,10 @@ class JobContext:
     """What a job's function may use while it runs."""
 
     def __init__(self, job: Job, checkpoint: Json, jobs: Jobs, records: Records, folder: DataFolder,
-                 settings: Settings, database: Database):
+                 settings: Settings, database: Database, ahead: Callable[[Iterator[Block]], BlockSteps]):
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
+        self.ahead = ahead  # gives the items of an iterator, of which another thread makes the next meanwhile
         self._jobs, self._database = jobs, database
         self.interruption: str | None = None  # set from outside; the queue ends the job at its next pause
 
@@ -4802,7 +4886,7 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     record_type = request.filters.record_type
     label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
     wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
-                      context.interrupted)
+                      context.interrupted, context.ahead)
     with Draft(context.folder.root) as draft:
         sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
         with closing(export_format.write(sink, context.records, wanted)) as steps:
@@ -5160,6 +5244,15 @@ _ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
 _ASIDE_FACTOR = 5  # times what it has just worked, so that it keeps a sixth of the time under any load
 
 
+def _read_ahead(blocks: Iterator[Block]) -> BlockSteps:
+    """Gives the blocks one by one, while another thread makes the next."""
+    with ThreadPoolExecutor(1, "taskapi-ahead") as maker:
+        coming = maker.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = maker.submit(next, blocks, None)
+            yield block
+
+
 class Turns:
     """Lets computing jobs run one at a time, in order of arrival, and step aside while requests are answered.
 
@@ -5513,7 +5606,8 @@ class JobQueue:
         return _Task(context, self._steps(context))
 
     def _context(self, job: Job, checkpoint: Json) -> JobContext:
-        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database)
+        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
+                          _read_ahead)
 
     def _steps(self, context: JobContext) -> JobSteps:
         """The job's function, with its request read back; itself a generator, so that it cannot fail before it runs."""
@@ -6103,12 +6197,11 @@ def get_records(call: Call, record_type: str) -> bottle.HTTPResponse:
     query = call.query(RecordsQuery)
     filters = Filters.model_construct(record_type=record_type, job_id=query.job_id, where={})
     try:
-        rows = call.engine.queue.records.page(filters, query.limit + 1, query.after)
+        items, last = call.engine.queue.records.page(filters, query.limit, query.after)
     except JobFailed as error:
         raise NotFound(str(error)) from None
-    shown = rows[:query.limit]
-    following = f'"{shown[-1][0]}"' if len(rows) > query.limit else "null"
-    return reply(f'{{"items": [{", ".join(text for _, text in shown)}], "next": {following}}}')
+    following = b"null" if last is None else b'"%d"' % last
+    return reply(b'{"items": [%b], "next": %b}' % (items, following))
 
 
 def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:

@@ -885,19 +885,19 @@ def test_records_are_seen_once_their_job_is_completed_and_not_before(
         shown.append(ask(url, "GET", "/records/thing").json["items"])
         shown.append([item["count"] for item in ask(url, "GET", "/records").json["items"]])
         shown.append(ask(url, "GET", f"/records/thing?jobId={context.job.job_id}").status)
-        with service.queue.records.lines(taskapi.Filters(record_type="thing"), "csv", " ") as lines:
+        with service.queue.records.lines(taskapi.Filters(record_type="thing"), "csv", "\r\n") as lines:
             shown.append([block.text for block in lines.blocks])
         raise taskapi.JobFailed("half way is not enough")
 
     assert service.enqueue("script", {}).error == "half way is not enough"
-    assert shown == [[{"n": 1}], [1], 404, ["1"]]
+    assert shown == [[{"n": 1}], [1], 404, [b"1"]]
     assert plain(service.folder.root, "SELECT n FROM thing") == [1]
 
 
 def test_an_export_is_one_snapshot_whatever_happens_meanwhile(service: taskapi.Service) -> None:
     """The job that made the records is deleted, and another adds some, while they are read."""
     job = store(service, {"n": "int"}, [[n] for n in range(5000)])
-    with service.queue.records.lines(taskapi.Filters(record_type="thing"), "csv", " ") as lines:
+    with service.queue.records.lines(taskapi.Filters(record_type="thing"), "csv", "\r\n") as lines:
         texts = [next(lines.blocks).text]
         service.queue.remove(job.job_id)
         store(service, {"n": "int"}, [[n] for n in range(3)])
