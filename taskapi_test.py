@@ -2391,6 +2391,90 @@ def test_what_is_exported_uploaded_and_exported_again_is_the_same_file(app, expo
     assert export(app, f"two{number}", export_format) == first
 
 
+def test_the_order_and_the_limit_of_an_export_hold_over_all_its_types(service: taskapi.Service, tmp_path: Path) -> None:
+    """Python's sort is the referee; every format agrees, the database of several tables too."""
+    values = {"one": [5, None, 1, 3], "two": [2, 5, 4], "three": []}
+    for record_type, numbers in values.items():
+        store(service, {"n": "int", "t": "text"}, [[n, f"{record_type}{n}"] for n in numbers], record_type)
+    types = sorted(name for name in values if values[name])
+    every = [(name, n) for name in types for n in values[name]]
+    order = {"n": sorted(every, key=lambda row: row[1] or 0), None: every,
+             "-n": sorted(every, key=lambda row: -(row[1] or 0))}
+    for (order_by, rows), limit in itertools.product(order.items(), (1, 3, 5, 100)):
+        asked = {"orderBy": order_by, "limit": limit}
+        got = [json.loads(line) for line in exported(service, "ndjson", None, **asked).splitlines()]
+        assert [(record["recordType"], record["n"]) for record in got] == rows[:limit]
+        table = csv.DictReader(io.StringIO(exported(service, "csv", None, **asked).decode(), newline=""))
+        assert [(row["recordType"], row["n"]) for row in table] == [(name, str(n or "")) for name, n in rows[:limit]]
+        (tmp_path / "copy.db").write_bytes(exported(service, "sqlite", None, **asked))
+        with closing(sqlite3.connect(tmp_path / "copy.db")) as db:
+            for name in types:
+                assert [row[0] for row in db.execute(f"SELECT n FROM {name}")] == [
+                    n for other, n in rows[:limit] if other == name]
+
+
+def test_an_export_never_sorts_what_lies_in_order_and_starts_where_it_was(service: taskapi.Service) -> None:
+    """SQLite says how it would read: no sorter, and the records by their number, from the last on."""
+    store(service, {"n": "int"}, [[1]])
+    with service.queue.records._database.read() as connection:
+        selection = taskapi._Selection(connection, taskapi.Filters(record_type="thing"), None, None,
+                                       service.queue.records._kinds)
+        query, values = selection.block_sql("thing", "json", ",", excel_safe=False)
+        plan = " / ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}", [0, *values, 9]))
+    assert "B-TREE" not in plan
+    assert re.search(r"SEARCH (TABLE \S+ AS )?r USING INTEGER PRIMARY KEY \(rowid>\? AND rowid<\?\)", plan), plan
+
+
+@pytest.mark.parametrize("order_by", [None, "-n"])
+def test_the_text_that_is_made_at_a_time_is_bounded_in_bytes(
+        service: taskapi.Service, monkeypatch: pytest.MonkeyPatch, order_by: str | None) -> None:
+    """Long records after short ones, and one beyond the bound: nothing is lost, and no block of several exceeds it."""
+    monkeypatch.setattr(taskapi, "_BLOCK_LIMIT", 20_000)
+    sizes = [1] * 3000 + [3000] * 40 + [50_000] + [1] * 500
+    store(service, {"n": "int", "t": "text"}, [[n, "x" * size] for n, size in enumerate(sizes)])
+    with service.queue.records.lines(taskapi.Filters(record_type="thing"), "json", ",", order_by=order_by) as lines:
+        blocks = [*lines.blocks]
+    assert all(len(block.text) <= 20_000 or block.records == 1 for block in blocks)
+    records = [record for block in blocks for record in json.loads(b"[%b]" % block.text)]
+    assert records[::-1 if order_by else 1] == [{"n": n, "t": "x" * size} for n, size in enumerate(sizes)]
+
+
+def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Service) -> None:
+    """And next to it, where the ways of writing one change; repr and float are the referees."""
+    near = [2.0**power for power in range(-1074, 1024)]
+    values = [sign * value for middle in near for value in (
+        middle, math.nextafter(middle, math.inf), math.nextafter(middle, 0), middle / 3) for sign in (1, -1)]
+    values += [sign * n / 10**places for n in (1, 9, 99_999, 123_456_789) for places in range(12) for sign in (1, -1)]
+    store(service, {"x": "float", "a": "any"}, [[value, value] for value in values])
+    held = plain(service.folder.root, "SELECT x FROM thing ORDER BY _id")
+    assert [[record["x"], record["a"]] for record in json.loads(exported(service, "json"))] == [[x, x] for x in held]
+    rows = [*csv.reader(io.StringIO(exported(service, "csv").decode(), newline=""))][1:]
+    assert rows == [[cell, cell] for cell in (str(float(cell)) for cell, _ in rows)]
+    assert [float(cell) for cell, _ in rows] == held
+
+
+@pytest.mark.parametrize("export_format", ["csv", "json", "ndjson"])
+def test_what_is_generated_exported_uploaded_and_exported_again_is_the_same_file(app, export_format):
+    """Every preset of one type, and values that are hard on any format."""
+    hard = ["", '"', '\\', '\\n', '\\\\"', "\r\n", "a,b", "null", "\u2028", "\x01\x1f\x7f", "é😀",
+            "=1+1", " ", "01", "[1]"]
+    schemas = dict.fromkeys(("person", "company", "product", "order", "transaction", "event", "ticket"))
+    schemas["hard"] = {"t": {"type": "choice", "values": hard, "null": 0.1},
+                       "x": {"type": "float", "min": -1, "max": 1},
+                       "d": {"type": "decimal", "min": 0, "max": 9, "places": 2},
+                       "l": {"type": "list", "of": {"type": "choice", "values": hard}, "min": 0, "max": 2},
+                       "o": {"type": "object", "fields": {"k": {"type": "choice", "values": hard}}},
+                       "b": {"type": "bool", "null": 0.2}}
+    for name, schema in schemas.items():
+        body = {"recordType": name, "count": 150, "seed": 3} | ({"schema": schema} if schema else {})
+        job = app.post_json("/generate", body).json
+        assert job["status"] == "completed", job["error"]
+        made = export(app, name, export_format, filters={"recordType": name, "jobId": job["jobId"]})
+        again = f"{name}_{export_format}"
+        assert upload(app, f"a.{export_format}", made, recordType=again)["error"] is None
+        assert export(app, again, export_format) == made
+
+
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.lists(FILE_TEXTS, min_size=2, max_size=2), max_size=6), delimiter=st.sampled_from(",;\t|"),
        end=st.sampled_from(["\n", "\r\n"]))
