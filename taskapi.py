@@ -69,7 +69,7 @@ import zlib
 from bisect import bisect
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -1415,9 +1415,6 @@ class Block(NamedTuple):
     text: bytes
     records: int
     last: int
-
-
-BlockSteps = Generator[Block, None, None]
 
 
 class Lines(NamedTuple):
@@ -3739,6 +3736,37 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class _Digest:
+    """SHA-256 of blocks, worked out by a thread of its own once one is large: hashing is slower than all else that
+    becomes of a block, and does without the interpreter lock."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._worker: ThreadPoolExecutor | None = None
+        self._going: Future[None] | None = None  # one block at a time: in order, and in bounded memory
+
+    def update(self, block: bytes) -> None:
+        if self._worker is None and len(block) >= 2**16:
+            self._worker = ThreadPoolExecutor(1, "taskapi-digest")
+        if self._worker is None:
+            self._hash.update(block)
+            return
+        self.settle()
+        self._going = self._worker.submit(self._hash.update, block)
+
+    def settle(self) -> None:
+        if self._going:
+            self._going.result()
+
+    def hexdigest(self) -> str:
+        self.settle()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        if self._worker:
+            self._worker.shutdown()
+
+
 class Draft:
     """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed."""
 
@@ -3748,20 +3776,20 @@ class Draft:
             descriptor, name = tempfile.mkstemp(dir=root / "tmp")
         self.path = Path(name)
         self._file = os.fdopen(descriptor, "wb")
-        self._hash = hashlib.sha256()
+        self._digest = _Digest()
         self.bytes = 0
 
     def write(self, block: bytes) -> None:
         """Appends; DiskFull or StorageError if that fails."""
         with _disk_errors():
             self._file.write(block)
-        self._hash.update(block)
+        self._digest.update(block)
         self.bytes += len(block)
 
     @property
     def sha256(self) -> str:
         """Of what was written so far, in hexadecimal."""
-        return self._hash.hexdigest()
+        return self._digest.hexdigest()
 
     def flush(self) -> None:
         """Hands what was written to the operating system; DiskFull or StorageError if that fails."""
@@ -3794,6 +3822,7 @@ class Draft:
 
     def __exit__(self, *_: object) -> None:
         """Removes the file unless it was kept."""
+        self._digest.close()
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -4023,10 +4052,7 @@ def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: Dat
 
 
 class Selected(NamedTuple):
-    """Which records an export is of, and how texts are guarded.
-
-    `interrupted` is asked while SQLite works; `ahead` lets it make the next block while this one is written.
-    """
+    """Which records an export is of, and how texts are guarded; `interrupted` is asked while SQLite works."""
 
     filters: Filters
     fields: Sequence[str] | None
@@ -4034,7 +4060,6 @@ class Selected(NamedTuple):
     limit: int | None
     excel_safe: bool
     interrupted: Callable[[], bool]
-    ahead: Callable[[Iterator[Block]], BlockSteps]
 
 
 class ExportSink:
@@ -4074,11 +4099,10 @@ def _write_text(sink: ExportSink, records: Records, wanted: Selected,
         names = ",".join('"' + field.replace('"', '""') + '"' for field in lines.fields)
         head = ("\ufeff" if safe else "") + (names + "\r\n" if layout.header else "")
         done = 0
-        with closing(wanted.ahead(lines.blocks)) as blocks:
-            for block in blocks:
-                sink.write((layout.between if done else head + layout.first).encode() + block.text)
-                done += block.records
-                yield Progress(done=done, total=lines.total)
+        for block in lines.blocks:
+            sink.write((layout.between if done else head + layout.first).encode() + block.text)
+            done += block.records
+            yield Progress(done=done, total=lines.total)
         sink.write((layout.end if done else head + layout.empty).encode())
         yield Progress(done=done, total=done)
 
@@ -4622,10 +4646,9 @@ class JobContext:
     """What a job's function may use while it runs."""
 
     def __init__(self, job: Job, checkpoint: Json, jobs: Jobs, records: Records, folder: DataFolder,
-                 settings: Settings, database: Database, ahead: Callable[[Iterator[Block]], BlockSteps]):
+                 settings: Settings, database: Database):
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
-        self.ahead = ahead  # gives the items of an iterator, of which another thread makes the next meanwhile
         self._jobs, self._database = jobs, database
         self.interruption: str | None = None  # set from outside; the queue ends the job at its next pause
 
@@ -4886,7 +4909,7 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     record_type = request.filters.record_type
     label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
     wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
-                      context.interrupted, context.ahead)
+                      context.interrupted)
     with Draft(context.folder.root) as draft:
         sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
         with closing(export_format.write(sink, context.records, wanted)) as steps:
@@ -5244,15 +5267,6 @@ _ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
 _ASIDE_FACTOR = 5  # times what it has just worked, so that it keeps a sixth of the time under any load
 
 
-def _read_ahead(blocks: Iterator[Block]) -> BlockSteps:
-    """Gives the blocks one by one, while another thread makes the next."""
-    with ThreadPoolExecutor(1, "taskapi-ahead") as maker:
-        coming = maker.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = maker.submit(next, blocks, None)
-            yield block
-
-
 class Turns:
     """Lets computing jobs run one at a time, in order of arrival, and step aside while requests are answered.
 
@@ -5606,8 +5620,7 @@ class JobQueue:
         return _Task(context, self._steps(context))
 
     def _context(self, job: Job, checkpoint: Json) -> JobContext:
-        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
-                          _read_ahead)
+        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database)
 
     def _steps(self, context: JobContext) -> JobSteps:
         """The job's function, with its request read back; itself a generator, so that it cannot fail before it runs."""
