@@ -3967,7 +3967,7 @@ def test_bench_exports_and_ingest(tmp_path: Path) -> None:
         def ingest() -> None:
             body = b"".join(multipart_of(source, "recordType", "again"))
             job_id = live.ask("POST", "/upload", body, FORM).json["jobId"]
-            while not live.job(job_id, 30)["result"]:
+            while not live.job(job_id, 20)["result"]:
                 pass
 
         print(f"ingest of {source.stat().st_size / 1e6:.0f} MB of CSV, from upload to end: "
@@ -4038,7 +4038,7 @@ def test_bench_memory_of_files(tmp_path: Path) -> None:
         idle = peak(live)
 
         def over(what: str, job_id: str) -> dict[str, Any]:
-            while not (job := live.job(job_id, 30))["finishedAt"]:
+            while not (job := live.job(job_id, 20))["finishedAt"]:
                 pass
             assert job["status"] == "completed", job
             print(f"{what}: {peak(live) - idle} MB over idle (goal 40)", flush=True)
