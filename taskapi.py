@@ -66,10 +66,9 @@ import tomllib
 import types
 import uuid
 import zlib
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -83,6 +82,7 @@ from html import escape
 from http import HTTPStatus
 from itertools import chain, pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic
 from typing import (
     TYPE_CHECKING,
@@ -454,7 +454,7 @@ def utc_now() -> datetime:
 
 def instant(moment: datetime) -> str:
     """RFC 3339 in UTC with milliseconds: the one form in which instants are stored, compared and shown."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 class JobIds:
@@ -665,6 +665,11 @@ _BLOCK_CHARACTERS = 1_000_000  # about so much text is made of records at a time
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
 
 
+def _quote(name: str) -> str:
+    """An SQL identifier; the doubled quote makes any name safe."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 @_MIGRATIONS()
 def first_tables(db: sqlite_utils.Database) -> None:
     """Jobs, and the books about record tables. A leading underscore cannot clash with a record type."""
@@ -674,8 +679,10 @@ def first_tables(db: sqlite_utils.Database) -> None:
         "idempotency_key": str, "idempotency_hash": str, "after": str, "interruptions": str, "request": str,
     }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
         defaults={"attempt": 0, "cancel_requested": 0}, strict=True)
-    # Partial, so that claims and counts cost the same however many jobs have finished.
-    db.execute("CREATE INDEX jobs_open ON jobs(status, id) WHERE status IN ('pending', 'in-progress')")
+    # Partial, so that claims and counts cost the same however many jobs have finished. One for each status: SQLite
+    # uses them where a query has the very same `status = '...'`, but does not see that this implies a `status IN`.
+    for status in sorted(set(JobStatus) - {JobStatus.COMPLETED}):
+        db.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
     db.execute("CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL")
     db.execute("CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'")
     db.execute("CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL")
@@ -689,11 +696,6 @@ def first_tables(db: sqlite_utils.Database) -> None:
     db.table("_spans").create({"record_type": str, "first": int, "size": int, "rows": int, "job": str},
                               pk=("record_type", "first"), strict=True).create_index(["job"])
     db.table("_heartbeat").create({"id": int, "at": str}, pk="id", strict=True)
-
-
-def _quote(name: str) -> str:
-    """An SQL identifier; the doubled quote makes any name safe."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _exact_float(value: float | None) -> str | None:
@@ -1075,8 +1077,11 @@ def _job(row: sqlite3.Row, now: str) -> Job:
         file=StoredFile(**json.loads(row["file"])) if row["file"] else None)
 
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def _json_text(value: Json) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return None if value is None else _COMPACT.encode(value)
 
 
 def _file_text(file: StoredFile | None) -> str | None:
@@ -1087,7 +1092,18 @@ class Fenced(Interrupted):
     """The job is no longer this worker's: another attempt or an ending came first."""
 
 
+class Claim(NamedTuple):
+    """A job that was taken to be run, where it is to go on from, and whether more jobs are pending."""
+
+    job: Job
+    checkpoint: Json
+    more: bool
+
+
 _CANCELED = "canceled by a client"
+_ANY_PENDING = "SELECT EXISTS (SELECT 1 FROM jobs WHERE status = 'pending')"
+_DOOMED = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
+           "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
 
 
 class Jobs:
@@ -1099,6 +1115,7 @@ class Jobs:
         with database.read() as connection:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._make_id = make_id or JobIds(clock, last)
+        self._pending_at_most: tuple[sqlite3.Connection | None, int] = None, 0  # counted on that connection
 
     def _now(self) -> str:
         return instant(self._clock())
@@ -1122,19 +1139,29 @@ class Jobs:
             earlier = self._by_key(connection, key, key_hash)
             if earlier:
                 return earlier, False
-            if max_pending is not None and self._count(connection, JobStatus.PENDING) >= max_pending:
-                raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+            if max_pending is not None:
+                self._check_room(connection, max_pending)
             if after is not None and not connection.execute("SELECT 1 FROM jobs WHERE id = ?", (after,)).fetchone():
                 raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
-            new_id = job_id or self._make_id()
+            job = Job(job_id=job_id or self._make_id(), type=job_type, status=JobStatus.PENDING, created_at=self._now(),
+                      request=dict(request), after=after, record_type=record_type, file=file)
             connection.execute(
                 "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
                 "idempotency_hash, file) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)",
-                (new_id, job_type, self._now(), record_type, _json_text(request), after, key, key_hash,
+                (job.job_id, job_type, job.created_at, record_type, _json_text(request), after, key, key_hash,
                  _file_text(file)))
-            return self._get(connection, new_id), True
+            return job, True
 
         return self._database.write(work, durable=True)
+
+    def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
+        """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
+        counted_on, at_most = self._pending_at_most
+        if counted_on is not connection or at_most >= max_pending:
+            at_most = self._count(connection, JobStatus.PENDING)
+        if at_most >= max_pending:
+            raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+        self._pending_at_most = connection, at_most + 1
 
     def insert_completed(self, job_id: str, job_type: str, request: Mapping[str, Json], result: Mapping[str, Json],
                          file: StoredFile, key: str | None = None, key_hash: str | None = None) -> tuple[Job, bool]:
@@ -1178,15 +1205,16 @@ class Jobs:
 
     def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
         """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
-        conditions = {"status = ?": status, "type = ?": job_type, "id < ?": after}
+        conditions = {"type = ?": job_type, "id < ?": after}
         used = {sql: value for sql, value in conditions.items() if value is not None}
-        where = f"WHERE {' AND '.join(used)}" if used else ""
+        # A status is written out, here and below, so that SQLite can use the partial index.
+        literal = [f"status = '{JobStatus(status)}'"] if status else []
+        where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
         with self._database.read() as connection:
             jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
         return jobs[:limit], len(jobs) > limit
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
-        # The status is written out so that SQLite can use the partial index.
         row = connection.execute(f"SELECT count(*) FROM jobs WHERE status = '{status}'").fetchone()
         return int(row[0])
 
@@ -1195,37 +1223,41 @@ class Jobs:
         with self._database.read() as connection:
             return self._count(connection, JobStatus.PENDING), self._count(connection, JobStatus.IN_PROGRESS)
 
-    def claim(self, *, suspects: bool = True) -> tuple[Job, Json] | None:
-        """Takes the oldest pending job that may run, with its checkpoint, and counts the attempt; None if none may.
+    def claim(self) -> Claim | None:
+        """Takes the oldest pending job that may run, and counts the attempt; None if none may.
 
-        Without `suspects`, a job that was interrupted before stays where it is.
+        Jobs that were interrupted before run one at a time, so that one that kills the process cannot use up its
+        neighbours' attempts.
         """
-        def work(connection: sqlite3.Connection) -> tuple[Job, Json] | None:
-            row = connection.execute(
-                "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
-                "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR ?) AND (after IS NULL OR EXISTS "
-                "(SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND before.status = 'completed')) "
-                "ORDER BY id LIMIT 1) RETURNING id", (self._now(), suspects)).fetchall()
-            if not row:
-                return None
-            connection.execute("UPDATE _progress SET done_before = done WHERE job = ?", row[0])
-            job = self._get(connection, row[0][0])
-            state = connection.execute("SELECT checkpoint FROM _progress WHERE job = ?", row[0]).fetchone()
-            return job, json.loads(state[0]) if state and state[0] else None
+        return self._database.write(self._claim)
 
-        with self._database.read() as connection:  # most wake-ups find nothing: do not take the write lock for them
-            if not self._count(connection, JobStatus.PENDING):
-                return None
-        return self._database.write(work)
+    def _claim(self, connection: sqlite3.Connection) -> Claim | None:
+        claimed = connection.execute(
+            "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
+            "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR NOT EXISTS "
+            "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) AND "
+            "(after IS NULL OR EXISTS (SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND "
+            "before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING id", (self._now(),)).fetchall()
+        if not claimed:
+            return None
+        job, state = self._get(connection, claimed[0][0]), None
+        if job.progress != Progress():
+            (state,), = connection.execute("UPDATE _progress SET done_before = done WHERE job = ? RETURNING checkpoint",
+                                           claimed[0]).fetchall()
+        more = connection.execute(_ANY_PENDING).fetchone()[0]
+        return Claim(job, json.loads(state) if state else None, bool(more))
+
+    def waiting(self) -> tuple[bool, bool]:
+        """Whether any job is pending, and whether one of them is to follow a job that was not completed."""
+        with self._database.read() as connection:
+            pending, doomed = connection.execute(f"{_ANY_PENDING}, EXISTS (SELECT 1 {_DOOMED})").fetchone()
+            return bool(pending), bool(doomed)
 
     def fail_followers(self) -> list[Job]:
         """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
-        doomed = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS "
-                  "before WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
-
         def work(connection: sqlite3.Connection) -> list[Job]:
             ended = []
-            while rows := connection.execute(f"SELECT id, after {doomed}").fetchall():  # failing one may doom others
+            while rows := connection.execute(f"SELECT id, after {_DOOMED}").fetchall():  # failing one may doom others
                 for job_id, before in rows:
                     connection.execute(
                         "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = ? WHERE id = ?",
@@ -1233,16 +1265,13 @@ class Jobs:
                     ended.append(self._get(connection, job_id))
             return ended
 
-        with self._database.read() as connection:
-            if not connection.execute(f"SELECT 1 {doomed} LIMIT 1").fetchone():
-                return []
         return self._database.write(work, durable=True)
 
     def oldest_pending(self) -> str | None:
         """When the job that waits longest was made."""
         with self._database.read() as connection:
-            row = connection.execute("SELECT min(id), created_at FROM jobs WHERE status = 'pending'").fetchone()
-            return cast("str | None", row[1])
+            row = connection.execute("SELECT created_at FROM jobs WHERE status = 'pending' ORDER BY id LIMIT 1")
+            return next((at for at, in row), None)
 
     def finished_before(self, moment: str, limit: int) -> list[str]:
         """Ids of up to `limit` jobs that finished before an instant, the oldest first."""
@@ -1264,18 +1293,28 @@ class Jobs:
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
         """Ends a running job, durably. Raises Fenced if it is not this attempt's any more."""
-        def work(connection: sqlite3.Connection) -> Job:
-            self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
-                       (self._now(), _json_text(result), error,
-                        _file_text(file)))
-            connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
-            return self._get(connection, job.job_id)
+        return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
+                                    durable=True)
 
-        return self._database.write(work, durable=True)
+    def complete(self, job: Job, result: Json, file: StoredFile | None) -> tuple[Job, Claim | None]:
+        """Ends a running job as completed, like `finish`, and takes the next one, like `claim`, in one transaction."""
+        return self._database.write(lambda connection: (
+            self._finish(connection, job, JobStatus.COMPLETED, result, None, file),
+            self._claim(connection)), durable=True)
+
+    def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
+                file: StoredFile | None) -> Job:
+        now = self._now()
+        self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
+                   (now, _json_text(result), error, _file_text(file)))
+        connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
+        return job.model_copy(update={
+            "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
 
     def release(self, job: Job, reason: str, *, charged: bool) -> Job:
         """Puts a running job back to pending, and notes why; an attempt that is not `charged` is not counted."""
         def work(connection: sqlite3.Connection) -> Job:
+            self._pending_at_most = None, 0
             self._move(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
                        (0 if charged else 1, self._interruptions(job, reason)))
             return self._get(connection, job.job_id)
@@ -1336,6 +1375,7 @@ class Jobs:
             job = self._get(connection, job_id)
             if JobStatus.PENDING not in MOVES[job.status] or not job.status.finished:
                 raise Conflict(f"only a failed or canceled job can be retried; this one is {job.status}")
+            self._pending_at_most = None, 0
             connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
             connection.execute(
                 "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, "
@@ -5073,10 +5113,42 @@ _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the d
 
 
 class Runner(Protocol):
-    """What runs callables: a ThreadPoolExecutor, or something that a test steps by hand."""
+    """What runs callables: threads, or something that a test steps by hand."""
 
     def submit(self, call: Callable[[], None], /) -> object: ...
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
+
+
+class Workers:
+    """Threads that run what is submitted."""
+
+    def __init__(self, count: int):
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._count = count
+        self._threads: list[threading.Thread] = []
+
+    def revive(self) -> int:
+        """Starts as many threads as are missing, because there were none yet or some have died; returns how many."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        missing = self._count - len(self._threads)
+        for _ in range(missing):
+            self._threads.append(threading.Thread(target=self._work, name="taskapi-worker", daemon=True))
+            self._threads[-1].start()
+        return missing
+
+    def _work(self) -> None:
+        while call := self._calls.get():
+            call()
+
+    def submit(self, call: Callable[[], None], /) -> None:
+        self._calls.put(call)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the threads, each after what it is at."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
 
 
 class InlineRunner:
@@ -5123,36 +5195,41 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[tuple[str, str, str], float] = defaultdict(float)  # by metric, suffix and labels
+        self._values: dict[tuple[str, str], float] = defaultdict(float)  # by metric and labels
+        self._times: dict[tuple[str, str], list[float]] = {}  # likewise: how many fell into each bucket, and their sum
 
     @staticmethod
-    def _labels(labels: Mapping[str, object]) -> str:
-        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels.items())
+    @lru_cache(maxsize=1024)
+    def _labels(labels: tuple[tuple[str, object], ...]) -> str:
+        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels)
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
         """Adds to a counter."""
         with self._lock:
-            self._values[name, "", self._labels(labels)] += amount
+            self._values[name, self._labels(tuple(labels.items()))] += amount
 
     def observe(self, name: str, seconds: float, **labels: object) -> None:
         """Adds one time to a histogram."""
         with self._lock:
-            for bound in (*_BUCKETS, "+Inf"):
-                self._values[name, "_bucket", self._labels({**labels, "le": bound})] += (
-                    bound == "+Inf" or seconds <= float(bound))
-            self._values[name, "_sum", self._labels(labels)] += seconds
-            self._values[name, "_count", self._labels(labels)] += 1
+            times = self._times.setdefault((name, self._labels(tuple(labels.items()))), [0] * (len(_BUCKETS) + 2))
+            times[bisect_left(_BUCKETS, seconds)] += 1
+            times[-1] += seconds
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """All of them; `gauges` are the values of this moment."""
         with self._lock:
-            values = dict(self._values) | {(name, "", ""): value for name, value in gauges.items()}
-        lines = []
-        for name, (kind, about) in _METRICS.items():
-            lines += [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
-            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:.15g}"
-                      for (metric, suffix, labels), value in values.items() if metric == name]
-        return "\n".join(lines) + "\n"
+            values = dict(self._values) | {(name, ""): value for name, value in gauges.items()}
+            times = {key: [*counted] for key, counted in self._times.items()}
+        lines: dict[str, list[str]] = {name: [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
+                                       for name, (kind, about) in _METRICS.items()}
+        for (name, labels), value in values.items():
+            lines[name].append(f"taskapi_{name}{f'{{{labels}}}' if labels else ''} {value:.15g}")
+        for (name, labels), (*counts, total) in times.items():
+            lines[name] += [f'taskapi_{name}_bucket{{{labels},le="{bound}"}} {count:.15g}' for bound, count in
+                            zip((*_BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True)]
+            lines[name] += [f"taskapi_{name}_sum{{{labels}}} {total:.15g}",
+                            f"taskapi_{name}_count{{{labels}}} {sum(counts):.15g}"]
+        return "\n".join(chain.from_iterable(lines.values())) + "\n"
 
 
 _TURN_SECONDS = 0.02  # how long a computing job goes on before the next one has its turn
@@ -5236,12 +5313,14 @@ class JobQueue:
         self.jobs = Jobs(database, clock, make_id)
         self.records = Records(database)
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._own_threads = runner is None
-        self._runner: Runner = runner or ThreadPoolExecutor(settings.workers, thread_name_prefix="taskapi-worker")
+        self._crew = None if runner else Workers(settings.workers)
+        self._runner = runner or cast(Workers, self._crew)
         self.metrics, self.turns = Metrics(), Turns()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
-        self._wakes = 0  # counts wake-ups, so that one that comes while the last worker looks is not lost
+        self._looking = 0  # runs that look for work
+        self._wakes = 0  # counts wake-ups, so that one that comes while a run looks is not lost
+        self._cancels = 0  # of running jobs that were not in `_running` yet, or not any more
         self._running: dict[str, JobContext] = {}  # jobs in progress here, parked ones too
         self._parked: deque[_Task] = deque()
         self._parked_first = False  # parked and pending jobs take turns
@@ -5267,7 +5346,8 @@ class JobQueue:
         swept = self._folder.sweep(self.jobs.stored_paths())
         if swept:
             _LOG.info("removed %d files that no job had finished", swept)
-        if self._own_threads:
+        if self._crew:
+            self._crew.revive()
             self._keeper = threading.Thread(target=self._keep, name="taskapi-keeper", daemon=True)
             self._keeper.start()
         else:
@@ -5297,7 +5377,7 @@ class JobQueue:
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
             self.wake()
-            if not self._own_threads:
+            if not self._crew:
                 job = self.jobs.get(job.job_id)  # it may have run within wake()
         return job, new
 
@@ -5376,6 +5456,8 @@ class JobQueue:
             context = self._running.get(job_id)
             if context:
                 context.interruption = _CANCELED
+            else:
+                self._cancels += 1
         self.wake()
         return self.wait(job_id, 1.0)
 
@@ -5446,10 +5528,10 @@ class JobQueue:
             raise Unavailable("no worker answers")
 
     def wake(self) -> None:
-        """There may be work: starts another run unless enough are there."""
+        """There may be work: starts another run, unless one that looks for work will see it, or enough are there."""
         with self._state:
             self._wakes += 1
-            if self._active >= self._settings.workers or self._stopping.is_set():
+            if self._looking or self._active >= self._settings.workers or self._stopping.is_set():
                 return
             self._active += 1
         self._runner.submit(self._run)
@@ -5457,25 +5539,40 @@ class JobQueue:
     # On the workers
 
     def _run(self) -> None:
-        """Takes one job, works on it for a slice, and submits the next run; ends when there is nothing to do."""
-        more = False
-        try:
-            seen = self._wakes
-            task = self._take()
-            if task:
-                self.wake()  # there may be more, and workers free
-                self._work(task)
-            more = bool(task) or self._wakes != seen
-        except StorageError as error:
-            _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
-        except BaseException:
-            _LOG.exception("a worker met a bug outside of any job")
-        with self._state:
-            again = more and not self._stopping.is_set()
-            self._active -= not again
-            self._state.notify_all()
-        if again:
-            self._runner.submit(self._run)
+        """Works on one job after the other; ends when there is nothing to do."""
+        task: _Task | None = None
+        while task := task or self._look():
+            try:
+                task = self._work(task)
+            except BaseException:
+                _LOG.exception("a worker met a bug outside of any job")
+                task = None
+
+    def _look(self) -> _Task | None:
+        """The next task; if there is none, this run has ended. Wake-ups that come meanwhile make it look again."""
+        task, again = None, True
+        while again and not task:
+            with self._state:
+                self._looking += 1
+                seen = self._wakes
+            failed = False
+            try:
+                task = self._take()
+            except StorageError as error:
+                _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
+                failed = True
+            except BaseException:
+                _LOG.exception("a worker met a bug outside of any job")
+                failed = True
+            with self._state:
+                self._looking -= 1
+                again = self._wakes != seen and not failed and not self._stopping.is_set()
+                if not again and not task:
+                    self._active -= 1
+                    self._state.notify_all()
+        if task and again:
+            self.wake()  # the wake-ups may have been for others
+        return task
 
     def _take(self) -> _Task | None:
         """A parked job or a pending one, in turns; None if there is neither."""
@@ -5491,25 +5588,35 @@ class JobQueue:
             return self._parked.popleft() if self._parked else None
 
     def _claim(self) -> _Task | None:
+        pending, doomed = self.jobs.waiting()  # most wake-ups find nothing: do not take the write lock for them
+        if doomed:
+            self._fail_followers()
+        if not pending:
+            return None
+        cancels = self._cancels
+        claim = self.jobs.claim()
+        return self._begin(claim, cancels) if claim else None
+
+    def _fail_followers(self) -> None:
         for job in self.jobs.fail_followers():
             _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
             self._count(job)
             self._announce([job.job_id])
-        with self._state:
-            # One at a time after a crash, so that a job that kills the process cannot use up its neighbours' attempts.
-            suspects = all(context.job.attempt <= 1 for context in self._running.values())
-        claimed = self.jobs.claim(suspects=suspects)
-        if not claimed:
-            return None
-        job, checkpoint = claimed
+
+    def _begin(self, claim: Claim, cancels: int) -> _Task:
+        """A claimed job's task; `cancels` is our count of them from before the claim."""
+        job = claim.job
         _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
-        context = self._context(job, checkpoint)
+        context = self._context(job, claim.checkpoint)
         with self._state:
             self._running[job.job_id] = context
             if self._stopping.is_set():
                 context.interruption = "stopped"
-        if self.jobs.get(job.job_id).cancel_requested:  # between the claim and now, when nobody could be told
+            unseen = self._cancels != cancels  # since the claim, when nobody could be told
+        if unseen and self.jobs.get(job.job_id).cancel_requested:
             context.interruption = _CANCELED
+        if claim.more or self._parked:
+            self.wake()  # workers may be free
         return _Task(context, self._steps(context))
 
     def _context(self, job: Job, checkpoint: Json) -> JobContext:
@@ -5529,8 +5636,11 @@ class JobQueue:
         json.dumps(outcome.result)  # what cannot be written down has to fail here, while the job still can
         return outcome
 
-    def _work(self, task: _Task) -> None:
-        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker."""
+    def _work(self, task: _Task) -> _Task | None:
+        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker.
+
+        Returns the next job, if it could be taken in the transaction that ended this one.
+        """
         job = task.context.job
         until = monotonic() + _SLICE_SECONDS
         try:
@@ -5542,14 +5652,36 @@ class JobQueue:
                     with self._state:
                         if not self._stopping.is_set():
                             self._parked.append(task)
-                            return
+                            return None
             self._interrupt(task)
         except StopIteration as end:
-            outcome = cast(Outcome, end.value)
-            self._settle(job, lambda: self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result,
-                                                       file=outcome.file))
+            return self._complete(job, cast(Outcome, end.value))
         except BaseException as error:
             self._fail(task, error)
+        return None
+
+    def _complete(self, job: Job, outcome: Outcome) -> _Task | None:
+        """Writes down the result; takes the next job along, unless a parked one comes first or the end."""
+        claim: Claim | None = None
+        cancels = self._cancels
+
+        def write_down() -> Job:
+            nonlocal claim
+            if self._parked or self._stopping.is_set():
+                return self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result, file=outcome.file)
+            ended, claim = self.jobs.complete(job, outcome.result, outcome.file)
+            return ended
+
+        with self._state:
+            self._looking += 1
+            seen = self._wakes
+        self._settle(job, write_down)
+        with self._state:
+            self._looking -= 1
+        task = self._begin(claim, cancels) if claim else None
+        if task and self._wakes != seen:
+            self.wake()
+        return task
 
     def _turn(self, job: Job) -> AbstractContextManager[None]:
         kind = JOB_TYPES.get(job.type)
@@ -5643,8 +5775,12 @@ class JobQueue:
         self._first(self._stopping.is_set)
         while True:
             try:
+                if self._crew and (died := self._crew.revive()):
+                    _LOG.error("replaced %d worker threads that had died", died)
                 self._discard_orphans()
                 self._retire()
+                if self.jobs.waiting()[1]:
+                    self._fail_followers()
                 self.wake()
                 self._folder.free_space()
             except DiskFull as error:
@@ -6797,7 +6933,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     if not ended:
         # A job does not come to a pause. It is in progress in the table, so the next start takes it up; Python would
-        # wait here for its thread.
+        # tear the interpreter down under its thread.
         logging.shutdown()
         os._exit(0)
     return 0

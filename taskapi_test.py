@@ -711,12 +711,45 @@ def test_every_job_is_claimed_once_and_the_oldest_first(jobs: taskapi.Jobs) -> N
     assert {(job.attempt, job.status) for some in taken for job in some} == {(1, "in-progress")}
 
 
+def test_finished_jobs_cost_claims_counts_and_lists_nothing(
+        jobs: taskapi.Jobs, database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every statement of them goes by key or by an index that holds only jobs of the status it asks for."""
+    statements: list[str] = []
+    connect = database._connect
+
+    def traced(mode: str) -> sqlite3.Connection:
+        connection = connect(mode)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(database, "_connect", traced)
+    database._readers.clear()
+    database._writer.set_trace_callback(statements.append)
+    first, second = (jobs.insert("script", {}, max_pending=9)[0] for _ in range(2))
+    jobs.complete(jobs.claim().job, {}, None)
+    jobs.insert("script", {}, after=first.job_id)
+    jobs.release(jobs.get(second.job_id), "a test", charged=True)
+    jobs.claim()
+    jobs.fail_followers()
+    for status in ("pending", "in-progress", "failed", "canceled"):
+        jobs.page(status, None, 9, None)
+    assert jobs.counts() == (1, 1)
+    assert jobs.waiting() == (True, False)
+    assert jobs.oldest_pending()
+    with closing(sqlite3.connect(database.path)) as connection:
+        plans = {row[3] for statement in statements if re.match("SELECT|UPDATE|INSERT", statement)
+                 for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")}
+    scans = {plan for plan in plans if plan.startswith("SCAN") and "CONSTANT ROW" not in plan}
+    assert {"jobs_pending", "jobs_in-progress"} <= {plan.split(" INDEX ")[-1].split()[0] for plan in scans}
+    assert not {plan for plan in scans if not re.search("USING (COVERING )?INDEX jobs_(?!finished|key)", plan)}
+
+
 def test_only_the_current_attempt_can_finish_a_job(jobs: taskapi.Jobs) -> None:
     """The fence is id, attempt and status."""
     jobs.insert("script", {})
-    first, _ = jobs.claim()
+    first = jobs.claim().job
     jobs.release(first, charged=True, reason="a test")
-    second, _ = jobs.claim()
+    second = jobs.claim().job
     assert second.attempt == 2
     with pytest.raises(taskapi.Fenced):
         jobs.finish(first, taskapi.JobStatus.COMPLETED, result={})
@@ -2676,7 +2709,8 @@ def test_late_housekeeping_leaves_a_retried_job_alone(
     rows = RowsRequest(columns={"n": "int"}, rows=[[1], [2]])
     with held(tmp_path) as (service, runner):
         queue = service.queue
-        job, _ = queue.jobs.claim() if queue.enqueue("rows", rows) else (None, None)
+        queue.enqueue("rows", rows)
+        job = queue.jobs.claim().job
         assert len([*run_rows(queue._context(job, None), rows)]) == 1
         queue.jobs.finish(job, taskapi.JobStatus.FAILED, error="left rows behind")
         orphans = queue.records.orphans()
@@ -3391,7 +3425,7 @@ def test_no_definition_refers_to_a_later_one() -> None:
 @pytest.mark.parametrize(("owned", "rooms"), [
     (r"\bargparse\b", {2}), (r"\bos\.environ\b", {2, 11}), (r"\bsqlite3\.(?!Connection)", {4}),
     (r"\bsqlite_utils\b", {4}), (r"(import|from) faker|\bfaker\.", {5}), (r"\bmultipart\.", {6}),
-    (r"\bThreadPoolExecutor\(", {8}), (r"\bthreading\.Thread\(", {8, 11}), (r"\bbottle\.", {9}),
+    (r"\bthreading\.Thread\(", {8, 11}), (r"\bbottle\.", {9}),
     (r"\bwaitress\.", {11}), (r"\bsignal\.", {11}), (r"^    http_status = ", {1}),
     (r"\blogging\.(basicConfig|StreamHandler)", {11}),
     (r"\b(SELECT\b.*\bFROM|INSERT (OR \w+ )?INTO|DELETE FROM|UPDATE \w+ SET|PRAGMA)\b", {4}),
@@ -3463,8 +3497,8 @@ def test_after_a_crash_suspects_run_one_at_a_time(jobs: taskapi.Jobs) -> None:
         jobs.release(job, "a crash", charged=True)
     fresh = jobs.insert("script", {})[0]
     assert jobs.claim()[0].attempt == 2
-    assert jobs.claim(suspects=False)[0].job_id == fresh.job_id
-    assert jobs.claim(suspects=False) is None
+    assert jobs.claim()[0].job_id == fresh.job_id
+    assert jobs.claim() is None
     assert [entry.reason for entry in jobs.get(suspects[1].job_id).interruptions] == ["a crash"]
 
 
