@@ -779,6 +779,7 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._durable = False
         self._closed = False
+        self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -805,7 +806,7 @@ class Database:
         except BaseException:
             connection.close()
             raise
-        self._writer, self._durable, self._identity = connection, False, self._stat()
+        self._writer, self._durable, self._identity, self._damage = connection, False, self._stat(), None
         return connection
 
     def _stat(self) -> tuple[int, int]:
@@ -832,9 +833,10 @@ class Database:
                 raise DiskFull("the disk is full") from error
             if name.startswith("SQLITE_INTERRUPT"):
                 raise Interrupted from error
-            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-                raise StorageError(f"the database {self.path} is damaged ({error}) and was left as it is: restore a "
-                                   f"copy, or save what it holds with: sqlite3 {self.path} .recover") from error
+            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or type(error) is sqlite3.DatabaseError:
+                self._damage = (f"the database {self.path} is damaged ({error}) and was left as it is: restore a copy, "
+                                f"or save what it holds with: sqlite3 {self.path} .recover")
+                raise StorageError(self._damage) from error
             if name in ("SQLITE_ERROR", ""):
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
@@ -964,10 +966,16 @@ class Database:
             self._writer = None
 
     def probe(self, at: str) -> None:
-        """Really writes and reads; raises StorageError if either fails."""
+        """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
         self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (1, ?)", (at,)))
         with self.read() as connection:
             connection.execute("SELECT at FROM _heartbeat").fetchone()
+        if damage := self._damage:
+            until = monotonic() + _BUSY_SECONDS
+            try:
+                self.quick_check(lambda: monotonic() > until)
+            except Interrupted:
+                raise StorageError(damage) from None
 
     def shrink(self) -> None:
         """Gives the pages of deleted records back to the disk, in short steps; the file ends with the checkpoint."""
@@ -985,11 +993,14 @@ class Database:
             if self._writer:
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def quick_check(self, interrupted: Callable[[], bool]) -> str:
-        """`ok`, or what SQLite finds damaged; reads the whole file, so that it may take long."""
+    def quick_check(self, interrupted: Callable[[], bool]) -> None:
+        """Raises StorageError that says what SQLite finds damaged; reads the whole file, so that it may take long."""
         with self.read() as connection:
             connection.set_progress_handler(interrupted, 200_000)
-            return "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
+            found = "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        self._damage = None
 
     def close(self) -> None:
         """Closes every connection; what still waits gets a StorageError."""
@@ -3786,10 +3797,14 @@ class DataFolder:
         for folder in (self.tmp, self.root / "uploads", self.root / "exports"):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def kept(self) -> list[Path]:
+        """The finished files."""
+        return [path for folder in ("uploads", "exports") for path in (self.root / folder).iterdir()]
+
     def sweep(self, known: Container[str]) -> int:
         """Removes drafts of an earlier process, and files that no job knows; returns how many."""
-        kept = chain.from_iterable((self.root / folder).iterdir() for folder in ("uploads", "exports"))
-        stray = [*self.tmp.iterdir(), *(path for path in kept if f"{path.parent.name}/{path.name}" not in known)]
+        stray = [*self.tmp.iterdir(),
+                 *(path for path in self.kept() if f"{path.parent.name}/{path.name}" not in known)]
         for path in stray:
             with suppress(OSError):
                 path.unlink()
@@ -5313,8 +5328,8 @@ class JobQueue:
         self.jobs = Jobs(database, clock, make_id)
         self.records = Records(database)
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._crew = None if runner else Workers(settings.workers)
-        self._runner = runner or cast(Workers, self._crew)
+        self._crew = Workers(settings.workers) if runner is None else None
+        self._runner = cast(Runner, self._crew if runner is None else runner)
         self.metrics, self.turns = Metrics(), Turns()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
@@ -5833,6 +5848,7 @@ class Engine:
                 for path, what in sorted(locks.items()):
                     self._locks.append(FolderLock(path, what, self._holder))
                     undo.callback(self._locks[-1].release)
+                self._refuse_to_begin_anew()
                 self._database = Database(settings.database_path)
                 undo.callback(self._database.close)
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
@@ -5841,13 +5857,20 @@ class Engine:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
             undo.pop_all()
 
+    def _refuse_to_begin_anew(self) -> None:
+        """Files without a database belong to one that was lost: a new one would have them removed as strays."""
+        path = self.settings.database_path
+        if not (path.exists() and path.stat().st_size) and (kept := self.folder.kept()):
+            raise StartupError(f"the database {path} is {'empty' if path.exists() else 'missing'}, but uploads and "
+                               f"exports hold {len(kept)} files of its jobs: restore it, or move those files away to "
+                               "begin anew")
+
     def _check(self) -> None:
         """Looks the folder over, starts the work, and notes what was found."""
         unclean = any(lock.unclean for lock in self._locks)
         self.checks = {"sqlite": sqlite_check(), "fileSystem": file_system_check(self.folder.root),
                        "freeSpace": f"{self.folder.free_space() // 2**20} MiB",
                        "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
-        self._damage: str | None = None
         removed = self.queue.start(self._check_integrity if unclean else lambda interrupted: None)
         self.checks["strayFiles"] = f"{removed} removed"
         for name, found in self.checks.items():
@@ -5856,14 +5879,14 @@ class Engine:
     def _check_integrity(self, interrupted: Callable[[], bool]) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
         try:
-            found = self._database.quick_check(interrupted)
+            self._database.quick_check(interrupted)
+            self.checks["integrity"] = "ok"
+            _LOG.info("check integrity: ok")
         except Interrupted:
             return
         except StorageError as error:
-            found = str(error)
-        self.checks["integrity"] = found
-        self._damage = None if found == "ok" else f"the database is damaged: {found}"
-        (_LOG.error if self._damage else _LOG.info)("check integrity: %s", found)
+            self.checks["integrity"] = str(error)
+            _LOG.error("check integrity: %s", error)
 
     def announce(self, url: str) -> None:
         """Tells other processes where this one serves."""
@@ -5914,9 +5937,6 @@ class Engine:
         except StorageError as error:
             database = "unavailable"
             errors.append(str(error))
-        if self._damage:
-            database = "unavailable"
-            errors.append(self._damage)
         try:
             self.queue.check()
         except Unavailable as error:
