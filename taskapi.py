@@ -64,7 +64,6 @@ import tempfile
 import threading
 import tomllib
 import types
-import uuid
 import zlib
 from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -473,8 +472,8 @@ class JobIds:
             self._stamp = max(self._stamp + 1, int(self._clock().timestamp() * 1000))
             stamp = self._stamp
         tail = secrets.randbits(74)
-        number = stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1
-        return str(uuid.UUID(int=number))
+        text = f"{stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1:032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class JobStatus(StrEnum):
@@ -575,7 +574,7 @@ class Job(Shape):
     started_at: str | None = None
     finished_at: str | None = None
     attempt: int = Field(0, description="How often the job was started.")
-    progress: Progress = Progress()
+    progress: Progress = Field(default_factory=Progress)  # a default that is an object would be copied deeply
     request: dict[str, Json] = Field(description="The request as accepted, with its defaults filled in.")
     result: dict[str, Json] | None = None
     error: str | None = None

@@ -4179,3 +4179,79 @@ def test_bench_cost_and_memory_by_count(tmp_path: Path) -> None:
             first = first or cost
             print(f"{job['result']['records']:>9} records of {body.get('recordType', 'seven')}: {cost / first:.2f} of "
                   f"the first cost a record ({cost:.0f} us), {peak(live) - idle} MB over idle")
+
+
+def through_the_queue(folder: Path, count: int, clients: int) -> int:
+    """Jobs that do nothing, from enqueue to completed, each fsynced."""
+    with taskapi.open_service(folder, max_pending=count) as service:
+        threads(clients, lambda _: [service.enqueue("script", {"script": "nothing"}) for _ in range(count // clients)])
+        assert service.drain(300)
+        assert plain(folder, "SELECT count(*) FROM jobs WHERE status = 'completed'") == [count]
+    return count
+
+
+def through_huey(folder: Path, count: int, clients: int) -> int:
+    """The same with huey and its SQLite storage, with fsync on and as many workers."""
+    from huey import SqliteHuey
+
+    huey = SqliteHuey(filename=str(folder), fsync=True)
+    noop = huey.task()(lambda: True)
+    consumer = huey.create_consumer(workers=4, worker_type="thread", initial_delay=0.01, max_delay=0.05, backoff=1.0)
+    consumer.start()
+    threads(clients, lambda _: [noop() for _ in range(count // clients)])
+    until(lambda: huey.storage.result_store_size() == count, 300)
+    consumer.stop(graceful=True)
+    return count
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("clients", [1, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_bench_jobs_that_do_nothing(tmp_path: Path, script: Any, clients: int) -> None:
+    """Against huey, in turns; the better of each."""
+    @lambda function: script(function, "nothing")
+    def nothing(context: taskapi.JobContext) -> taskapi.JobSteps:
+        yield
+        return taskapi.Outcome({})
+
+    runs = [(rate(partial(through_huey, tmp_path / f"h{turn}.db", 2000, clients)),
+             rate(partial(through_the_queue, tmp_path / f"q{turn}", 2000, clients))) for turn in range(3)]
+    theirs, ours = map(max, zip(*runs, strict=True))
+    print(f"\njobs that do nothing, {clients} clients: {ours / theirs:.2f} times huey (goal 3) "
+          f"({ours:.0f}, {theirs:.0f} jobs/s)")
+
+
+def past(folder: Path, count: int) -> None:
+    """Puts jobs that completed long ago into a job table."""
+    with closing(sqlite3.connect(folder / "taskapi.db")) as connection, connection:
+        connection.executemany(
+            "INSERT INTO jobs(id, type, status, created_at, started_at, finished_at, attempt, request, result) "
+            "VALUES (?, 'generate', 'completed', ?2, ?2, ?2, 1, '{\"count\":10}', '{\"records\":10}')",
+            ((f"0180{n:08x}", "2025-01-01T00:00:00.000Z") for n in range(count)))
+
+
+@pytest.mark.bench
+def test_bench_a_million_finished_jobs(tmp_path: Path, script: Any) -> None:
+    """What a job and each look at the queue cost with them, against the same without."""
+    print()
+    costs: list[dict[str, float]] = []
+    for count in (0, 1_000_000):
+        folder = tmp_path / str(count)
+        with taskapi.open_service(folder):
+            past(folder, count)
+        with taskapi.open_service(folder, max_pending=2000) as service, service.serving(port=0) as url:
+            service.drain(60)
+            cost = {"job": 1 / rate(lambda service=service: sum(
+                service.wait(service.enqueue("script", {}).job_id).attempt for _ in range(300)))}
+            job_id = service.enqueue("script", {}).job_id
+            paths = ("/", f"/status/{job_id}", "/jobs", "/jobs?status=failed", "/metrics")
+            with closing(http.client.HTTPConnection(urlsplit(url).netloc)) as connection:
+                for path in paths:
+                    def asked(path: str = path, connection: Any = connection) -> int:
+                        connection.request("GET", path)
+                        return len([connection.getresponse().read()])
+
+                    cost[path.replace(job_id, "{jobId}")] = min(1 / rate(asked) for _ in range(200))
+            costs.append(cost)
+    for name, before in costs[0].items():
+        print(f"{name:<22} {costs[1][name] / before:.2f} of the cost without ({costs[1][name] * 1e6:.0f} us)")
