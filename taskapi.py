@@ -873,8 +873,11 @@ class Database:
                 self._set_durable(connection, any(ticket.durable for ticket in batch))
                 connection.execute("BEGIN IMMEDIATE")
                 try:
-                    for ticket in batch:
-                        self._work_one(connection, ticket)
+                    if len(batch) == 1:  # its error undoes the whole transaction, without a savepoint of its own
+                        batch[0].result = batch[0].work(connection)
+                    else:
+                        for ticket in batch:
+                            self._work_one(connection, ticket)
                     connection.execute("COMMIT")
                 except BaseException:
                     # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
@@ -1242,26 +1245,27 @@ class Jobs:
         return self._database.write(self._claim)
 
     def _claim(self, connection: sqlite3.Connection) -> Claim | None:
-        claimed = connection.execute(
-            "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
+        claimed = self._jobs(
+            connection, "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
             "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR NOT EXISTS "
             "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) AND "
             "(after IS NULL OR EXISTS (SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND "
-            "before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING id", (self._now(),)).fetchall()
+            "before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING *, "
+            "(SELECT done FROM _progress WHERE job = id) AS done, (SELECT total FROM _progress WHERE job = id) AS total, "
+            "NULL AS done_before", (self._now(),))
         if not claimed:
             return None
-        job, state = self._get(connection, claimed[0][0]), None
+        job, state = claimed[0], None
         if job.progress != Progress():
             (state,), = connection.execute("UPDATE _progress SET done_before = done WHERE job = ? RETURNING checkpoint",
-                                           claimed[0]).fetchall()
+                                           (job.job_id,)).fetchall()
         more = connection.execute(_ANY_PENDING).fetchone()[0]
         return Claim(job, json.loads(state) if state else None, bool(more))
 
-    def waiting(self) -> tuple[bool, bool]:
-        """Whether any job is pending, and whether one of them is to follow a job that was not completed."""
+    def any_doomed(self) -> bool:
+        """Whether a pending job is to follow one that was not completed."""
         with self._database.read() as connection:
-            pending, doomed = connection.execute(f"{_ANY_PENDING}, EXISTS (SELECT 1 {_DOOMED})").fetchone()
-            return bool(pending), bool(doomed)
+            return bool(connection.execute(f"SELECT EXISTS (SELECT 1 {_DOOMED})").fetchone()[0])
 
     def fail_followers(self) -> list[Job]:
         """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
@@ -5602,14 +5606,12 @@ class JobQueue:
             return self._parked.popleft() if self._parked else None
 
     def _claim(self) -> _Task | None:
-        pending, doomed = self.jobs.waiting()  # most wake-ups find nothing: do not take the write lock for them
-        if doomed:
-            self._fail_followers()
-        if not pending:
-            return None
         cancels = self._cancels
-        claim = self.jobs.claim()
-        return self._begin(claim, cancels) if claim else None
+        if claim := self.jobs.claim():
+            return self._begin(claim, cancels)
+        if self.jobs.any_doomed():
+            self._fail_followers()
+        return None
 
     def _fail_followers(self) -> None:
         for job in self.jobs.fail_followers():
@@ -5793,7 +5795,7 @@ class JobQueue:
                     _LOG.error("replaced %d worker threads that had died", died)
                 self._discard_orphans()
                 self._retire()
-                if self.jobs.waiting()[1]:
+                if self.jobs.any_doomed():
                     self._fail_followers()
                 self.wake()
                 self._folder.free_space()

@@ -745,7 +745,7 @@ def test_finished_jobs_cost_claims_counts_and_lists_nothing(
     for status in ("pending", "in-progress", "failed", "canceled"):
         jobs.page(status, None, 9, None)
     assert jobs.counts() == (1, 1)
-    assert jobs.waiting() == (True, False)
+    assert not jobs.any_doomed()
     assert jobs.oldest_pending()
     with closing(sqlite3.connect(database.path)) as connection:
         plans = {row[3] for statement in statements if re.match("SELECT|UPDATE|INSERT", statement)
