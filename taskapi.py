@@ -1251,8 +1251,8 @@ class Jobs:
             "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) AND "
             "(after IS NULL OR EXISTS (SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND "
             "before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING *, "
-            "(SELECT done FROM _progress WHERE job = id) AS done, (SELECT total FROM _progress WHERE job = id) AS total, "
-            "NULL AS done_before", (self._now(),))
+            "(SELECT done FROM _progress WHERE job = id) AS done, NULL AS done_before, "
+            "(SELECT total FROM _progress WHERE job = id) AS total", (self._now(),))
         if not claimed:
             return None
         job, state = claimed[0], None
@@ -5126,6 +5126,7 @@ def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str,
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
 
 _LOG = logging.getLogger("taskapi")
+_BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
@@ -5742,8 +5743,7 @@ class JobQueue:
             self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
         else:
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
-            message = f"unexpected {type(error).__name__}; the log has the details under this job's id"
-            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, message))
+            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, _BUG.format(type(error).__name__)))
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
@@ -5764,8 +5764,12 @@ class JobQueue:
                 break
             except StorageError as error:
                 _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
-                if self._stopping.wait(_RETRY_SECONDS):
-                    break  # it is still in progress in the table, so the next start takes it up
+            except Exception as error:  # a text that is not Unicode, say
+                _LOG.error("job %s %s ended in a way that cannot be written down", job.job_id, job.type, exc_info=error)
+                write_down = functools.partial(self._end_without_trace, job, JobStatus.FAILED,
+                                               _BUG.format(type(error).__name__))
+            if self._stopping.wait(_RETRY_SECONDS):
+                break  # it is still in progress in the table, so the next start takes it up
         with self._state:
             self._running.pop(job.job_id, None)
             self._state.notify_all()

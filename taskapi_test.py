@@ -755,6 +755,32 @@ def test_finished_jobs_cost_claims_counts_and_lists_nothing(
     assert not {plan for plan in scans if not re.search("USING (COVERING )?INDEX jobs_(?!finished|key)", plan)}
 
 
+def test_the_limit_of_pending_jobs_is_exact_whatever_moves_them(jobs: taskapi.Jobs) -> None:
+    """Though they are not counted anew for each."""
+    def room() -> int:
+        before = len(ids)
+        with suppress(taskapi.Unavailable):
+            while True:
+                ids.append(jobs.insert("script", {}, max_pending=3)[0].job_id)
+        return len(ids) - before
+
+    ids: list[str] = []
+    assert room() == 3
+    jobs.cancel(ids[0])
+    assert room() == 1
+    running = jobs.claim().job
+    jobs.retry(ids[0])
+    assert room() == 0
+    jobs.claim()
+    jobs.release(running, "a test", charged=False)
+    assert room() == 0
+    jobs.recover(9)
+    assert room() == 0
+    jobs.claim()
+    jobs.claim()
+    assert room() == 1
+
+
 def test_only_the_current_attempt_can_finish_a_job(jobs: taskapi.Jobs) -> None:
     """The fence is id, attempt and status."""
     jobs.insert("script", {})
@@ -2815,6 +2841,38 @@ def test_whatever_a_job_raises_fails_that_job_alone(
         assert any(record.exc_info and job.job_id in record.getMessage() for record in caplog.records)
         assert plain(tmp_path, "SELECT count(*) FROM thing") == [0]
         assert service.wait(service.enqueue("generate", PERSONS).job_id, 10).status == "completed"
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_ending_that_cannot_be_written_down_fails_the_job(
+        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Half of a surrogate pair, which no database takes, in a result or in a message."""
+    @script
+    def odd(context: taskapi.JobContext) -> taskapi.JobSteps:
+        yield from run_rows(context, RowsRequest(columns={"n": "int"}, rows=[[1]]))
+        if fails:
+            raise taskapi.JobFailed("\ud800")
+        return taskapi.Outcome({"text": "\ud800"})
+
+    monkeypatch.setattr(taskapi, "_RETRY_SECONDS", 0)
+    with taskapi.open_service(tmp_path, workers=1) as service:
+        job = service.wait(service.enqueue("script", {}).job_id, 20)
+        assert (job.status, "UnicodeEncodeError" in str(job.error)) == ("failed", True)
+        assert plain(tmp_path, "SELECT count(*) FROM thing") == [0]
+        assert service.drain(20)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_worker_threads_that_die_are_replaced(tmp_path: Path) -> None:
+    """All of them at once, and the next job is done as ever."""
+    with taskapi.open_service(tmp_path, workers=2) as service:
+        died = [*service.queue._crew._threads]
+        for _ in died:
+            service.queue._runner.submit(lambda: (_ for _ in ()).throw(SystemExit))
+        for thread in died:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert service.wait(service.enqueue("generate", PERSONS).job_id, 20).status == "completed"
 
 
 def test_a_job_of_a_type_that_is_gone_fails_by_name(
