@@ -3840,6 +3840,9 @@ class DataFolder:
     def probe(self) -> None:
         """Really writes to the disk; raises DiskFull or StorageError if that fails."""
         self.free_space()
+        for folder in (self.root / "uploads", self.root / "exports"):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise StorageError(f"the folder {folder} cannot be written to")
         with Draft(self.root) as draft:
             draft.write(b"\0" * _BLOCK)
             draft.flush()
@@ -5873,8 +5876,9 @@ class Engine:
     def _check(self) -> None:
         """Looks the folder over, starts the work, and notes what was found."""
         unclean = any(lock.unclean for lock in self._locks)
+        self.folder.probe()
         self.checks = {"sqlite": sqlite_check(), "fileSystem": file_system_check(self.folder.root),
-                       "freeSpace": f"{self.folder.free_space() // 2**20} MiB",
+                       "freeSpace": f"{self.folder.free_space() // 2**20} MiB", "folders": "writable",
                        "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
         removed = self.queue.start(self._check_integrity if unclean else lambda interrupted: None)
         self.checks["strayFiles"] = f"{removed} removed"
