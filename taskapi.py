@@ -64,9 +64,8 @@ import tempfile
 import threading
 import tomllib
 import types
-import uuid
 import zlib
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -454,7 +453,7 @@ def utc_now() -> datetime:
 
 def instant(moment: datetime) -> str:
     """RFC 3339 in UTC with milliseconds: the one form in which instants are stored, compared and shown."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 class JobIds:
@@ -473,8 +472,8 @@ class JobIds:
             self._stamp = max(self._stamp + 1, int(self._clock().timestamp() * 1000))
             stamp = self._stamp
         tail = secrets.randbits(74)
-        number = stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1
-        return str(uuid.UUID(int=number))
+        text = f"{stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1:032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class JobStatus(StrEnum):
@@ -575,7 +574,7 @@ class Job(Shape):
     started_at: str | None = None
     finished_at: str | None = None
     attempt: int = Field(0, description="How often the job was started.")
-    progress: Progress = Progress()
+    progress: Progress = Field(default_factory=Progress)  # a default that is an object would be copied deeply
     request: dict[str, Json] = Field(description="The request as accepted, with its defaults filled in.")
     result: dict[str, Json] | None = None
     error: str | None = None
@@ -669,6 +668,11 @@ _STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, 
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
 
 
+def _quote(name: str) -> str:
+    """An SQL identifier; the doubled quote makes any name safe."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 @_MIGRATIONS()
 def first_tables(db: sqlite_utils.Database) -> None:
     """Jobs, and the books about record tables. A leading underscore cannot clash with a record type."""
@@ -678,8 +682,10 @@ def first_tables(db: sqlite_utils.Database) -> None:
         "idempotency_key": str, "idempotency_hash": str, "after": str, "interruptions": str, "request": str,
     }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
         defaults={"attempt": 0, "cancel_requested": 0}, strict=True)
-    # Partial, so that claims and counts cost the same however many jobs have finished.
-    db.execute("CREATE INDEX jobs_open ON jobs(status, id) WHERE status IN ('pending', 'in-progress')")
+    # Partial, so that claims and counts cost the same however many jobs have finished. One for each status: SQLite
+    # uses them where a query has the very same `status = '...'`, but does not see that this implies a `status IN`.
+    for status in sorted(set(JobStatus) - {JobStatus.COMPLETED}):
+        db.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
     db.execute("CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL")
     db.execute("CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'")
     db.execute("CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL")
@@ -693,11 +699,6 @@ def first_tables(db: sqlite_utils.Database) -> None:
     db.table("_spans").create({"record_type": str, "first": int, "size": int, "rows": int, "job": str},
                               pk=("record_type", "first"), strict=True).create_index(["job"])
     db.table("_heartbeat").create({"id": int, "at": str}, pk="id", strict=True)
-
-
-def _quote(name: str) -> str:
-    """An SQL identifier; the doubled quote makes any name safe."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 class KindSql(NamedTuple):
@@ -817,6 +818,7 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._durable = False
         self._closed = False
+        self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -843,7 +845,7 @@ class Database:
         except BaseException:
             connection.close()
             raise
-        self._writer, self._durable, self._identity = connection, False, self._stat()
+        self._writer, self._durable, self._identity, self._damage = connection, False, self._stat(), None
         return connection
 
     def _stat(self) -> tuple[int, int]:
@@ -870,9 +872,10 @@ class Database:
                 raise DiskFull("the disk is full") from error
             if name.startswith("SQLITE_INTERRUPT"):
                 raise Interrupted from error
-            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-                raise StorageError(f"the database {self.path} is damaged ({error}) and was left as it is: restore a "
-                                   f"copy, or save what it holds with: sqlite3 {self.path} .recover") from error
+            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or type(error) is sqlite3.DatabaseError:
+                self._damage = (f"the database {self.path} is damaged ({error}) and was left as it is: restore a copy, "
+                                f"or save what it holds with: sqlite3 {self.path} .recover")
+                raise StorageError(self._damage) from error
             if name in ("SQLITE_ERROR", ""):
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
@@ -910,8 +913,11 @@ class Database:
                 self._set_durable(connection, any(ticket.durable for ticket in batch))
                 connection.execute("BEGIN IMMEDIATE")
                 try:
-                    for ticket in batch:
-                        self._work_one(connection, ticket)
+                    if len(batch) == 1:  # its error undoes the whole transaction, without a savepoint of its own
+                        batch[0].result = batch[0].work(connection)
+                    else:
+                        for ticket in batch:
+                            self._work_one(connection, ticket)
                     connection.execute("COMMIT")
                 except BaseException:
                     # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
@@ -1000,10 +1006,16 @@ class Database:
             self._writer = None
 
     def probe(self, at: str) -> None:
-        """Really writes and reads; raises StorageError if either fails."""
+        """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
         self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (1, ?)", (at,)))
         with self.read() as connection:
             connection.execute("SELECT at FROM _heartbeat").fetchone()
+        if damage := self._damage:
+            until = monotonic() + _BUSY_SECONDS
+            try:
+                self.quick_check(lambda: monotonic() > until)
+            except Interrupted:
+                raise StorageError(damage) from None
 
     def shrink(self) -> None:
         """Gives the pages of deleted records back to the disk, in short steps; the file ends with the checkpoint."""
@@ -1021,11 +1033,14 @@ class Database:
             if self._writer:
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def quick_check(self, interrupted: Callable[[], bool]) -> str:
-        """`ok`, or what SQLite finds damaged; reads the whole file, so that it may take long."""
+    def quick_check(self, interrupted: Callable[[], bool]) -> None:
+        """Raises StorageError that says what SQLite finds damaged; reads the whole file, so that it may take long."""
         with self.read() as connection:
             connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
-            return "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
+            found = "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        self._damage = None
 
     def close(self) -> None:
         """Closes every connection; what still waits gets a StorageError."""
@@ -1113,8 +1128,11 @@ def _job(row: sqlite3.Row, now: str) -> Job:
         file=StoredFile(**json.loads(row["file"])) if row["file"] else None)
 
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def _json_text(value: Json) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return None if value is None else _COMPACT.encode(value)
 
 
 def _file_text(file: StoredFile | None) -> str | None:
@@ -1125,7 +1143,18 @@ class Fenced(Interrupted):
     """The job is no longer this worker's: another attempt or an ending came first."""
 
 
+class Claim(NamedTuple):
+    """A job that was taken to be run, where it is to go on from, and whether more jobs are pending."""
+
+    job: Job
+    checkpoint: Json
+    more: bool
+
+
 _CANCELED = "canceled by a client"
+_ANY_PENDING = "SELECT EXISTS (SELECT 1 FROM jobs WHERE status = 'pending')"
+_DOOMED = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
+           "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
 
 
 class Jobs:
@@ -1137,6 +1166,7 @@ class Jobs:
         with database.read() as connection:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._make_id = make_id or JobIds(clock, last)
+        self._pending_at_most: tuple[sqlite3.Connection | None, int] = None, 0  # counted on that connection
 
     def _now(self) -> str:
         return instant(self._clock())
@@ -1160,19 +1190,29 @@ class Jobs:
             earlier = self._by_key(connection, key, key_hash)
             if earlier:
                 return earlier, False
-            if max_pending is not None and self._count(connection, JobStatus.PENDING) >= max_pending:
-                raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+            if max_pending is not None:
+                self._check_room(connection, max_pending)
             if after is not None and not connection.execute("SELECT 1 FROM jobs WHERE id = ?", (after,)).fetchone():
                 raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
-            new_id = job_id or self._make_id()
+            job = Job(job_id=job_id or self._make_id(), type=job_type, status=JobStatus.PENDING, created_at=self._now(),
+                      request=dict(request), after=after, record_type=record_type, file=file)
             connection.execute(
                 "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
                 "idempotency_hash, file) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)",
-                (new_id, job_type, self._now(), record_type, _json_text(request), after, key, key_hash,
+                (job.job_id, job_type, job.created_at, record_type, _json_text(request), after, key, key_hash,
                  _file_text(file)))
-            return self._get(connection, new_id), True
+            return job, True
 
         return self._database.write(work, durable=True)
+
+    def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
+        """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
+        counted_on, at_most = self._pending_at_most
+        if counted_on is not connection or at_most >= max_pending:
+            at_most = self._count(connection, JobStatus.PENDING)
+        if at_most >= max_pending:
+            raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+        self._pending_at_most = connection, at_most + 1
 
     def insert_completed(self, job_id: str, job_type: str, request: Mapping[str, Json], result: Mapping[str, Json],
                          file: StoredFile, key: str | None = None, key_hash: str | None = None) -> tuple[Job, bool]:
@@ -1216,15 +1256,16 @@ class Jobs:
 
     def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
         """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
-        conditions = {"status = ?": status, "type = ?": job_type, "id < ?": after}
+        conditions = {"type = ?": job_type, "id < ?": after}
         used = {sql: value for sql, value in conditions.items() if value is not None}
-        where = f"WHERE {' AND '.join(used)}" if used else ""
+        # A status is written out, here and below, so that SQLite can use the partial index.
+        literal = [f"status = '{JobStatus(status)}'"] if status else []
+        where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
         with self._database.read() as connection:
             jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
         return jobs[:limit], len(jobs) > limit
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
-        # The status is written out so that SQLite can use the partial index.
         row = connection.execute(f"SELECT count(*) FROM jobs WHERE status = '{status}'").fetchone()
         return int(row[0])
 
@@ -1233,37 +1274,42 @@ class Jobs:
         with self._database.read() as connection:
             return self._count(connection, JobStatus.PENDING), self._count(connection, JobStatus.IN_PROGRESS)
 
-    def claim(self, *, suspects: bool = True) -> tuple[Job, Json] | None:
-        """Takes the oldest pending job that may run, with its checkpoint, and counts the attempt; None if none may.
+    def claim(self) -> Claim | None:
+        """Takes the oldest pending job that may run, and counts the attempt; None if none may.
 
-        Without `suspects`, a job that was interrupted before stays where it is.
+        Jobs that were interrupted before run one at a time, so that one that kills the process cannot use up its
+        neighbours' attempts.
         """
-        def work(connection: sqlite3.Connection) -> tuple[Job, Json] | None:
-            row = connection.execute(
-                "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
-                "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR ?) AND (after IS NULL OR EXISTS "
-                "(SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND before.status = 'completed')) "
-                "ORDER BY id LIMIT 1) RETURNING id", (self._now(), suspects)).fetchall()
-            if not row:
-                return None
-            connection.execute("UPDATE _progress SET done_before = done WHERE job = ?", row[0])
-            job = self._get(connection, row[0][0])
-            state = connection.execute("SELECT checkpoint FROM _progress WHERE job = ?", row[0]).fetchone()
-            return job, json.loads(state[0]) if state and state[0] else None
+        return self._database.write(self._claim)
 
-        with self._database.read() as connection:  # most wake-ups find nothing: do not take the write lock for them
-            if not self._count(connection, JobStatus.PENDING):
-                return None
-        return self._database.write(work)
+    def _claim(self, connection: sqlite3.Connection) -> Claim | None:
+        claimed = self._jobs(
+            connection, "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
+            "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR NOT EXISTS "
+            "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) AND "
+            "(after IS NULL OR EXISTS (SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND "
+            "before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING *, "
+            "(SELECT done FROM _progress WHERE job = id) AS done, NULL AS done_before, "
+            "(SELECT total FROM _progress WHERE job = id) AS total", (self._now(),))
+        if not claimed:
+            return None
+        job, state = claimed[0], None
+        if job.progress != Progress():
+            (state,), = connection.execute("UPDATE _progress SET done_before = done WHERE job = ? RETURNING checkpoint",
+                                           (job.job_id,)).fetchall()
+        more = connection.execute(_ANY_PENDING).fetchone()[0]
+        return Claim(job, json.loads(state) if state else None, bool(more))
+
+    def any_doomed(self) -> bool:
+        """Whether a pending job is to follow one that was not completed."""
+        with self._database.read() as connection:
+            return bool(connection.execute(f"SELECT EXISTS (SELECT 1 {_DOOMED})").fetchone()[0])
 
     def fail_followers(self) -> list[Job]:
         """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
-        doomed = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS "
-                  "before WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
-
         def work(connection: sqlite3.Connection) -> list[Job]:
             ended = []
-            while rows := connection.execute(f"SELECT id, after {doomed}").fetchall():  # failing one may doom others
+            while rows := connection.execute(f"SELECT id, after {_DOOMED}").fetchall():  # failing one may doom others
                 for job_id, before in rows:
                     connection.execute(
                         "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = ? WHERE id = ?",
@@ -1271,16 +1317,13 @@ class Jobs:
                     ended.append(self._get(connection, job_id))
             return ended
 
-        with self._database.read() as connection:
-            if not connection.execute(f"SELECT 1 {doomed} LIMIT 1").fetchone():
-                return []
         return self._database.write(work, durable=True)
 
     def oldest_pending(self) -> str | None:
         """When the job that waits longest was made."""
         with self._database.read() as connection:
-            row = connection.execute("SELECT min(id), created_at FROM jobs WHERE status = 'pending'").fetchone()
-            return cast("str | None", row[1])
+            row = connection.execute("SELECT created_at FROM jobs WHERE status = 'pending' ORDER BY id LIMIT 1")
+            return next((at for at, in row), None)
 
     def finished_before(self, moment: str, limit: int) -> list[str]:
         """Ids of up to `limit` jobs that finished before an instant, the oldest first."""
@@ -1302,18 +1345,28 @@ class Jobs:
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
         """Ends a running job, durably. Raises Fenced if it is not this attempt's any more."""
-        def work(connection: sqlite3.Connection) -> Job:
-            self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
-                       (self._now(), _json_text(result), error,
-                        _file_text(file)))
-            connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
-            return self._get(connection, job.job_id)
+        return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
+                                    durable=True)
 
-        return self._database.write(work, durable=True)
+    def complete(self, job: Job, result: Json, file: StoredFile | None) -> tuple[Job, Claim | None]:
+        """Ends a running job as completed, like `finish`, and takes the next one, like `claim`, in one transaction."""
+        return self._database.write(lambda connection: (
+            self._finish(connection, job, JobStatus.COMPLETED, result, None, file),
+            self._claim(connection)), durable=True)
+
+    def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
+                file: StoredFile | None) -> Job:
+        now = self._now()
+        self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
+                   (now, _json_text(result), error, _file_text(file)))
+        connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
+        return job.model_copy(update={
+            "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
 
     def release(self, job: Job, reason: str, *, charged: bool) -> Job:
         """Puts a running job back to pending, and notes why; an attempt that is not `charged` is not counted."""
         def work(connection: sqlite3.Connection) -> Job:
+            self._pending_at_most = None, 0
             self._move(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
                        (0 if charged else 1, self._interruptions(job, reason)))
             return self._get(connection, job.job_id)
@@ -1374,6 +1427,7 @@ class Jobs:
             job = self._get(connection, job_id)
             if JobStatus.PENDING not in MOVES[job.status] or not job.status.finished:
                 raise Conflict(f"only a failed or canceled job can be retried; this one is {job.status}")
+            self._pending_at_most = None, 0
             connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
             connection.execute(
                 "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, "
@@ -3854,10 +3908,14 @@ class DataFolder:
         for folder in (self.tmp, self.root / "uploads", self.root / "exports"):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def kept(self) -> list[Path]:
+        """The finished files."""
+        return [path for folder in ("uploads", "exports") for path in (self.root / folder).iterdir()]
+
     def sweep(self, known: Container[str]) -> int:
         """Removes drafts of an earlier process, and files that no job knows; returns how many."""
-        kept = chain.from_iterable((self.root / folder).iterdir() for folder in ("uploads", "exports"))
-        stray = [*self.tmp.iterdir(), *(path for path in kept if f"{path.parent.name}/{path.name}" not in known)]
+        stray = [*self.tmp.iterdir(),
+                 *(path for path in self.kept() if f"{path.parent.name}/{path.name}" not in known)]
         for path in stray:
             with suppress(OSError):
                 path.unlink()
@@ -3890,6 +3948,9 @@ class DataFolder:
     def probe(self) -> None:
         """Really writes to the disk; raises DiskFull or StorageError if that fails."""
         self.free_space()
+        for folder in (self.root / "uploads", self.root / "exports"):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise StorageError(f"the folder {folder} cannot be written to")
         with Draft(self.root) as draft:
             draft.write(b"\0" * _BLOCK)
             draft.flush()
@@ -5175,15 +5236,45 @@ def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str,
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
 
 _LOG = logging.getLogger("taskapi")
+_BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
 class Runner(Protocol):
-    """What runs callables: a ThreadPoolExecutor, or something that a test steps by hand."""
+    """What runs callables: threads, or something that a test steps by hand."""
 
     def submit(self, call: Callable[[], None], /) -> object: ...
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
+
+
+class Workers:
+    """A ThreadPoolExecutor that is replaced when a thread of it has died."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._threads: list[threading.Thread] = []
+        self._pools = [self._new_pool()]
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        threads = self._threads = []
+        return ThreadPoolExecutor(self._count, thread_name_prefix="taskapi-worker",
+                                  initializer=lambda: threads.append(threading.current_thread()))
+
+    def revive(self) -> int:
+        """How many threads had died, for which there is a new pool now; those that live end what they are at."""
+        died = sum(not thread.is_alive() for thread in self._threads)
+        if died:
+            self._pools.append(self._new_pool())
+        return died
+
+    def submit(self, call: Callable[[], None], /) -> None:
+        self._pools[-1].submit(call)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the threads, each after what it is at."""
+        for pool in self._pools:
+            pool.shutdown(wait, cancel_futures=cancel_futures)
 
 
 class InlineRunner:
@@ -5230,36 +5321,41 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[tuple[str, str, str], float] = defaultdict(float)  # by metric, suffix and labels
+        self._values: dict[tuple[str, str], float] = defaultdict(float)  # by metric and labels
+        self._times: dict[tuple[str, str], list[float]] = {}  # likewise: how many fell into each bucket, and their sum
 
     @staticmethod
-    def _labels(labels: Mapping[str, object]) -> str:
-        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels.items())
+    @lru_cache(maxsize=1024)
+    def _labels(labels: tuple[tuple[str, object], ...]) -> str:
+        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels)
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
         """Adds to a counter."""
         with self._lock:
-            self._values[name, "", self._labels(labels)] += amount
+            self._values[name, self._labels(tuple(labels.items()))] += amount
 
     def observe(self, name: str, seconds: float, **labels: object) -> None:
         """Adds one time to a histogram."""
         with self._lock:
-            for bound in (*_BUCKETS, "+Inf"):
-                self._values[name, "_bucket", self._labels({**labels, "le": bound})] += (
-                    bound == "+Inf" or seconds <= float(bound))
-            self._values[name, "_sum", self._labels(labels)] += seconds
-            self._values[name, "_count", self._labels(labels)] += 1
+            times = self._times.setdefault((name, self._labels(tuple(labels.items()))), [0] * (len(_BUCKETS) + 2))
+            times[bisect_left(_BUCKETS, seconds)] += 1
+            times[-1] += seconds
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """All of them; `gauges` are the values of this moment."""
         with self._lock:
-            values = dict(self._values) | {(name, "", ""): value for name, value in gauges.items()}
-        lines = []
-        for name, (kind, about) in _METRICS.items():
-            lines += [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
-            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:.15g}"
-                      for (metric, suffix, labels), value in values.items() if metric == name]
-        return "\n".join(lines) + "\n"
+            values = dict(self._values) | {(name, ""): value for name, value in gauges.items()}
+            times = {key: [*counted] for key, counted in self._times.items()}
+        lines: dict[str, list[str]] = {name: [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
+                                       for name, (kind, about) in _METRICS.items()}
+        for (name, labels), value in values.items():
+            lines[name].append(f"taskapi_{name}{f'{{{labels}}}' if labels else ''} {value:.15g}")
+        for (name, labels), (*counts, total) in times.items():
+            lines[name] += [f'taskapi_{name}_bucket{{{labels},le="{bound}"}} {count:.15g}' for bound, count in
+                            zip((*_BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True)]
+            lines[name] += [f"taskapi_{name}_sum{{{labels}}} {total:.15g}",
+                            f"taskapi_{name}_count{{{labels}}} {sum(counts):.15g}"]
+        return "\n".join(chain.from_iterable(lines.values())) + "\n"
 
 
 _TURN_SECONDS = 0.02  # how long a computing job goes on before the next one has its turn
@@ -5343,12 +5439,14 @@ class JobQueue:
         self.jobs = Jobs(database, clock, make_id)
         self.records = Records(database)
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._own_threads = runner is None
-        self._runner: Runner = runner or ThreadPoolExecutor(settings.workers, thread_name_prefix="taskapi-worker")
+        self._crew = Workers(settings.workers) if runner is None else None
+        self._runner = cast(Runner, self._crew if runner is None else runner)
         self.metrics, self.turns = Metrics(), Turns()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
-        self._wakes = 0  # counts wake-ups, so that one that comes while the last worker looks is not lost
+        self._looking = 0  # runs that look for work
+        self._wakes = 0  # counts wake-ups, so that one that comes while a run looks is not lost
+        self._cancels = 0  # of running jobs that were not in `_running` yet, or not any more
         self._running: dict[str, JobContext] = {}  # jobs in progress here, parked ones too
         self._parked: deque[_Task] = deque()
         self._parked_first = False  # parked and pending jobs take turns
@@ -5374,7 +5472,7 @@ class JobQueue:
         swept = self._folder.sweep(self.jobs.stored_paths())
         if swept:
             _LOG.info("removed %d files that no job had finished", swept)
-        if self._own_threads:
+        if self._crew:
             self._keeper = threading.Thread(target=self._keep, name="taskapi-keeper", daemon=True)
             self._keeper.start()
         else:
@@ -5404,7 +5502,7 @@ class JobQueue:
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
             self.wake()
-            if not self._own_threads:
+            if not self._crew:
                 job = self.jobs.get(job.job_id)  # it may have run within wake()
         return job, new
 
@@ -5483,6 +5581,8 @@ class JobQueue:
             context = self._running.get(job_id)
             if context:
                 context.interruption = _CANCELED
+            else:
+                self._cancels += 1
         self.wake()
         return self.wait(job_id, 1.0)
 
@@ -5553,10 +5653,10 @@ class JobQueue:
             raise Unavailable("no worker answers")
 
     def wake(self) -> None:
-        """There may be work: starts another run unless enough are there."""
+        """There may be work: starts another run, unless one that looks for work will see it, or enough are there."""
         with self._state:
             self._wakes += 1
-            if self._active >= self._settings.workers or self._stopping.is_set():
+            if self._looking or self._active >= self._settings.workers or self._stopping.is_set():
                 return
             self._active += 1
         self._runner.submit(self._run)
@@ -5564,25 +5664,40 @@ class JobQueue:
     # On the workers
 
     def _run(self) -> None:
-        """Takes one job, works on it for a slice, and submits the next run; ends when there is nothing to do."""
-        more = False
-        try:
-            seen = self._wakes
-            task = self._take()
-            if task:
-                self.wake()  # there may be more, and workers free
-                self._work(task)
-            more = bool(task) or self._wakes != seen
-        except StorageError as error:
-            _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
-        except BaseException:
-            _LOG.exception("a worker met a bug outside of any job")
-        with self._state:
-            again = more and not self._stopping.is_set()
-            self._active -= not again
-            self._state.notify_all()
-        if again:
-            self._runner.submit(self._run)
+        """Works on one job after the other; ends when there is nothing to do."""
+        task: _Task | None = None
+        while task := task or self._look():
+            try:
+                task = self._work(task)
+            except BaseException:
+                _LOG.exception("a worker met a bug outside of any job")
+                task = None
+
+    def _look(self) -> _Task | None:
+        """The next task; if there is none, this run has ended. Wake-ups that come meanwhile make it look again."""
+        task, again = None, True
+        while again and not task:
+            with self._state:
+                self._looking += 1
+                seen = self._wakes
+            failed = False
+            try:
+                task = self._take()
+            except StorageError as error:
+                _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
+                failed = True
+            except BaseException:
+                _LOG.exception("a worker met a bug outside of any job")
+                failed = True
+            with self._state:
+                self._looking -= 1
+                again = self._wakes != seen and not failed and not self._stopping.is_set()
+                if not again and not task:
+                    self._active -= 1
+                    self._state.notify_all()
+        if task and again:
+            self.wake()  # the wake-ups may have been for others
+        return task
 
     def _take(self) -> _Task | None:
         """A parked job or a pending one, in turns; None if there is neither."""
@@ -5598,25 +5713,33 @@ class JobQueue:
             return self._parked.popleft() if self._parked else None
 
     def _claim(self) -> _Task | None:
+        cancels = self._cancels
+        if claim := self.jobs.claim():
+            return self._begin(claim, cancels)
+        if self.jobs.any_doomed():
+            self._fail_followers()
+        return None
+
+    def _fail_followers(self) -> None:
         for job in self.jobs.fail_followers():
             _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
             self._count(job)
             self._announce([job.job_id])
-        with self._state:
-            # One at a time after a crash, so that a job that kills the process cannot use up its neighbours' attempts.
-            suspects = all(context.job.attempt <= 1 for context in self._running.values())
-        claimed = self.jobs.claim(suspects=suspects)
-        if not claimed:
-            return None
-        job, checkpoint = claimed
+
+    def _begin(self, claim: Claim, cancels: int) -> _Task:
+        """A claimed job's task; `cancels` is our count of them from before the claim."""
+        job = claim.job
         _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
-        context = self._context(job, checkpoint)
+        context = self._context(job, claim.checkpoint)
         with self._state:
             self._running[job.job_id] = context
             if self._stopping.is_set():
                 context.interruption = "stopped"
-        if self.jobs.get(job.job_id).cancel_requested:  # between the claim and now, when nobody could be told
+            unseen = self._cancels != cancels  # since the claim, when nobody could be told
+        if unseen and self.jobs.get(job.job_id).cancel_requested:
             context.interruption = _CANCELED
+        if claim.more or self._parked:
+            self.wake()  # workers may be free
         return _Task(context, self._steps(context))
 
     def _context(self, job: Job, checkpoint: Json) -> JobContext:
@@ -5636,8 +5759,11 @@ class JobQueue:
         json.dumps(outcome.result)  # what cannot be written down has to fail here, while the job still can
         return outcome
 
-    def _work(self, task: _Task) -> None:
-        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker."""
+    def _work(self, task: _Task) -> _Task | None:
+        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker.
+
+        Returns the next job, if it could be taken in the transaction that ended this one.
+        """
         job = task.context.job
         until = monotonic() + _SLICE_SECONDS
         try:
@@ -5649,14 +5775,36 @@ class JobQueue:
                     with self._state:
                         if not self._stopping.is_set():
                             self._parked.append(task)
-                            return
+                            return None
             self._interrupt(task)
         except StopIteration as end:
-            outcome = cast(Outcome, end.value)
-            self._settle(job, lambda: self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result,
-                                                       file=outcome.file))
+            return self._complete(job, cast(Outcome, end.value))
         except BaseException as error:
             self._fail(task, error)
+        return None
+
+    def _complete(self, job: Job, outcome: Outcome) -> _Task | None:
+        """Writes down the result; takes the next job along, unless a parked one comes first or the end."""
+        claim: Claim | None = None
+        cancels = self._cancels
+
+        def write_down() -> Job:
+            nonlocal claim
+            if self._parked or self._stopping.is_set():
+                return self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result, file=outcome.file)
+            ended, claim = self.jobs.complete(job, outcome.result, outcome.file)
+            return ended
+
+        with self._state:
+            self._looking += 1
+            seen = self._wakes
+        self._settle(job, write_down)
+        with self._state:
+            self._looking -= 1
+        task = self._begin(claim, cancels) if claim else None
+        if task and self._wakes != seen:
+            self.wake()
+        return task
 
     def _turn(self, job: Job) -> AbstractContextManager[None]:
         kind = JOB_TYPES.get(job.type)
@@ -5701,8 +5849,7 @@ class JobQueue:
             self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
         else:
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
-            message = f"unexpected {type(error).__name__}; the log has the details under this job's id"
-            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, message))
+            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, _BUG.format(type(error).__name__)))
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
@@ -5723,8 +5870,12 @@ class JobQueue:
                 break
             except StorageError as error:
                 _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
-                if self._stopping.wait(_RETRY_SECONDS):
-                    break  # it is still in progress in the table, so the next start takes it up
+            except Exception as error:  # a text that is not Unicode, say
+                _LOG.error("job %s %s ended in a way that cannot be written down", job.job_id, job.type, exc_info=error)
+                write_down = functools.partial(self._end_without_trace, job, JobStatus.FAILED,
+                                               _BUG.format(type(error).__name__))
+            if self._stopping.wait(_RETRY_SECONDS):
+                break  # it is still in progress in the table, so the next start takes it up
         with self._state:
             self._running.pop(job.job_id, None)
             self._state.notify_all()
@@ -5750,8 +5901,12 @@ class JobQueue:
         self._first(self._stopping.is_set)
         while True:
             try:
+                if self._crew and (died := self._crew.revive()):
+                    _LOG.error("replaced %d worker threads that had died", died)
                 self._discard_orphans()
                 self._retire()
+                if self.jobs.any_doomed():
+                    self._fail_followers()
                 self.wake()
                 self._folder.free_space()
             except DiskFull as error:
@@ -5804,6 +5959,7 @@ class Engine:
                 for path, what in sorted(locks.items()):
                     self._locks.append(FolderLock(path, what, self._holder))
                     undo.callback(self._locks[-1].release)
+                self._refuse_to_begin_anew()
                 self._database = Database(settings.database_path)
                 undo.callback(self._database.close)
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
@@ -5812,13 +5968,21 @@ class Engine:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
             undo.pop_all()
 
+    def _refuse_to_begin_anew(self) -> None:
+        """Files without a database belong to one that was lost: a new one would have them removed as strays."""
+        path = self.settings.database_path
+        if not (path.exists() and path.stat().st_size) and (kept := self.folder.kept()):
+            raise StartupError(f"the database {path} is {'empty' if path.exists() else 'missing'}, but uploads and "
+                               f"exports hold {len(kept)} files of its jobs: restore it, or move those files away to "
+                               "begin anew")
+
     def _check(self) -> None:
         """Looks the folder over, starts the work, and notes what was found."""
         unclean = any(lock.unclean for lock in self._locks)
+        self.folder.probe()
         self.checks = {"sqlite": sqlite_check(), "fileSystem": file_system_check(self.folder.root),
-                       "freeSpace": f"{self.folder.free_space() // 2**20} MiB",
+                       "freeSpace": f"{self.folder.free_space() // 2**20} MiB", "folders": "writable",
                        "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
-        self._damage: str | None = None
         removed = self.queue.start(self._check_integrity if unclean else lambda interrupted: None)
         self.checks["strayFiles"] = f"{removed} removed"
         for name, found in self.checks.items():
@@ -5827,14 +5991,14 @@ class Engine:
     def _check_integrity(self, interrupted: Callable[[], bool]) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
         try:
-            found = self._database.quick_check(interrupted)
+            self._database.quick_check(interrupted)
+            self.checks["integrity"] = "ok"
+            _LOG.info("check integrity: ok")
         except Interrupted:
             return
         except StorageError as error:
-            found = str(error)
-        self.checks["integrity"] = found
-        self._damage = None if found == "ok" else f"the database is damaged: {found}"
-        (_LOG.error if self._damage else _LOG.info)("check integrity: %s", found)
+            self.checks["integrity"] = str(error)
+            _LOG.error("check integrity: %s", error)
 
     def announce(self, url: str) -> None:
         """Tells other processes where this one serves."""
@@ -5885,9 +6049,6 @@ class Engine:
         except StorageError as error:
             database = "unavailable"
             errors.append(str(error))
-        if self._damage:
-            database = "unavailable"
-            errors.append(self._damage)
         try:
             self.queue.check()
         except Unavailable as error:
@@ -6903,7 +7064,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     if not ended:
         # A job does not come to a pause. It is in progress in the table, so the next start takes it up; Python would
-        # wait here for its thread.
+        # tear the interpreter down under its thread.
         logging.shutdown()
         os._exit(0)
     return 0
