@@ -66,7 +66,7 @@ import tomllib
 import types
 import uuid
 import zlib
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,9 +81,9 @@ from functools import lru_cache
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -454,7 +454,7 @@ def utc_now() -> datetime:
 
 def instant(moment: datetime) -> str:
     """RFC 3339 in UTC with milliseconds: the one form in which instants are stored, compared and shown."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 class JobIds:
@@ -5069,6 +5069,7 @@ def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str,
 
 _LOG = logging.getLogger("taskapi")
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
+_GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
@@ -5118,40 +5119,49 @@ _METRICS = {  # name: (Prometheus type, help)
 }
 
 
+def _label_text(labels: Iterable[tuple[str, object]]) -> str:
+    text = ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels)
+    return f"{{{text}}}" if text else ""
+
+
 class Metrics:
     """Counts since the service was opened, in the text format of Prometheus."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[tuple[str, str, str], float] = defaultdict(float)  # by metric, suffix and labels
-
-    @staticmethod
-    def _labels(labels: Mapping[str, object]) -> str:
-        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels.items())
+        self._values: dict[tuple[str, tuple[tuple[str, object], ...]], float] = defaultdict(float)
+        # How many in each bucket, how many over all of them, and the sum.
+        self._times: dict[tuple[str, tuple[tuple[str, object], ...]], list[float]] = defaultdict(
+            lambda: [0.0] * (len(_BUCKETS) + 2))
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
         """Adds to a counter."""
         with self._lock:
-            self._values[name, "", self._labels(labels)] += amount
+            self._values[name, tuple(labels.items())] += amount
 
     def observe(self, name: str, seconds: float, **labels: object) -> None:
         """Adds one time to a histogram."""
         with self._lock:
-            for bound in (*_BUCKETS, "+Inf"):
-                self._values[name, "_bucket", self._labels({**labels, "le": bound})] += (
-                    bound == "+Inf" or seconds <= float(bound))
-            self._values[name, "_sum", self._labels(labels)] += seconds
-            self._values[name, "_count", self._labels(labels)] += 1
+            times = self._times[name, tuple(labels.items())]
+            times[bisect_left(_BUCKETS, seconds)] += 1
+            times[-1] += seconds
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """All of them; `gauges` are the values of this moment."""
         with self._lock:
-            values = dict(self._values) | {(name, "", ""): value for name, value in gauges.items()}
+            values = [(name, "", labels, value) for (name, labels), value in self._values.items()]
+            times = [(name, labels, list(found)) for (name, labels), found in self._times.items()]
+        values += [(name, "", (), value) for name, value in gauges.items()]
+        for name, labels, (*counts, total) in times:
+            sums = list(accumulate(counts))
+            values += [(name, "_bucket", (*labels, ("le", bound)), value)
+                       for bound, value in zip((*_BUCKETS, "+Inf"), sums, strict=True)]
+            values += [(name, "_sum", labels, total), (name, "_count", labels, sums[-1])]
         lines = []
         for name, (kind, about) in _METRICS.items():
             lines += [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
-            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:.15g}"
-                      for (metric, suffix, labels), value in values.items() if metric == name]
+            lines += [f"taskapi_{name}{suffix}{_label_text(labels)} {value:.15g}"
+                      for metric, suffix, labels, value in values if metric == name]
         return "\n".join(lines) + "\n"
 
 
@@ -5172,24 +5182,21 @@ class Turns:
         self._line: deque[threading.Lock] = deque()  # whoever has the turn stands first
         self._requests = 0
 
-    def _count(self, change: int) -> None:
+    def count(self, change: int) -> None:
+        """A request has come (1), or is answered (-1)."""
         with self._state:
             self._requests += change
-            if not self._requests:
+            if self._requests <= 0:
                 self._state.notify_all()
 
     @contextmanager
-    def request(self, change: int = 1) -> Iterator[None]:
-        """While a request is being answered."""
-        self._count(change)
+    def idle(self) -> Iterator[None]:
+        """Within a request, while it only waits."""
+        self.count(-1)
         try:
             yield
         finally:
-            self._count(-change)
-
-    def idle(self) -> AbstractContextManager[None]:
-        """Within a request, while it only waits."""
-        return self.request(-1)
+            self.count(1)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -5211,9 +5218,9 @@ class Turns:
 
     def step_aside(self, worked: float) -> None:
         """Waits, within bounds, until no request is being answered; `worked` is the seconds since the last call."""
-        if self._requests:
+        if self._requests > 0:
             with self._state:
-                self._state.wait_for(lambda: not self._requests, min(_ASIDE_SECONDS, worked * _ASIDE_FACTOR))
+                self._state.wait_for(lambda: self._requests <= 0, min(_ASIDE_SECONDS, worked * _ASIDE_FACTOR))
 
 
 class _Task(NamedTuple):
@@ -5335,8 +5342,11 @@ class JobQueue:
         if self._closed:
             raise Unavailable("the server is stopping")
 
-    def wait(self, job_id: str, seconds: float | None = None) -> Job:
-        """The job once it has finished, or as it is after `seconds`; it is looked up at most twice."""
+    def wait(self, job_id: str, seconds: float | None = None, gone: Callable[[], bool] = lambda: False) -> Job:
+        """The job once it has finished, or as it is after `seconds`, or soon after whoever asked is `gone`.
+
+        It is looked up at most twice.
+        """
         finished = threading.Event()
         with self._state:
             self._waiters.setdefault(job_id, []).append(finished)
@@ -5344,8 +5354,10 @@ class JobQueue:
             job = self.jobs.get(job_id)
             if job.status.finished or seconds == 0:
                 return job
-            if not self._stopping.is_set():
-                finished.wait(seconds)
+            until = monotonic() + (math.inf if seconds is None else seconds)
+            while not (self._stopping.is_set() or finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic())))
+                       or monotonic() >= until or gone()):
+                pass
             return self.jobs.get(job_id)
         finally:
             with self._state:
@@ -5753,13 +5765,13 @@ class Engine:
         """The job once it has finished, or as it is after `seconds`."""
         return self.queue.wait(job_id, seconds)
 
-    def wait_politely(self, job_id: str, seconds: float) -> Job:
-        """Like `wait`, but answers at once when half of the threads are waiting already."""
+    def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool]) -> Job:
+        """Like the queue's `wait`, but answers at once when half of the threads are waiting already."""
         if not seconds or not self._polls.acquire(blocking=False):
             return self.queue.jobs.get(job_id)
         try:
             with self.queue.turns.idle():
-                return self.queue.wait(job_id, seconds)
+                return self.queue.wait(job_id, seconds, gone)
         finally:
             self._polls.release()
 
@@ -5824,6 +5836,35 @@ def body_too_large(path: str, settings: Settings) -> TaskError:
     return upload_too_large(settings) if path == "/upload" else TooLarge(f"the body is larger than {_JSON_LIMIT} bytes")
 
 
+def _members(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        name = next(name for name, count in counts.items() if count > 1)
+        raise BadRequest(f"the body is not as expected: invalid JSON: {name[:100]!r} is given twice in one object")
+    return members
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadRequest(f"the body is not as expected: invalid JSON: a number in it is not finite: {text[:30]}")
+    return number
+
+
+# The C scanner does the work: about a tenth of what the model takes.
+_EXACT_JSON = json.JSONDecoder(object_pairs_hook=_members, parse_float=_finite, parse_constant=_finite)
+
+
+def check_json(raw: bytes) -> None:
+    """Refuses what pydantic lets pass, though two readers of it would not see the same: names given twice in one
+    object, and numbers beyond those of JSON."""
+    try:
+        _EXACT_JSON.decode(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not as expected: invalid JSON: {error}") from None
+
+
 class Call:
     """One request on its way through a handler: the engine behind it, the query, the body."""
 
@@ -5859,17 +5900,14 @@ class Call:
             raise body_too_large("", self.engine.settings)
         return raw
 
-    def body(self, model: type[Q]) -> tuple[Q, str]:
-        """The JSON body as a model, and its hash for Idempotency-Key."""
+    def body(self, model: type[Q]) -> Q:
+        """The JSON body as a model."""
         if (self.header("Content-Type") or "").partition(";")[0].strip().lower() != _JSON_TYPE:
             raise UnsupportedMedia(f"send the body as Content-Type: {_JSON_TYPE}")
         raw = self.raw()
         request = validated(model, lambda: model.model_validate_json(raw))
-        try:
-            json.dumps(request.model_dump(), allow_nan=False, default=str)
-        except ValueError:
-            raise BadRequest("the body is not as expected: invalid JSON: a number in it is not finite") from None
-        return request, hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
+        check_json(raw)
+        return request
 
 
 class Route(NamedTuple):
@@ -6018,7 +6056,8 @@ class WaitQuery(Shape):
 @route("GET", "/status/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
 def get_status(call: Call, job_id: str) -> bottle.HTTPResponse:
     """A job; with `wait`, as soon as it has finished."""
-    job = call.engine.wait_politely(job_id, call.query(WaitQuery).wait)
+    gone = call.environ.get("waitress.client_disconnected", lambda: False)
+    job = call.engine.wait_politely(job_id, call.query(WaitQuery).wait, gone)
     return reply(job) if job.status.finished else reply(job, Retry_After="1")
 
 
@@ -6225,7 +6264,7 @@ class Preview(Shape):
 @route("POST", "/preview", {200: Preview}, body=GenerateRequest)
 def post_preview(call: Call) -> bottle.HTTPResponse:
     """What /generate would make, up to 100 records, at once; nothing is stored."""
-    request, _ = call.body(GenerateRequest)
+    request = call.body(GenerateRequest)
     if (request.count or 0) > 100:
         raise BadRequest.of("count", "must be at most 100 in a preview")
     return reply(preview(request.accepted(call.engine.settings, call.engine.clock)))
@@ -6307,8 +6346,7 @@ class _Gate:
     def measured(self, rule: str, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
         """Like `answer`, and counted under the route's rule."""
         began, metrics = monotonic(), self._engine.queue.metrics
-        with self._engine.queue.turns.request():
-            response = self.answer(handler, **arguments)
+        response = self.answer(handler, **arguments)
         metrics.observe("request_seconds", monotonic() - began, route=rule)
         metrics.add("requests_total", method=bottle.request.method, route=rule, status=response.status_code)
         return response
@@ -6338,9 +6376,9 @@ def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
     def poster(kind: JobType) -> Callable[[Call], bottle.HTTPResponse]:
         def post_job(call: Call) -> bottle.HTTPResponse:
-            request, digest = call.body(kind.model)
-            answer = call.engine.queue.enqueue(kind.name, request, _idempotency_key(call), f"{kind.name} {digest}")
-            return _made(answer, 202)
+            request, key = call.body(kind.model), _idempotency_key(call)
+            digest = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest() if key else ""
+            return _made(call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202)
 
         post_job.__doc__ = kind.run.__doc__
         return post_job
@@ -6536,6 +6574,8 @@ def get_docs(call: Call) -> Any:
 
 _DRAIN_SECONDS = 2.0  # for requests in flight when the server stops; jobs get as long: within five in all
 _LINGER_SECONDS = 5.0  # how long a refused client may go on sending before its connection is cut
+_PATIENCE_SECONDS = 20.0  # how long the head of a request may take, and a body or an answer besides what follows
+_SLOWEST = 16 * 1024  # bytes a second: the least at which a body has to come, and an answer to be taken
 
 
 class _Refusal:
@@ -6558,26 +6598,34 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
     too_large: ClassVar[Callable[[str], TaskError]]
     _body_limit = 0
 
+    def __init__(self, adj: Any):
+        super().__init__(adj)
+        self.deadline = monotonic() + _PATIENCE_SECONDS
+
     def received(self, data: bytes) -> int:
         """Takes bytes in; whatever is refused is complete at once."""
         in_head = not self.headers_finished
         try:
             consumed: int = super().received(data)
         except OSError:  # a large body is kept in a file until it is whole
-            self._refuse(DiskFull("the disk is full"))
+            self.refuse(DiskFull("the disk is full"))
             return len(data)
         if in_head and self.headers_finished and not self.empty and self.error is None:
             try:
                 if self.version == "1.1" and "HOST" not in self.headers:
-                    raise BadRequest("malformed HTTP request: there is no Host header")
+                    self.refuse(BadRequest("malformed HTTP request: there is no Host header"))
+                    return consumed
                 self._body_limit = type(self).check(self.command, self.path, self._header,
                                                     -1 if self.chunked else self.content_length)
+                coming = self._body_limit if self.chunked else self.content_length
+                self.deadline = monotonic() + _PATIENCE_SECONDS + coming / _SLOWEST
             except TaskError as error:
-                self._refuse(error)
+                if not self.completed:  # otherwise the application refuses it, and the connection can stay
+                    self.refuse(error)
             except Exception:  # an exception here would end the connection without an answer
-                self._refuse(bug_report(self.path))
+                self.refuse(bug_report(self.path))
         elif self.error is None and self.body_bytes_received > self._body_limit > 0:
-            self._refuse(type(self).too_large(self.path))
+            self.refuse(type(self).too_large(self.path))
         if self.completed:
             self.expect_continue = False  # nothing more is wanted; Waitress would ask for it, and wait
         return consumed
@@ -6586,12 +6634,38 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
         value: str | None = self.headers.get(name.upper().replace("-", "_"))
         return value
 
-    def _refuse(self, error: TaskError) -> None:
+    def refuse(self, error: TaskError) -> None:
+        """Ends the request with an error, wherever it is."""
         self.error = _Refusal(error)
         self.completed = True
+        self.expect_continue = False
 
 
-class _ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
+class _Whole(waitress.task.Task):  # type: ignore[misc]  # Waitress has no types
+    """An answer whose head goes out with its body in one piece, and which ends no connection without need."""
+
+    def build_response_header(self) -> bytes:
+        """Nothing yet: the channel holds it back."""
+        self.channel.head = super().build_response_header()
+        return b""
+
+    def set_close_on_finish(self) -> None:
+        """Not because a 204 or a 304 tells no length: it has none."""
+        if self.has_body or self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close":
+            super().set_close_on_finish()
+
+    def finish(self) -> None:
+        """Sends a head that no body has followed."""
+        super().finish()
+        if self.channel.head:
+            self.channel.write_soon(None)
+
+
+class _WSGITask(_Whole, waitress.task.WSGITask):  # type: ignore[misc]  # Waitress has no types
+    """An answer of the application."""
+
+
+class _ErrorTask(_Whole, waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
     """Answers what the server itself refuses in the same shape as all other errors."""
 
     def execute(self) -> None:
@@ -6609,44 +6683,142 @@ class _ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has
         super().execute()
 
 
-class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress has no types
-    """A connection that, after a refusal, reads on for a while: closing at once would reset it, and the client,
-    still sending, would never see the answer (RFC 9112, 9.6)."""
+class _Loop:
+    """The server as a channel sees it: its loop is woken only where it has to be, and no request is begun whose
+    answer would wait behind a long one that the client does not take."""
 
-    error_task_class = _ErrorTask
+    def __init__(self, server: Any, channel: _Channel):
+        self._server, self._channel = server, channel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def pull_trigger(self) -> None:
+        """Wakes the loop, unless it waits for the next request of the channel anyway."""
+        if self._channel.needs_loop():
+            self._server.pull_trigger()
+
+    def add_task(self, channel: _Channel) -> None:
+        """Begins a request; jobs step aside from now on."""
+        channel.turns.count(1)
+        self._server.add_task(channel)
+
+
+class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress has no types
+    """A connection that takes its client's pace for what it is.
+
+    After a refusal it reads on for a while: closing at once would reset it, and the client, still sending, would
+    never see the answer (RFC 9112, 9.6). A client that takes too long over a request or an answer is cut off.
+    """
+
+    task_class, error_task_class = _WSGITask, _ErrorTask
+    turns: ClassVar[Turns]
+    head = b""  # of the answer that is being made
     refused = False
-    _linger_until: float | None = None
+    _deadline = math.inf  # for the client to take its answer, or to stop sending after a refusal
+    _lingers = False
+    _gone = False  # the client sends no more; it may still read, though
+    _writing = False  # the loop would only get in the way
+    _polled = False  # the loop waits for the client to send
+
+    def __init__(self, server: Any, *args: Any, **kwargs: Any):
+        super().__init__(_Loop(server, self), *args, **kwargs)
+
+    # On the loop
+
+    def readable(self) -> bool:
+        """While lingering, always; while a request is answered too, to see the client go away."""
+        self._polled = self._lingers or (not self._gone and bool(super().readable()))
+        return self._polled
+
+    def writable(self) -> bool:
+        """Not while a thread writes: the loop would wake up again and again for what that thread is about to send."""
+        if self._lingers:
+            return bool(self.will_close)
+        return bool(self.will_close or (self._gone and not self.requests) or (
+            not self._writing and super().writable()))
+
+    def handle_read(self) -> None:
+        """Takes in a request; while lingering, throws away what comes."""
+        try:
+            data = self.socket.recv(self.adj.recv_bytes)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.handle_close()
+            return
+        if data and not self._lingers:
+            self.last_activity = time()
+            self.received(data)
+        elif not data and (self.requests or self.total_outbufs_len):
+            self._gone = True
+        elif not data:
+            self.handle_close()
 
     def handle_write(self) -> None:
         """Flushes; when a refusal is out, says so to the client, and lingers instead of closing."""
-        if self.refused and self.close_when_flushed and self._linger_until is None:
+        if self._gone and not self.requests:
+            self.close_when_flushed = True
+        elif self.refused and self.close_when_flushed and not self.will_close:
             self._flush_exception(self._flush_some)
             if not self.total_outbufs_len and not self.will_close:
-                self._linger_until = monotonic() + _LINGER_SECONDS
+                self._lingers, self._deadline = True, monotonic() + _LINGER_SECONDS
                 with suppress(OSError):
                     self.socket.shutdown(socket.SHUT_WR)
             return
         super().handle_write()
 
-    def writable(self) -> bool:
-        """Not while lingering, unless the connection is to be closed."""
-        return bool(self.will_close if self._linger_until is not None else super().writable())
-
-    def readable(self) -> bool:
-        """While lingering, always."""
-        return self._linger_until is not None or bool(super().readable())
-
-    def handle_read(self) -> None:
-        """Takes in a request; while lingering, throws away what comes until the client or our patience ends."""
-        if self._linger_until is None:
-            super().handle_read()
+    def hurry(self, now: float) -> None:
+        """Called every second: ends what takes the client too long."""
+        if self.requests:
             return
+        if now > self._deadline:
+            self.will_close = True
+        elif self.request is not None and now > self.request.deadline:
+            with self.requests_lock:
+                request, self.request = self.request, None
+                if not request.headers_finished:
+                    request.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
+                request.refuse(BadRequest("malformed HTTP request: it took too long to come"))
+                self.requests.append(request)
+            self.server.add_task(self)
+
+    # On a thread
+
+    def needs_loop(self) -> bool:
+        """True if there is something for the loop to do, or it does not wait for the client to send."""
+        return bool(self.total_outbufs_len or self.will_close or self.close_when_flushed or self._gone
+                    or not self._polled)
+
+    def service(self) -> None:
+        """Answers a request."""
         try:
-            data = self.recv(self.adj.recv_bytes)
-        except OSError:
-            data = b""
-        if not data or monotonic() > self._linger_until:
-            self.handle_close()
+            super().service()
+        finally:
+            self.turns.count(-1)
+        self._deadline = monotonic() + _PATIENCE_SECONDS + self.total_outbufs_len / _SLOWEST if (
+            self.total_outbufs_len) else math.inf
+
+    def check_client_disconnected(self) -> bool:
+        """What a long poll asks."""
+        return self._gone or not self.connected
+
+    def write_soon(self, data: Any) -> int:
+        """Sends, as far as the client takes it, and keeps the rest; the head of an answer waits for its body."""
+        head, self.head = self.head, b""
+        if data == b"":
+            self.head = head
+            return 0
+        self._writing = True
+        try:
+            if data is None or not isinstance(data, bytes):
+                super().write_soon(head)
+            return int(super().write_soon(head + data if isinstance(data, bytes) else data))
+        finally:
+            self._writing = False
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Never: a thread must not wait for a slow client. Every answer is whole, or a file, when it gets here."""
 
 
 class HttpServer:
@@ -6662,14 +6834,16 @@ class HttpServer:
             self._server = waitress.create_server(
                 app, host=host, port=port, threads=settings.threads, ident="taskapi",
                 max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
-                channel_timeout=60, connection_limit=1000, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+                channel_timeout=60, connection_limit=1000, channel_request_lookahead=1, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
         except OSError as error:
             reason = f"{error.strerror}; --port 0 takes any free port"
             raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
-        self._server.channel_class = type("Channel", (_Channel,), {"parser_class": parser})
+        self._server.channel_class = type("Channel", (_Channel,), {
+            "parser_class": parser, "turns": engine.queue.turns})
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}"
         self._stop = threading.Event()
+        self._hurried = 0.0
 
     def stop(self) -> None:
         """Makes `run` return soon; may be called from any thread, and from a signal handler."""
@@ -6691,6 +6865,10 @@ class HttpServer:
 
     def _turn(self, seconds: float) -> None:
         self._server.asyncore.loop(timeout=seconds, map=self._server._map, use_poll=True, count=1)
+        if (now := monotonic()) > self._hurried + 1:
+            self._hurried = now
+            for channel in list(self._server.active_channels.values()):
+                channel.hurry(now)
 
     def _close_idle(self) -> int:
         """Closes connections that wait for nothing; returns how many are left."""
