@@ -66,7 +66,7 @@ import tomllib
 import types
 import uuid
 import zlib
-from bisect import bisect, bisect_left
+from bisect import bisect
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +81,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from time import monotonic, time
 from typing import (
@@ -454,7 +454,7 @@ def utc_now() -> datetime:
 
 def instant(moment: datetime) -> str:
     """RFC 3339 in UTC with milliseconds: the one form in which instants are stored, compared and shown."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
 class JobIds:
@@ -755,6 +755,8 @@ class _Ticket(Generic[T]):
 
     def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool):
         self.work, self.durable = work, durable
+        self.called = threading.Lock()  # let go of when the work is done, or its thread is to write the next batch
+        self.called.acquire()
         self.done = False
         self.result: T
         self.error: BaseException | None = None
@@ -771,7 +773,9 @@ class Database:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
+        self._line = threading.Lock()  # guards the next two
         self._waiting: deque[_Ticket[Any]] = deque()
+        self._led = False  # somebody writes a batch, or was called to
         self._readers: list[sqlite3.Connection] = []
         self._identity: tuple[int, int] | None = None
         self._writer: sqlite3.Connection | None = None
@@ -844,21 +848,38 @@ class Database:
         of its own, so that one that raises undoes only itself. Raises StorageError when the database cannot be used.
         """
         ticket = _Ticket(work, durable)
-        self._waiting.append(ticket)
-        if not self._lock.acquire(timeout=_BUSY_SECONDS):
-            with suppress(ValueError):  # not there any more: someone has taken it, and it will be done soon
-                self._waiting.remove(ticket)
-                raise StorageError("the database is busy")
-            self._lock.acquire()
-        try:
-            if not ticket.done:
-                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                self._write_batch(batch)
-        finally:
-            self._lock.release()
+        with self._line:
+            self._waiting.append(ticket)
+            leads, self._led = not self._led, True
+        if not leads and not ticket.called.acquire(timeout=_BUSY_SECONDS):
+            with self._line:
+                called = ticket.called.acquire(blocking=False)
+                if not called and ticket in self._waiting:
+                    self._waiting.remove(ticket)
+                    raise StorageError("the database is busy")
+            if not called:
+                ticket.called.acquire()  # someone has taken it, and it will be done soon
+        if not ticket.done:
+            self._lead(ticket)
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
+
+    def _lead(self, own: _Ticket[Any]) -> None:
+        """Writes what waits by now, then calls whoever waits by then: those whose work is done need not wait for it."""
+        batch: list[_Ticket[Any]] = []
+        try:
+            with self._lock:
+                with self._line:
+                    batch = list(self._waiting)
+                    self._waiting.clear()
+                self._write_batch(batch)
+        finally:
+            with self._line:
+                self._led = bool(self._waiting)
+                for ticket in (*batch, *list(self._waiting)[:1]):
+                    if ticket is not own:
+                        ticket.called.release()
 
     def _write_batch(self, batch: Sequence[_Ticket[Any]]) -> None:
         """One transaction for all of `batch`; whatever goes wrong with it as a whole is every ticket's error."""
@@ -4629,7 +4650,7 @@ class GenerateRequest(JobRequest):
         Checking a recipe takes many times as long as answering, and clients post the same one again and again, so the
         last ones are remembered by all that the check looks at; of `now` only where there are dates of its own.
         """
-        recipe = self.model_copy(update={"seed": 0, "after": None, "now": None}).model_dump_json(exclude_none=True)
+        recipe = self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
         dated = re.search(r'"(from|to|\w*date\w*)":', recipe)
         now = instant(self._moment()) if dated else "2000-01-01T00:00:00Z"
         return self._total(recipe, now)
@@ -5119,49 +5140,40 @@ _METRICS = {  # name: (Prometheus type, help)
 }
 
 
-def _label_text(labels: Iterable[tuple[str, object]]) -> str:
-    text = ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels)
-    return f"{{{text}}}" if text else ""
-
-
 class Metrics:
     """Counts since the service was opened, in the text format of Prometheus."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[tuple[str, tuple[tuple[str, object], ...]], float] = defaultdict(float)
-        # How many in each bucket, how many over all of them, and the sum.
-        self._times: dict[tuple[str, tuple[tuple[str, object], ...]], list[float]] = defaultdict(
-            lambda: [0.0] * (len(_BUCKETS) + 2))
+        self._values: dict[tuple[str, str, str], float] = defaultdict(float)  # by metric, suffix and labels
+
+    @staticmethod
+    def _labels(labels: Mapping[str, object]) -> str:
+        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels.items())
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
         """Adds to a counter."""
         with self._lock:
-            self._values[name, tuple(labels.items())] += amount
+            self._values[name, "", self._labels(labels)] += amount
 
     def observe(self, name: str, seconds: float, **labels: object) -> None:
         """Adds one time to a histogram."""
         with self._lock:
-            times = self._times[name, tuple(labels.items())]
-            times[bisect_left(_BUCKETS, seconds)] += 1
-            times[-1] += seconds
+            for bound in (*_BUCKETS, "+Inf"):
+                self._values[name, "_bucket", self._labels({**labels, "le": bound})] += (
+                    bound == "+Inf" or seconds <= float(bound))
+            self._values[name, "_sum", self._labels(labels)] += seconds
+            self._values[name, "_count", self._labels(labels)] += 1
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """All of them; `gauges` are the values of this moment."""
         with self._lock:
-            values = [(name, "", labels, value) for (name, labels), value in self._values.items()]
-            times = [(name, labels, list(found)) for (name, labels), found in self._times.items()]
-        values += [(name, "", (), value) for name, value in gauges.items()]
-        for name, labels, (*counts, total) in times:
-            sums = list(accumulate(counts))
-            values += [(name, "_bucket", (*labels, ("le", bound)), value)
-                       for bound, value in zip((*_BUCKETS, "+Inf"), sums, strict=True)]
-            values += [(name, "_sum", labels, total), (name, "_count", labels, sums[-1])]
+            values = dict(self._values) | {(name, "", ""): value for name, value in gauges.items()}
         lines = []
         for name, (kind, about) in _METRICS.items():
             lines += [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
-            lines += [f"taskapi_{name}{suffix}{_label_text(labels)} {value:.15g}"
-                      for metric, suffix, labels, value in values if metric == name]
+            lines += [f"taskapi_{name}{suffix}{f'{{{labels}}}' if labels else ''} {value:.15g}"
+                      for (metric, suffix, labels), value in values.items() if metric == name]
         return "\n".join(lines) + "\n"
 
 
@@ -5872,6 +5884,7 @@ class Call:
         self.engine = engine
         self.environ: dict[str, Any] = bottle.request.environ
         self.method: str = bottle.request.method
+        self.path: str = bottle.request.path
 
     def header(self, name: str) -> str | None:
         """A request header by its HTTP name."""
@@ -6270,6 +6283,7 @@ def post_preview(call: Call) -> bottle.HTTPResponse:
     return reply(preview(request.accepted(call.engine.settings, call.engine.clock)))
 
 
+@lru_cache(maxsize=256)
 def _host_name(url: str) -> str | None:
     try:
         return urlsplit(url).hostname
@@ -6310,6 +6324,7 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
 
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
                  "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
+_STANDARD_HEADERS = {"Cache-Control": "no-store", **SAFE_HEADERS}
 
 
 def _snake(name: str) -> str:
@@ -6354,19 +6369,18 @@ class _Gate:
     def answer(self, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
         """What the handler answers, or the answer to what it raises."""
         call = Call(self._engine)
-        what = f"{call.method} {bottle.request.path}"
         try:
             check_path(call.environ.get("bottle.raw_path", ""))
-            check_head(call.method, bottle.request.path, call.header, call.length, self._engine.settings,
+            check_head(call.method, call.path, call.header, call.length, self._engine.settings,
                        self._engine.allowed_hosts)
             response = handler(call, **arguments)
         except TaskError as error:
             if isinstance(error, StorageError):
-                _LOG.error("%s: %s", what, error)
+                _LOG.error("%s %s: %s", call.method, call.path, error)
             response = error_reply(error)
         except Exception:
-            response = error_reply(bug_report(what))
-        for name, value in {"Cache-Control": "no-store", **SAFE_HEADERS}.items():
+            response = error_reply(bug_report(f"{call.method} {call.path}"))
+        for name, value in _STANDARD_HEADERS.items():
             if name not in response.headers:
                 response.set_header(name, value)
         return response

@@ -3827,3 +3827,118 @@ def test_bench_cost_and_memory_by_count(tmp_path: Path) -> None:
             first = first or cost
             print(f"{job['result']['records']:>9} records of {body.get('recordType', 'seven')}: {cost / first:.2f} of "
                   f"the first cost a record ({cost:.0f} us), {peak(live) - idle} MB over idle")
+
+
+# A process of its own, so that it takes nothing from the server's interpreter: raw sockets, keep-alive, no parsing.
+LOAD = """
+import json, selectors, socket, sys, time
+host, port, clients, seconds, pause, method, path, body = sys.argv[1:]
+head = f"{method} {path} HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+data = f"{head}Content-Length: {len(body)}\\r\\n\\r\\n{body}".encode()
+watch, took, wrong, begun = selectors.DefaultSelector(), [], 0, time.perf_counter()
+for _ in range(int(clients)):
+    connection = socket.create_connection((host, int(port)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    watch.register(connection, selectors.EVENT_READ, [b"", time.perf_counter()])
+    connection.sendall(data)
+while watch.get_map():
+    for key, _ in watch.select():
+        state, now = key.data, time.perf_counter()
+        state[0] += key.fileobj.recv(65536)
+        end = state[0].find(b"\\r\\n\\r\\n") + 4
+        if end < 4 or len(state[0]) < end + int(state[0][:end].lower().split(b"content-length:")[1].split()[0]):
+            continue
+        wrong += state[0][9:10] != b"2"
+        took.append(now - state[1])
+        if now - begun > float(seconds):
+            watch.unregister(key.fileobj)
+            continue
+        time.sleep(float(pause))
+        state[:] = b"", time.perf_counter()
+        key.fileobj.sendall(data)
+took.sort()
+print(json.dumps([len(took) / (time.perf_counter() - begun), took[len(took) // 2], took[len(took) * 99 // 100], wrong]))
+"""
+ONE = '{"recordType": "one", "count": 1, "schema": {"id": "sequence"}}'
+
+
+class Load(NamedTuple):
+    """What clients met: answers a second, seconds to an answer (median, 99th percentile), answers that were not 2xx."""
+
+    rate: float
+    p50: float
+    p99: float
+    wrong: int
+
+
+def under_load(url: str, clients: int, method: str, path: str, body: str = "", seconds: float = 3, pause: float = 0) -> Load:
+    """Lets so many keep-alive clients ask again and again."""
+    parts = urlsplit(url)
+    command = [sys.executable, "-S", "-E", "-c", LOAD, parts.hostname, parts.port, clients, seconds, pause, method,
+               path, body]
+    met = Load(*json.loads(subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True).stdout))
+    assert not met.wrong
+    return met
+
+
+@contextmanager
+def bare_hello() -> Iterator[str]:
+    """Bottle's hello on plain Waitress, with our settings."""
+    program = textwrap.dedent("""
+        import bottle, logging, waitress
+        app = bottle.Bottle()
+        app.route("/", callback=lambda: "hello")
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        server = waitress.create_server(app, host="127.0.0.1", port=0, threads=8, recv_bytes=65536,
+                                        asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+        print(server.effective_port, flush=True)
+        server.run()
+        """)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+@pytest.mark.bench
+def test_bench_posts_a_second(tmp_path: Path) -> None:
+    """POST /generate, durable, by 8 keep-alive clients, against a bare Bottle hello; three times, the medians."""
+    with Live(tmp_path / "data", "--max-pending", "1000000") as live, bare_hello() as bare:
+        runs = [(under_load(bare, 8, "GET", "/"), under_load(live.url, 8, "POST", "/generate", ONE)) for _ in range(3)]
+    hello, posts = (sorted(run[at].rate for run in runs)[1] for at in (0, 1))
+    print(f"\nPOST /generate: {posts / hello:.2f} of a bare hello (goal 0.6) ({posts:.0f} and {hello:.0f} a second)")
+
+
+@pytest.mark.bench
+def test_bench_responsive_while_working(tmp_path: Path) -> None:
+    """One client and eight, idle and beside four large generate jobs; and how fast those go on meanwhile."""
+    with Live(tmp_path / "data", "--max-pending", "1000000") as live:
+        def made(during: Callable[[], Any]) -> tuple[float, Any]:
+            """Records that the large jobs make a second, and what `during` returns."""
+            begun, before = time.perf_counter(), sum(live.job(job)["progress"]["done"] for job in large)
+            result = during()
+            after = sum(live.job(job)["progress"]["done"] for job in large)
+            return (after - before) / (time.perf_counter() - begun), result
+
+        def one_client(status: str) -> tuple[Load, Load]:
+            return under_load(live.url, 1, "POST", "/generate", ONE, 4), under_load(live.url, 1, "GET", status, seconds=4)
+
+        status = f"/status/{live.make('/generate', json.loads(ONE))}"
+        under_load(live.url, 1, "POST", "/generate", ONE, 1)
+        idle, eight_idle = one_client(status), under_load(live.url, 8, "POST", "/generate", ONE)
+        until(lambda: live.ask("GET", "/").json["pending"] == 0, 60)
+        large = [live.make("/generate", {"recordType": f"big{n}", "count": 10**7, "schema": SEVEN}) for n in range(4)]
+        until(lambda: all(live.job(job)["progress"]["done"] for job in large))
+        alone, _ = made(lambda: time.sleep(4))
+        polled, _ = made(lambda: under_load(live.url, 1, "GET", status, seconds=4, pause=0.05))
+        busy = one_client(status)
+        saturated, eight_busy = made(lambda: under_load(live.url, 8, "POST", "/generate", ONE, 4))
+    print()
+    for name, quiet, loud in zip(("POST /generate", "GET /status"), idle, busy, strict=True):
+        print(f"{name} beside four large jobs: p50 {loud.p50 / quiet.p50:.1f} times idle (goal 3), p99 "
+              f"{loud.p99 / quiet.p99:.1f} times (goal 5) ({loud.p50 * 1e3:.1f} and {loud.p99 * 1e3:.1f} ms)")
+    print(f"eight clients: {eight_busy.rate / eight_idle.rate:.2f} of their idle rate (goal 0.6) "
+          f"({eight_busy.rate:.0f} a second)")
+    print(f"generation: {polled / alone:.2f} of its own speed beside 20 polls a second (goal 0.6), "
+          f"{saturated / alone:.2f} under saturation (goal 0.15) ({alone:.0f} records/s)")
