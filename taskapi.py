@@ -568,6 +568,13 @@ class Interruption(Shape):
 class Job(Shape):
     """A job, as GET /status/{jobId} shows it."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{
+        "jobId": "01a20460-7a3c-7d52-9c1e-5f0a3b8c2d41", "type": "generate", "status": "in-progress",
+        "createdAt": "2026-11-22T16:05:00.123Z", "startedAt": "2026-11-22T16:05:00.130Z", "finishedAt": None,
+        "attempt": 1, "progress": {"done": 1200, "total": 5000}, "request": {"recordType": "person", "count": 5000},
+        "result": None, "error": None, "eta": 0.3, "after": None, "interruptions": [],
+        "links": {"self": "/status/01a20460-7a3c-7d52-9c1e-5f0a3b8c2d41"}}]})
+
     job_id: str
     type: str
     status: JobStatus
@@ -614,7 +621,7 @@ class Condition(Shape):
     gte: Scalar = None
     in_: list[Scalar] | None = Field(None, alias="in", max_length=1000)
     like: str | None = Field(None, description="SQL pattern: % is any text, _ any character.", max_length=1000)
-    null: bool | None = None
+    null: bool | None = Field(None, strict=True)
 
     @model_serializer
     def _given(self) -> dict[str, Json]:
@@ -5953,6 +5960,8 @@ def route(method: str, path: str, answers: Mapping[int, Any], query: type[Shape]
 class ErrorBody(Shape):
     """Every error."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [BadRequest.of("count", "is required").body()]})
+
     error: str = Field(description="A short message.")
     status: int
     fields: list[dict[str, str]] | None = Field(None, description="Which fields are at fault, and why.")
@@ -6409,6 +6418,14 @@ _COMMON_ANSWERS = {400: "The request is wrong; `fields` says where.", 403: "A we
                    415: f"The body is not {_JSON_TYPE}."}
 
 
+_MADE = {"Location": "Where its status is."}
+_ANSWER_HEADERS: Mapping[int | type, Mapping[str, str]] = {  # by status; `bytes`: wherever a file is answered
+    201: _MADE, 202: _MADE, 416: {"Content-Range": "How long the file is."}, 503: {"Retry-After": "Seconds to wait."},
+    304: {"ETag": "The file's."},
+    bytes: {"ETag": "For If-None-Match and If-Range.", "Last-Modified": "When the file was made.",
+            "Accept-Ranges": "bytes", "Content-Disposition": "The file's name."}}
+
+
 def _reference(shape: type) -> Json:
     return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, Shape) else {"type": "object"}
 
@@ -6422,7 +6439,8 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
         parameters.append({"name": name, "in": "query", "schema": schema,
                            "description": schema.get("description", "")})
     if makes_job and entry.body:
-        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 200},
+        parameters.append({"name": "Idempotency-Key", "in": "header",
+                           "schema": {"type": "string", "minLength": 1, "maxLength": 200},
                            "description": "The same key with the same request answers the first job again."})
     answers: dict[str, Json] = {}
     json_body = entry.body is not None and entry.body is not UploadForm
@@ -6430,15 +6448,14 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
     for status, shape in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
         answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
         if shape is bytes:
-            answer["content"] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+            answer["content"] = {"*/*": {"schema": {"type": "string", "format": "binary"}}}  # the file's own type
         elif isinstance(shape, str):
             answer["content"] = {shape: {"schema": {"type": "string"}}}
         elif shape is not None:
             answer["content"] = {_JSON_TYPE: {"schema": _reference(shape)}}
-        if status in (201, 202):
-            answer["headers"] = {"Location": {"schema": {"type": "string"}, "description": "Where its status is."}}
-        if status == 503:
-            answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
+        if headers := _ANSWER_HEADERS.get(bytes if entry.answers.get(status) is bytes else status):
+            answer["headers"] = {name: {"schema": {"type": "string"}, "description": about}
+                                 for name, about in headers.items()}
         answers[str(status)] = answer
     summary = (entry.handler.__doc__ or "").strip()
     operation: dict[str, Json] = {"operationId": "-".join([entry.method.lower(), *re.findall(r"\w+", entry.path)]),
@@ -6490,7 +6507,9 @@ def build_app(engine: Engine) -> bottle.Bottle:
         method, path = bottle.request.method, bottle.request.path
         if error.status_code == 405:
             allowed = set(error.headers.get("Allow", "").split(","))
-            allow = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
+            allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+            if method == "OPTIONS":
+                return bottle.HTTPResponse(b"", 204, Allow=allow)
             raise MethodNotAllowed(f"{method} is not allowed here, but {allow}", headers={"Allow": allow})
         if error.status_code == 404:
             raise NotFound(f"there is nothing at {path}{did_you_mean(path, {entry.path for entry in routes})}")
@@ -6727,6 +6746,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
     task_class, error_task_class = _WSGITask, _ErrorTask
     turns: ClassVar[Turns]
+    request: Any = None  # the one that is coming in
     head = b""  # of the answer that is being made
     refused = False
     _deadline = math.inf  # for the client to take its answer, or to stop sending after a refusal
@@ -6782,6 +6802,10 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             return
         super().handle_write()
 
+    def idle(self) -> bool:
+        """True if nothing is asked, answered or refused here."""
+        return not (self.requests or self.request or self.total_outbufs_len)
+
     def hurry(self, now: float) -> None:
         """Called every second: ends what takes the client too long."""
         if self.requests:
@@ -6835,11 +6859,29 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
         """Never: a thread must not wait for a slow client. Every answer is whole, or a file, when it gets here."""
 
 
+def _descriptors(wanted: int | None = None) -> int | None:
+    """How many files and connections the process may have open, None if the system does not say.
+
+    `wanted` raises that for the process, as far as it may.
+    """
+    if sys.platform == "win32":
+        return None
+    import resource  # only there where it is needed
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if wanted and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
+
+
 class HttpServer:
     """Waitress around an application: a loop that can be told to stop, and lets requests in flight finish."""
 
     def __init__(self, engine: Engine, app: Callable[..., Iterable[bytes]], host: str, port: int):
         settings = engine.settings
+        # Windows' select takes 512 sockets; elsewhere files and the database need some of the descriptors.
+        self._limit = min(1000, (_descriptors() or 500) * 3 // 4)
         parser = type("Parser", (_Parser,), {
             "check": staticmethod(lambda method, path, header, length: check_head(
                 method, path, header, length, settings, engine.allowed_hosts)),
@@ -6848,7 +6890,8 @@ class HttpServer:
             self._server = waitress.create_server(
                 app, host=host, port=port, threads=settings.threads, ident="taskapi",
                 max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
-                channel_timeout=60, connection_limit=1000, channel_request_lookahead=1, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+                channel_timeout=60, connection_limit=self._limit, channel_request_lookahead=1, asyncore_use_poll=True,
+                clear_untrusted_proxy_headers=True)
         except OSError as error:
             reason = f"{error.strerror}; --port 0 takes any free port"
             raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
@@ -6881,13 +6924,22 @@ class HttpServer:
         self._server.asyncore.loop(timeout=seconds, map=self._server._map, use_poll=True, count=1)
         if (now := monotonic()) > self._hurried + 1:
             self._hurried = now
-            for channel in list(self._server.active_channels.values()):
-                channel.hurry(now)
+            self._hurry(now)
+
+    def _hurry(self, now: float) -> None:
+        """Every second: ends what takes a client too long; makes room for new ones among those that ask nothing."""
+        channels: list[_Channel] = list(self._server.active_channels.values())
+        for channel in channels:
+            channel.hurry(now)
+        surplus = len(channels) - self._limit * 9 // 10
+        if surplus > 0:
+            for channel in sorted(filter(_Channel.idle, channels), key=lambda idle: idle.last_activity)[:surplus]:
+                channel.will_close = True
 
     def _close_idle(self) -> int:
         """Closes connections that wait for nothing; returns how many are left."""
         for channel in list(self._server.active_channels.values()):
-            if not (channel.requests or channel.request or channel.total_outbufs_len):
+            if channel.idle():
                 channel.handle_close()
         return len(self._server.active_channels)
 
@@ -6965,6 +7017,7 @@ def _set_up_process(settings: Settings) -> None:
     handler.setFormatter(_LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
+    _descriptors(wanted=4096)
     sys.setswitchinterval(0.0005)  # a request waits for the interpreter lock a few times: let that be short
     tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # large bodies wait on the disk they go to
 
