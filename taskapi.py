@@ -146,6 +146,11 @@ class FieldProblem(NamedTuple):
     message: str
 
 
+def _clipped(text: str) -> str:
+    """A message may quote what a client sent, at any length."""
+    return text if len(text) < 1000 else text[:998] + "…"
+
+
 class TaskError(Exception):
     """A failure that a client causes or meets: its text is the short message, its class has the status."""
 
@@ -161,9 +166,9 @@ class TaskError(Exception):
 
     def body(self) -> dict[str, Json]:
         """The error as every client sees it (contract, section 7)."""
-        body: dict[str, Json] = {"error": str(self), "status": self.http_status}
+        body: dict[str, Json] = {"error": _clipped(str(self)), "status": self.http_status}
         if self.fields:
-            body["fields"] = [problem._asdict() for problem in self.fields]
+            body["fields"] = [{"field": _clipped(field), "message": _clipped(text)} for field, text in self.fields]
         return body
 
 
@@ -240,12 +245,6 @@ class StorageError(TaskError):
 
 class DiskFull(StorageError):
     """There is no room left for what has to be written."""
-
-
-class NotImplementedByServer(TaskError):
-    """A transfer coding that this server does not know."""
-
-    http_status = 501
 
 
 class Unavailable(TaskError):
@@ -6300,6 +6299,9 @@ def _host_name(url: str) -> str | None:
         return None
 
 
+_HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?", re.ASCII)
+
+
 def check_origin(method: str, host: str | None, origin: str | None, fetch_site: str | None,
                  allowed_hosts: Container[str]) -> None:
     """The guard against web pages: raises WrongHost or CrossSite, or returns.
@@ -6307,7 +6309,7 @@ def check_origin(method: str, host: str | None, origin: str | None, fetch_site: 
     A page of another site can send requests to loopback, and can give its own name the address 127.0.0.1; its
     requests then carry that name as Host, or its Origin, or Sec-Fetch-Site. Other clients send none of these.
     """
-    if host is not None and _host_name(f"//{host}") not in allowed_hosts:
+    if host is not None and (not _HOST.fullmatch(host) or _host_name(f"//{host}") not in allowed_hosts):
         raise WrongHost("this server does not answer for that host (TASKAPI_ALLOWED_HOSTS adds names)")
     if method in ("GET", "HEAD", "OPTIONS"):
         return
@@ -6512,6 +6514,9 @@ def build_app(engine: Engine) -> bottle.Bottle:
                 return bottle.HTTPResponse(b"", 204, Allow=allow)
             raise MethodNotAllowed(f"{method} is not allowed here, but {allow}", headers={"Allow": allow})
         if error.status_code == 404:
+            if method == "OPTIONS" and path == "/*":
+                allow = ", ".join(sorted({"HEAD", "OPTIONS", *(entry.method for entry in routes)}))
+                return bottle.HTTPResponse(b"", 204, Allow=allow)
             raise NotFound(f"there is nothing at {path}{did_you_mean(path, {entry.path for entry in routes})}")
         if error.status_code < 500:
             raise BadRequest("the request is malformed")
@@ -6635,6 +6640,17 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
         super().__init__(adj)
         self.deadline = monotonic() + _PATIENCE_SECONDS
 
+    def parse_header(self, header_plus: bytes) -> None:
+        """Also refuses what would end the connection without an answer, and bodies whose end can be read two ways."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # a bad address in the request line, or a length of thousands of digits
+            raise waitress.parser.ParsingError(str(error)) from None
+        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
+            raise waitress.parser.ParsingError("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+        if self.proxy_netloc:  # it is what counts, if the request line has one (RFC 9112, 3.2.2)
+            self.headers["HOST"] = self.proxy_netloc
+
     def received(self, data: bytes) -> int:
         """Takes bytes in; whatever is refused is complete at once."""
         in_head = not self.headers_finished
@@ -6710,7 +6726,7 @@ class _ErrorTask(_Whole, waitress.task.ErrorTask):  # type: ignore[misc]  # Wait
                 400: BadRequest(f"malformed HTTP request: {reason}"),
                 413: TooLarge("the body is too large"),
                 431: HeadersTooLarge(f"the headers are larger than {self.channel.adj.max_request_header_size} bytes"),
-                501: NotImplementedByServer(reason),
+                501: BadRequest(f"malformed HTTP request: {reason}"),
             }.get(error.code, TaskError("internal error")))
         self.channel.refused = True
         super().execute()
