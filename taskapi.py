@@ -6611,6 +6611,7 @@ def get_docs(call: Call) -> Any:
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
 
 _DRAIN_SECONDS = 2.0  # for requests in flight when the server stops; jobs get as long: within five in all
+_CONNECTIONS = 1000  # at most; those that ask nothing make room for new ones
 _LINGER_SECONDS = 5.0  # how long a refused client may go on sending before its connection is cut
 _PATIENCE_SECONDS = 20.0  # how long the head of a request may take, and a body or an answer besides what follows
 _SLOWEST = 16 * 1024  # bytes a second: the least at which a body has to come, and an answer to be taken
@@ -6827,7 +6828,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
         if self.requests:
             return
         if now > self._deadline:
-            self.will_close = True
+            self.handle_close()  # at once: to wait until it can be written to could take for ever
         elif self.request is not None and now > self.request.deadline:
             with self.requests_lock:
                 request, self.request = self.request, None
@@ -6897,7 +6898,7 @@ class HttpServer:
     def __init__(self, engine: Engine, app: Callable[..., Iterable[bytes]], host: str, port: int):
         settings = engine.settings
         # Windows' select takes 512 sockets; elsewhere files and the database need some of the descriptors.
-        self._limit = min(1000, (_descriptors() or 500) * 3 // 4)
+        self._limit = min(_CONNECTIONS, (_descriptors() or 500) * 3 // 4)
         parser = type("Parser", (_Parser,), {
             "check": staticmethod(lambda method, path, header, length: check_head(
                 method, path, header, length, settings, engine.allowed_hosts)),
@@ -6947,10 +6948,10 @@ class HttpServer:
         channels: list[_Channel] = list(self._server.active_channels.values())
         for channel in channels:
             channel.hurry(now)
-        surplus = len(channels) - self._limit * 9 // 10
-        if surplus > 0:
-            for channel in sorted(filter(_Channel.idle, channels), key=lambda idle: idle.last_activity)[:surplus]:
-                channel.will_close = True
+        if len(channels) > self._limit * 9 // 10:
+            for channel in sorted(filter(_Channel.idle, channels), key=lambda idle: idle.last_activity)[
+                    :len(channels) - self._limit // 2]:
+                channel.handle_close()
 
     def _close_idle(self) -> int:
         """Closes connections that wait for nothing; returns how many are left."""
