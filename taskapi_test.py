@@ -84,6 +84,9 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
+SEEN: set[tuple[str, str, int]] = set()  # what the tests so far have met: method, path, status
+
+
 def ask(url: str, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
     """One request on a connection of its own; a dict goes as JSON."""
     if isinstance(body, dict):
@@ -91,6 +94,7 @@ def ask(url: str, method: str, path: str, body: Any = None, headers: dict[str, s
     with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)) as connection:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
+        SEEN.add((method, urlsplit(path).path, response.status))
         return Answer(response.status, response.headers, response.read())
 
 
@@ -3463,7 +3467,7 @@ def test_schemathesis_finds_no_answer_that_is_not_described(tmp_path: Path) -> N
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         print(found.stdout[-1500:])
         assert found.returncode == 0, found.stdout
-        assert f"Tested: {len(SERVED)}" in found.stdout
+        assert re.search(r"Selected: (\d+)/\1\n +Tested: \1\n", found.stdout)
         assert "Traceback" not in live.log.read_text()
 
 
@@ -3947,6 +3951,24 @@ def test_the_openapi_document_has_every_route_and_resolves(url: str) -> None:
             assert operation["summary"]
 
 
+def test_the_openapi_document_tells_headers_and_has_examples_that_are_right(url: str) -> None:
+    """Where a made job is, what a file comes with, when to come again; a JSON body's example is accepted."""
+    document = ask(url, "GET", "/openapi.json").json
+    calls = {f"{method.upper()} {path}": operation for path, methods in document["paths"].items()
+             for method, operation in methods.items()}
+    for operation in calls.values():
+        for status, answer in operation["responses"].items():
+            assert ("Location" in answer.get("headers", {})) == (status in ("201", "202"))
+            assert ("Retry-After" in answer.get("headers", {})) == (status == "503")
+    download = calls["GET /download/{jobId}"]["responses"]["206"]["headers"]
+    assert download.keys() == {"ETag", "Last-Modified", "Accept-Ranges", "Content-Disposition"}
+    for name in ("GenerateRequest", "ExportRequest", "Job", "ErrorBody"):
+        for example in document["components"]["schemas"][name]["examples"]:
+            links = example.pop("links", None)
+            shown = getattr(taskapi, name).model_validate_json(json.dumps(example)).model_dump(mode="json")
+            assert links is None or shown["links"].items() >= links.items()
+
+
 def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
     """Every path is on it; no script, no address of another host."""
     answer = ask(url, "GET", "/docs")
@@ -4087,6 +4109,16 @@ def test_a_job_remembers_the_versions_it_was_made_with(service: taskapi.Service)
     """Those that its values depend on."""
     job = service.enqueue("generate", PERSONS)
     assert job.result["versions"] == {"taskapi": taskapi.__version__, "faker": faker.VERSION}
+
+
+def test_every_status_that_the_tests_have_met_is_described() -> None:
+    """Runs after the others: a status that a route may answer has to be in the OpenAPI document."""
+    paths = taskapi.openapi(taskapi.all_routes())["paths"]
+    for method, path, status in SEEN:
+        for pattern, methods in paths.items():
+            operation = methods.get("get" if method == "HEAD" else method.lower())
+            if operation and re.fullmatch(re.sub("{[a-zA-Z]+}", "[^/]+", pattern), path):
+                assert str(status) in operation["responses"], (method, path, status)
 
 
 # ==== README: its commands, tables and examples are true ====
