@@ -873,14 +873,20 @@ class Database:
 
     def _lead(self, own: _Ticket[Any]) -> None:
         """Writes what waits by now, then calls whoever waits by then: those whose work is done need not wait for it."""
-        batch: list[_Ticket[Any]] = []
+        batch = [own]
+        locked = self._lock.acquire(timeout=_BUSY_SECONDS)
         try:
-            with self._lock:
-                with self._line:
-                    batch = list(self._waiting)
-                    self._waiting.clear()
+            with self._line:
+                batch = list(self._waiting) if locked else batch
+                for ticket in batch:
+                    self._waiting.remove(ticket)
+            if locked:
                 self._write_batch(batch)
+            else:
+                own.error = StorageError("the database is busy")
         finally:
+            if locked:
+                self._lock.release()
             with self._line:
                 self._led = bool(self._waiting)
                 for ticket in (*batch, *list(self._waiting)[:1]):
@@ -6497,7 +6503,7 @@ def get_openapi(call: Call) -> bottle.HTTPResponse:
 
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
-    app = bottle.Bottle()
+    app = bottle.Bottle(autojson=False)
     gate = _Gate(engine)
     app.install(gate)
     routes = all_routes()
@@ -6766,7 +6772,8 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
     request: Any = None  # the one that is coming in
     head = b""  # of the answer that is being made
     refused = False
-    _deadline = math.inf  # for the client to take its answer, or to stop sending after a refusal
+    _deadline = math.inf  # for the client to take its answer
+    _linger_until = math.inf  # after a refusal
     _lingers = False
     _gone = False  # the client sends no more; it may still read, though
     _writing = False  # the loop would only get in the way
@@ -6813,7 +6820,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
         elif self.refused and self.close_when_flushed and not self.will_close:
             self._flush_exception(self._flush_some)
             if not self.total_outbufs_len and not self.will_close:
-                self._lingers, self._deadline = True, monotonic() + _LINGER_SECONDS
+                self._lingers, self._linger_until = True, monotonic() + _LINGER_SECONDS
                 with suppress(OSError):
                     self.socket.shutdown(socket.SHUT_WR)
             return
@@ -6827,7 +6834,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
         """Called every second: ends what takes the client too long."""
         if self.requests:
             return
-        if now > self._deadline:
+        if now > self._linger_until or (self.total_outbufs_len and now > self._deadline):
             self.handle_close()  # at once: to wait until it can be written to could take for ever
         elif self.request is not None and now > self.request.deadline:
             with self.requests_lock:
@@ -6851,8 +6858,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             super().service()
         finally:
             self.turns.count(-1)
-        self._deadline = monotonic() + _PATIENCE_SECONDS + self.total_outbufs_len / _SLOWEST if (
-            self.total_outbufs_len) else math.inf
+        self._deadline = monotonic() + _PATIENCE_SECONDS + self.total_outbufs_len / _SLOWEST
 
     def check_client_disconnected(self) -> bool:
         """What a long poll asks."""

@@ -30,7 +30,7 @@ import types
 import urllib
 import urllib.request
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
@@ -856,6 +856,52 @@ def test_a_reader_that_outlives_a_replaced_file_is_not_used_again(
         later = jobs.insert("script", {})[0].job_id
     assert jobs.get(later).status == "pending"
     assert len(jobs.page(None, None, 10, None)[0]) == 2
+
+
+def test_whoever_writes_gets_what_is_theirs_and_a_busy_database_is_said(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen threads at once, some of whose work fails; then while nobody can write; then all goes on."""
+    database = taskapi.Database(tmp_path / "x.db")
+    met: list[Any] = []
+
+    def work(number: int, connection: sqlite3.Connection) -> int:
+        connection.execute("INSERT INTO _heartbeat VALUES (?, 'x')", (number,))
+        if number % 5 == 4:
+            raise TaskError(f"no {number}")
+        return number
+
+    def write(*numbers: int) -> None:
+        for number in numbers:
+            try:
+                met.append(database.write(partial(work, number), durable=number % 2 == 0))
+            except TaskError as error:
+                met.append(str(error))
+
+    def together(calls: Sequence[Sequence[int]]) -> None:
+        threads = [threading.Thread(target=write, args=numbers) for numbers in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+    with closing(database):
+        together([range(first, 400, 16) for first in range(16)])
+        assert Counter(met) == Counter(f"no {number}" if number % 5 == 4 else number for number in range(400))
+        met.clear()
+        monkeypatch.setattr(taskapi, "_BUSY_SECONDS", 0.05)
+        with database._lock:
+            together([[number] for number in (400, 401, 402)])
+        assert met == ["the database is busy"] * 3
+        together([[number] for number in (400, 401, 402)])
+        assert sorted(met[3:]) == [400, 401, 402]
+    assert plain_count(tmp_path / "x.db") == 323
+
+
+def plain_count(path: Path) -> int:
+    """Rows that plain sqlite3 sees."""
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM _heartbeat").fetchone()[0])
 
 
 # ==== 4 Store: records ====
