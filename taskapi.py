@@ -6083,7 +6083,7 @@ class WaitQuery(Shape):
 @route("GET", "/status/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
 def get_status(call: Call, job_id: str) -> bottle.HTTPResponse:
     """A job; with `wait`, as soon as it has finished."""
-    gone = call.environ.get("waitress.client_disconnected", lambda: False)
+    gone = call.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
     job = call.engine.wait_politely(job_id, call.query(WaitQuery).wait, gone)
     return reply(job) if job.status.finished else reply(job, Retry_After="1")
 
@@ -6503,7 +6503,7 @@ def get_openapi(call: Call) -> bottle.HTTPResponse:
 
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
-    app = bottle.Bottle(autojson=False)
+    app = bottle.Bottle()
     gate = _Gate(engine)
     app.install(gate)
     routes = all_routes()
@@ -6720,6 +6720,12 @@ class _Whole(waitress.task.Task):  # type: ignore[misc]  # Waitress has no types
 class _WSGITask(_Whole, waitress.task.WSGITask):  # type: ignore[misc]  # Waitress has no types
     """An answer of the application."""
 
+    def get_environment(self) -> dict[str, Any]:
+        """With a way to ask whether the client is still there."""
+        environ: dict[str, Any] = super().get_environment()
+        environ["taskapi.gone"] = self.channel.check_client_disconnected
+        return environ
+
 
 class _ErrorTask(_Whole, waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
     """Answers what the server itself refuses in the same shape as all other errors."""
@@ -6743,7 +6749,7 @@ class _Loop:
     """The server as a channel sees it: its loop is woken only where it has to be, and no request is begun whose
     answer would wait behind a long one that the client does not take."""
 
-    def __init__(self, server: Any, channel: _Channel):
+    def __init__(self, server: Any, channel: Any):
         self._server, self._channel = server, channel
 
     def __getattr__(self, name: str) -> Any:
@@ -6754,7 +6760,7 @@ class _Loop:
         if self._channel.needs_loop():
             self._server.pull_trigger()
 
-    def add_task(self, channel: _Channel) -> None:
+    def add_task(self, channel: Any) -> None:
         """Begins a request; jobs step aside from now on."""
         channel.turns.count(1)
         self._server.add_task(channel)

@@ -3228,22 +3228,29 @@ STRANGE_BODIES = {
     "spaces": (b" " * 1000, ""), "NULs": (b"\0" * 1000, "")}
 
 
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server whose log has to stay free of errors."""
+    with Live(tmp_path_factory.mktemp("edge") / "data") as live:
+        yield live
+
+
 @pytest.mark.parametrize("path", [entry.path for entry in SERVED if entry.method == "POST"])
 @pytest.mark.parametrize("case", named(STRANGE_BODIES))
-def test_no_body_is_too_strange_to_be_refused(live: Live, path: str, case: tuple[bytes, str]) -> None:
+def test_no_body_is_too_strange_to_be_refused(edge: Live, path: str, case: tuple[bytes, str]) -> None:
     """Each JSON endpoint names what is wrong; one that takes no body does not read it."""
     body, word = case
     path = path.replace("{jobId}", "0192")
-    answer = live.ask("POST", path, body, JSON)
+    answer = edge.ask("POST", path, body, JSON)
     refused(answer, 400 if path in (*MAKING, "/upload", "/infer") else 404)
     if word and path in ("/generate", "/preview"):
         assert f"{word!r} is given twice" in answer.json["error"]
 
 
-def test_a_name_given_twice_is_refused_in_every_model(live: Live) -> None:
+def test_a_name_given_twice_is_refused_in_every_model(edge: Live) -> None:
     """Deep in an export's filters too, where the model would have taken the last."""
     body = b'{"format": "csv", "filters": {"where": {"a": {"gte": 1, "gte": 2}}}}'
-    assert "'gte' is given twice" in refused(live.ask("POST", "/export", body, JSON), 400)["error"]
+    assert "'gte' is given twice" in refused(edge.ask("POST", "/export", body, JSON), 400)["error"]
 
 
 NAUGHTY = ["", " ", "%00", "%0d%0aX:%20y", "..%2f..%2fetc", "%2e%2e/", "%ff%fe", "%E2%80%AE", "'", "%22", "%22;DROP--",
@@ -3251,7 +3258,7 @@ NAUGHTY = ["", " ", "%00", "%0d%0aX:%20y", "..%2f..%2fetc", "%2e%2e/", "%ff%fe",
            "%zz", "+", "*", "%5C", "%C0%AE", "%ED%A0%80", "$(id)", "%1b[31m", "true", "%EF%BB%BF", "CON", "?=", "?&&="]
 
 
-def test_no_path_and_no_query_makes_the_server_fail(live: Live) -> None:
+def test_no_path_and_no_query_makes_the_server_fail(edge: Live) -> None:
     """Naughty strings in every place of every route: answers, no 5xx, and no line of the log that is not ours."""
     places: dict[str, None] = {}
     for entry, text in itertools.product(SERVED, NAUGHTY):
@@ -3261,7 +3268,7 @@ def test_no_path_and_no_query_makes_the_server_fail(live: Live) -> None:
         for field in entry.query.model_fields.values() if entry.query else ():
             places[f"{entry.method} {re.sub('[{}]', '', entry.path)}?{field.alias}={shown}"] = None
     assert len(places) > 300
-    with closing(http.client.HTTPConnection(urlsplit(live.url).netloc, timeout=30)) as connection:
+    with closing(http.client.HTTPConnection(urlsplit(edge.url).netloc, timeout=30)) as connection:
         for place in places:
             method, _, path = place.partition(" ")
             connection.putrequest(method, "")
@@ -3270,8 +3277,8 @@ def test_no_path_and_no_query_makes_the_server_fail(live: Live) -> None:
             response = connection.getresponse()
             response.read()
             assert 200 <= response.status < 500, (place, path)
-    assert not [line for line in live.log.read_text().splitlines() if not re.match(r"\d{4}-\d\d-\d\dT", line)]
-    assert " ERROR " not in live.log.read_text()
+    assert not [line for line in edge.log.read_text().splitlines() if not re.match(r"\d{4}-\d\d-\d\dT", line)]
+    assert " ERROR " not in edge.log.read_text()
 
 
 LOCAL = b"\r\nHost: localhost\r\nConnection: close\r\n"
@@ -3332,10 +3339,10 @@ def statuses_in(data: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("case", named(BROKEN_HTTP))
-def test_broken_http_is_answered_and_the_connection_closed(live: Live, case: tuple[bytes, list[int]]) -> None:
+def test_broken_http_is_answered_and_the_connection_closed(edge: Live, case: tuple[bytes, list[int]]) -> None:
     """No case is a 500, hangs, or leaves a line in the log that is an error's or not ours."""
     data, statuses = case
-    with plug(live.url) as connection:
+    with plug(edge.url) as connection:
         connection.sendall(data)
         answer = rest(connection)
     assert statuses_in(answer) == statuses
@@ -3343,7 +3350,7 @@ def test_broken_http_is_answered_and_the_connection_closed(live: Live, case: tup
         body = json.loads(answer.rpartition(b"\r\n\r\n")[2])
         assert body["status"] == statuses[-1]
         assert len(body["error"]) <= 1000
-    log = live.log.read_text()
+    log = edge.log.read_text()
     assert " ERROR " not in log
     assert not [line for line in log.splitlines() if not re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z (INFO|WARNING)", line)]
 
@@ -3393,15 +3400,15 @@ def test_pipelined_requests_are_answered_in_order(url: str) -> None:
 
 
 @pytest.mark.parametrize("path", [entry.path for entry in SERVED if "{" not in entry.path])
-def test_head_and_options_answer_for_every_path(live: Live, path: str) -> None:
+def test_head_and_options_answer_for_every_path(edge: Live, path: str) -> None:
     """HEAD with the headers of GET; OPTIONS with the methods."""
     methods = {entry.method for entry in SERVED if entry.path == path}
-    options = live.ask("OPTIONS", path)
+    options = edge.ask("OPTIONS", path)
     allowed = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
     assert (options.status, options.body) == (204, b"")
     assert set(options.headers["Allow"].split(", ")) == allowed
     if "GET" in methods:
-        bare, whole = live.ask("HEAD", path), live.ask("GET", path)
+        bare, whole = edge.ask("HEAD", path), edge.ask("GET", path)
         assert (bare.status, bare.body, bare.headers.keys()) == (whole.status, b"", whole.headers.keys())
         assert whole.headers["X-Content-Type-Options"] == "nosniff"
         assert "default-src 'none'" in whole.headers["Content-Security-Policy"]
