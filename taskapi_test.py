@@ -3520,7 +3520,7 @@ def test_schemathesis_finds_no_answer_that_is_not_described(tmp_path: Path) -> N
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         print(found.stdout[-1500:])
         assert found.returncode == 0, found.stdout
-        assert re.search(r"Selected: (\d+)/\1\n +Tested: \1\n", found.stdout)
+        assert re.search(r"[1-9]\d* generated, [1-9]\d* passed", found.stdout)  # how many: as the time allows
         assert "Traceback" not in live.log.read_text()
 
 
