@@ -9,6 +9,7 @@ import datetime as dt
 import gzip
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -84,6 +85,9 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
+SEEN: set[tuple[str, str, int]] = set()  # what the tests so far have met: method, path, status
+
+
 def ask(url: str, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
     """One request on a connection of its own; a dict goes as JSON."""
     if isinstance(body, dict):
@@ -91,6 +95,7 @@ def ask(url: str, method: str, path: str, body: Any = None, headers: dict[str, s
     with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)) as connection:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
+        SEEN.add((method, urlsplit(path).path, response.status))
         return Answer(response.status, response.headers, response.read())
 
 
@@ -457,7 +462,7 @@ def test_a_wrong_method_is_told_the_right_ones(live: Live, method: str, path: st
     """405 carries Allow."""
     answer = live.ask(method, path)
     refused(answer, 405)
-    assert set(answer.headers["Allow"].replace(" ", "").split(",")) == allow
+    assert set(answer.headers["Allow"].replace(" ", "").split(",")) == allow | {"OPTIONS"}
 
 
 MALFORMED = {
@@ -922,6 +927,52 @@ def test_a_reader_that_outlives_a_replaced_file_is_not_used_again(
         later = jobs.insert("script", {})[0].job_id
     assert jobs.get(later).status == "pending"
     assert len(jobs.page(None, None, 10, None)[0]) == 2
+
+
+def test_whoever_writes_gets_what_is_theirs_and_a_busy_database_is_said(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen threads at once, some of whose work fails; then while nobody can write; then all goes on."""
+    database = taskapi.Database(tmp_path / "x.db")
+    met: list[Any] = []
+
+    def work(number: int, connection: sqlite3.Connection) -> int:
+        connection.execute("INSERT INTO _heartbeat VALUES (?, 'x')", (number,))
+        if number % 5 == 4:
+            raise TaskError(f"no {number}")
+        return number
+
+    def write(*numbers: int) -> None:
+        for number in numbers:
+            try:
+                met.append(database.write(partial(work, number), durable=number % 2 == 0))
+            except TaskError as error:
+                met.append(str(error))
+
+    def together(calls: Sequence[Sequence[int]]) -> None:
+        threads = [threading.Thread(target=write, args=numbers) for numbers in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+    with closing(database):
+        together([range(first, 400, 16) for first in range(16)])
+        assert Counter(met) == Counter(f"no {number}" if number % 5 == 4 else number for number in range(400))
+        met.clear()
+        monkeypatch.setattr(taskapi, "_BUSY_SECONDS", 0.05)
+        with database._lock:
+            together([[number] for number in (400, 401, 402)])
+        assert met == ["the database is busy"] * 3
+        together([[number] for number in (400, 401, 402)])
+        assert sorted(met[3:]) == [400, 401, 402]
+    assert plain_count(tmp_path / "x.db") == 323
+
+
+def plain_count(path: Path) -> int:
+    """Rows that plain sqlite3 sees."""
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM _heartbeat").fetchone()[0])
 
 
 # ==== 4 Store: records ====
@@ -2957,7 +3008,7 @@ def test_worker_threads_that_die_are_replaced(tmp_path: Path) -> None:
         died = [*service.queue._crew._threads]
         for thread in died:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        for thread in died:
+        for _ in died:
             pool.submit(int)  # wakes one of them
         for thread in died:
             thread.join(20)
@@ -3438,6 +3489,438 @@ def test_a_wrong_setting_in_python_is_a_setting_error(tmp_path: Path) -> None:
         taskapi.open_service(tmp_path, workers=0)
     with pytest.raises(taskapi.SettingError, match="wokers"):
         taskapi.open_service(tmp_path, wokers=1)
+
+
+# ==== The HTTP edge: what is broken, slow, hostile or cross-site ====
+
+SERVED = [entry for entry in taskapi.all_routes() if entry.path not in ("/script", "/rows")]  # by a Live
+MAKING = ("/generate", "/preview", "/export")
+STRANGE_BODIES = {
+    "a name given twice": (b'{"count": 1, "count": 2}', "count"),
+    "a name given twice within": (b'{"count": 1, "schema": {"a": {"type": "int", "min": 1, "min": 2}}}', "min"),
+    "a name given twice as an escape": (rb'{"count": 1, "c\u006funt": 1}', "count"),
+    "UTF-16": ('{"count": 1}'.encode("utf-16"), ""), "UTF-8 with a mark": ('\ufeff{"count": 1}'.encode(), ""),
+    "Latin-1": ('{"recordType": "ä", "count": 1}'.encode("latin-1"), ""), "gzip": (gzip.compress(b'{"count": 1}'), ""),
+    "a number of 5,000 digits": (b'{"count": ' + b"9" * 5000 + b"}", ""),
+    "a value of 5,000 digits": (b'{"count": 1, "schema": {"a": {"type": "const", "value": ' + b"9" * 5000 + b"}}}", ""),
+    "a float of 5,000 digits": (
+        b'{"count": 1, "schema": {"a": {"type": "const", "value": 1' + b"0" * 5000 + b".5}}}", ""),
+    "-Infinity": (b'{"count": 1, "schema": {"a": {"type": "const", "value": -Infinity}}}', ""),
+    "lists in lists": (b'{"count": 1, "schema": {"a": ' + b"[" * 100_000, ""),
+    "closed lists in lists": (b'{"count": 1, "schema": {"a": ' + b"[" * 150 + b"]" * 150 + b"}}", ""),
+    "10,000 unknown names": (json.dumps({f"k{n}": n for n in range(10_000)}).encode(), ""),
+    "a name of 100,000 characters": (json.dumps({"x" * 100_000: 1, "count": 1}).encode(), ""),
+    "NUL": (b'{"count": 1, "recordType": "a\\u0000b"}', ""), "two values": (b'{"count": 1} {"count": 1}', ""),
+    "a comment": (b'{"count": 1 /* one */}', ""), "null": (b"null", ""), "a text": (b'"{}"', ""),
+    "a number": (b"1", ""),
+    "spaces": (b" " * 1000, ""), "NULs": (b"\0" * 1000, "")}
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server whose log has to stay free of errors."""
+    with Live(tmp_path_factory.mktemp("edge") / "data") as live:
+        yield live
+
+
+@pytest.mark.parametrize("path", [entry.path for entry in SERVED if entry.method == "POST"])
+@pytest.mark.parametrize("case", named(STRANGE_BODIES))
+def test_no_body_is_too_strange_to_be_refused(edge: Live, path: str, case: tuple[bytes, str]) -> None:
+    """Each JSON endpoint names what is wrong; one that takes no body does not read it."""
+    body, word = case
+    path = path.replace("{jobId}", "0192")
+    answer = edge.ask("POST", path, body, JSON)
+    refused(answer, 400 if path in (*MAKING, "/upload", "/infer") else 404)
+    if word and path in ("/generate", "/preview"):
+        assert f"{word!r} is given twice" in answer.json["error"]
+
+
+def test_a_name_given_twice_is_refused_in_every_model(edge: Live) -> None:
+    """Deep in an export's filters too, where the model would have taken the last."""
+    body = b'{"format": "csv", "filters": {"where": {"a": {"gte": 1, "gte": 2}}}}'
+    assert "'gte' is given twice" in refused(edge.ask("POST", "/export", body, JSON), 400)["error"]
+
+
+NAUGHTY = ["", " ", "%00", "%0d%0aX:%20y", "..%2f..%2fetc", "%2e%2e/", "%ff%fe", "%E2%80%AE", "'", "%22", "%22;DROP--",
+           "%25s", "%7Bx%7D", "{jobId}", "null", "-1", "0", "1e999", "9" * 400, "%F0%9F%92%A9" * 50, "a" * 5000, "%",
+           "%zz", "+", "*", "%5C", "%C0%AE", "%ED%A0%80", "$(id)", "%1b[31m", "true", "%EF%BB%BF", "CON", "?=", "?&&="]
+
+
+def test_no_path_and_no_query_makes_the_server_fail(edge: Live) -> None:
+    """Naughty strings in every place of every route: answers, no 5xx, and no line of the log that is not ours."""
+    places: dict[str, None] = {}
+    for entry, text in itertools.product(SERVED, NAUGHTY):
+        shown = text.replace(" ", "%20")
+        if "{" in entry.path:
+            places[f"{entry.method} {re.sub('{[a-zA-Z]+}', lambda _, shown=shown: shown, entry.path)}"] = None
+        for field in entry.query.model_fields.values() if entry.query else ():
+            places[f"{entry.method} {re.sub('[{}]', '', entry.path)}?{field.alias}={shown}"] = None
+    assert len(places) > 300
+    with closing(http.client.HTTPConnection(urlsplit(edge.url).netloc, timeout=30)) as connection:
+        for place in places:
+            method, _, path = place.partition(" ")
+            connection.putrequest(method, "")
+            connection._buffer[0] = f"{place} HTTP/1.1".encode()  # as it is: http.client would refuse some
+            connection.endheaders()
+            response = connection.getresponse()
+            response.read()
+            assert 200 <= response.status < 500, (place, path)
+    assert not [line for line in edge.log.read_text().splitlines() if not re.match(r"\d{4}-\d\d-\d\dT", line)]
+    assert " ERROR " not in edge.log.read_text()
+
+
+LOCAL = b"\r\nHost: localhost\r\nConnection: close\r\n"
+POSTED = b"POST /generate HTTP/1.1" + LOCAL + b"Content-Type: application/json\r\n"
+BROKEN_HTTP: dict[str, tuple[bytes, list[int]]] = {
+    "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\r\n\r\n", [400]),
+    "a preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [404]),
+    "HTTP/0.9": (b"GET /\r\n\r\n", [200]), "HTTP/9.9": (b"GET / HTTP/9.9" + LOCAL + b"\r\n", [200]),
+    "two spaces": (b"GET  / HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "a method in lower case": (b"get / HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "a method of 5,000 letters": (b"A" * 5000 + b" / HTTP/1.1" + LOCAL + b"\r\n", [405]),
+    "a NUL in the method": (b"G\0T / HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "a path of 60,000 characters": (b"GET /" + b"a" * 60_000 + b" HTTP/1.1" + LOCAL + b"\r\n", [404]),
+    "a path of raw bytes": (b"GET /\xff\xfe HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "a line of a log in the path": (b"GET /\n2026-01-01T00:00:00.000Z ERROR x HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "a whole URL": (b"GET http://localhost/ HTTP/1.1" + LOCAL + b"\r\n", [200]),
+    "a whole URL of another host": (b"GET http://evil.example/ HTTP/1.1" + LOCAL + b"\r\n", [421]),
+    "a whole URL that is none": (b"GET http://[::1/ HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "OPTIONS *": (b"OPTIONS * HTTP/1.1" + LOCAL + b"\r\n", [204]),
+    "CONNECT": (b"CONNECT evil.example:443 HTTP/1.1" + LOCAL + b"\r\n", [404]),
+    "TRACE": (b"TRACE / HTTP/1.1" + LOCAL + b"\r\n", [405]),
+    "an empty host": (b"GET / HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n", [421]),
+    "two hosts": (b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n", [421]),
+    "a host with a user": (b"GET / HTTP/1.1\r\nHost: evil.example@localhost\r\nConnection: close\r\n\r\n", [421]),
+    "a host with a path": (b"GET / HTTP/1.1\r\nHost: localhost/../x\r\nConnection: close\r\n\r\n", [421]),
+    "a host of raw bytes": (b"GET / HTTP/1.1\r\nHost: \xff\r\nConnection: close\r\n\r\n", [421]),
+    "a transfer coding that nobody knows": (POSTED + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", [400]),
+    "two ends": (POSTED + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", [400]),
+    "chunks in HTTP/1.0": (POSTED.replace(b"/1.1", b"/1.0") +
+                           b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", [400]),
+    "a length of 23 digits": (POSTED + b"Content-Length: 99999999999999999999999\r\n\r\n", [413]),
+    "a length of 5,000 digits": (POSTED + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", [400]),
+    "a length in superscript": (POSTED + b"Content-Length: \xb2\r\n\r\n{}", [400]),
+    "an empty length": (POSTED + b"Content-Length:\r\n\r\n{}", [400]),
+    "a negative chunk": (POSTED + b"Transfer-Encoding: chunked\r\n\r\n-2\r\n{}\r\n0\r\n\r\n", [400]),
+    "a chunk of 0x2": (POSTED + b"Transfer-Encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n", [400]),
+    "trailers without end": (POSTED + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 300_000, [413]),
+    "a folded first header": (b"GET / HTTP/1.1\r\n Host: localhost\r\n\r\n", [400]),
+    "a folded header": (b"GET / HTTP/1.1" + LOCAL + b"X: a\r\n b\r\n\r\n", [200]),
+    "a NUL in a header": (b"GET / HTTP/1.1" + LOCAL + b"X: a\0b\r\n\r\n", [400]),
+    "a header without a name": (b"GET / HTTP/1.1" + LOCAL + b": x\r\n\r\n", [400]),
+    "a name of raw bytes": (b"GET / HTTP/1.1" + LOCAL + b"X\xff: x\r\n\r\n", [400]),
+    "12,000 headers": (b"GET / HTTP/1.1" + LOCAL + b"A: b\r\n" * 12_000 + b"\r\n", [431]),
+    "a length with an underscore": (b"POST /generate HTTP/1.1" + LOCAL + b"Content_Length: 5\r\n\r\n", [415]),
+    "an expectation that nobody knows": (POSTED + b"Expect: 200-ok\r\nContent-Length: 2\r\n\r\n{}", [400]),
+    "a GET with a body": (b"GET / HTTP/1.1" + LOCAL + b"Content-Length: 5\r\n\r\nhello", [200]),
+    "empty lines first": (b"\r\n\r\nGET / HTTP/1.1" + LOCAL + b"\r\n", [200]),
+    "garbage after a request": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGARBAGE\r\n\r\n", [200, 400]),
+    "a request behind a body": (POSTED.replace(b"Connection: close\r\n", b"") + b"Content-Length: 2\r\n\r\n{}"
+                                b"GET /x HTTP/1.1" + LOCAL + b"\r\n", [400, 404]),
+    "a query of raw bytes": (b"GET /jobs?after=\xff HTTP/1.1" + LOCAL + b"\r\n", [400]),
+    "a key of raw bytes": (POSTED + b"Idempotency-Key: \xff\x01\r\nContent-Length: 11\r\n\r\n{\"count\":1}", [400])}
+
+
+def statuses_in(data: bytes) -> list[int]:
+    """The statuses of the answers that a raw connection brought."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d+) ", data)]
+
+
+@pytest.mark.parametrize("case", named(BROKEN_HTTP))
+def test_broken_http_is_answered_and_the_connection_closed(edge: Live, case: tuple[bytes, list[int]]) -> None:
+    """No case is a 500, hangs, or leaves a line in the log that is an error's or not ours."""
+    data, statuses = case
+    with plug(edge.url) as connection:
+        connection.sendall(data)
+        answer = rest(connection)
+    assert statuses_in(answer) == statuses
+    if statuses[-1] >= 400:
+        body = json.loads(answer.rpartition(b"\r\n\r\n")[2])
+        assert body["status"] == statuses[-1]
+        assert len(body["error"]) <= 1000
+    log = edge.log.read_text()
+    assert " ERROR " not in log
+    assert not [line for line in log.splitlines() if not re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z (INFO|WARNING)", line)]
+
+
+def on_one_connection(url: str, *requests: bytes) -> list[int]:
+    """The statuses of what is asked on one connection, which has to stay open in between."""
+    with plug(url) as connection:
+        met = []
+        for request in requests:
+            connection.sendall(request)
+            response = http.client.HTTPResponse(connection, method=request.split()[0].decode())
+            response.begin()
+            response.read()
+            met.append(response.status)
+    return met
+
+
+def test_a_connection_stays_open_where_it_can(url: str) -> None:
+    """After answers without a body, refusals that leave nothing unread, HEAD and OPTIONS."""
+    job = ask(url, "POST", "/upload", form(), FORM).json
+    tag = ask(url, "GET", job["links"]["download"]).headers["ETag"]
+
+    def request(method: str, path: str, *lines: str) -> bytes:
+        return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+
+    download = job["links"]["download"]
+    assert on_one_connection(
+        url, request("GET", download, f"If-None-Match: {tag}"), request("HEAD", download), request("OPTIONS", "/jobs"),
+        request("GET", "/nowhere"), request("PUT", "/generate"), request("POST", "/generate", "Content-Length: 0"),
+        request("GET", "/", "Host: evil.example").replace(b"Host: localhost\r\n", b""),
+        request("DELETE", f"/jobs/{job['jobId']}", "Sec-Fetch-Site: cross-site"),
+        request("DELETE", f"/jobs/{job['jobId']}"), request("GET", "/", "Connection: close"),
+    ) == [304, 200, 204, 404, 405, 415, 421, 403, 204, 200]
+
+
+def test_pipelined_requests_are_answered_in_order(url: str) -> None:
+    """Among them one that is wrong and one that comes in pieces."""
+    ask(url, "POST", "/generate", PERSONS)
+    lines = b" HTTP/1.1\r\nHost: localhost\r\n"
+    with plug(url) as connection:
+        connection.sendall(lines.join([b"GET /records/person?limit=1", b"\r\nGET /nowhere", b"\r\nGET /jobs", b""]))
+        first = connection.recv(1)
+        connection.sendall(b"Connection: close\r\n\r\n")
+        answer = first + rest(connection)
+    assert statuses_in(answer) == [200, 404, 200]
+    assert answer.index(b'"email"') < answer.index(b"there is nothing") < answer.index(b'"jobId"')
+
+
+@pytest.mark.parametrize("path", [entry.path for entry in SERVED if "{" not in entry.path])
+def test_head_and_options_answer_for_every_path(edge: Live, path: str) -> None:
+    """HEAD with the headers of GET; OPTIONS with the methods."""
+    methods = {entry.method for entry in SERVED if entry.path == path}
+    options = edge.ask("OPTIONS", path)
+    allowed = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+    assert (options.status, options.body) == (204, b"")
+    assert set(options.headers["Allow"].split(", ")) == allowed
+    if "GET" in methods:
+        bare, whole = edge.ask("HEAD", path), edge.ask("GET", path)
+        assert (bare.status, bare.body, bare.headers.keys()) == (whole.status, b"", whole.headers.keys())
+        assert whole.headers["X-Content-Type-Options"] == "nosniff"
+        assert "default-src 'none'" in whole.headers["Content-Security-Policy"]
+        assert whole.headers["Cache-Control"] in ("no-store", "private, no-cache")
+
+
+@pytest.mark.parametrize("begun", [
+    b"GET / HTTP/1.1\nHost: localhost\n\n", POSTED + b"Content-Length: 10\r\n\r\n{",
+    POSTED + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n{"], ids=["head", "body", "chunk"])
+def test_a_request_that_takes_too_long_is_refused(url: str, monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+    """Whatever is missing: in total time, so that a byte now and then does not help."""
+    monkeypatch.setattr(taskapi, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(taskapi, "_SLOWEST", 2**30)
+    with plug(url) as connection:
+        connection.sendall(begun)
+        refused(parsed(rest(connection)), 400, "too long")
+
+
+def cut_off(connection: socket.socket) -> bool:
+    """True once the other side has closed."""
+    try:
+        connection.sendall(b" ")
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_a_client_that_does_not_read_holds_no_thread_and_not_for_ever(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads ask for megabytes behind megabytes; another client is served, and they are cut."""
+    with taskapi.open_service(tmp_path, inline=True, threads=2) as service, service.serving(port=0) as url, \
+            contextlib.ExitStack() as slow:
+        download = ask(url, "POST", "/upload", form(b"x" * 20_000_000, "a.txt"), FORM).json["links"]["download"]
+        monkeypatch.setattr(taskapi, "_PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr(taskapi, "_SLOWEST", 2**40)
+        connections = [slow.enter_context(plug(url)) for _ in range(3)]
+        for connection in connections:
+            connection.sendall(f"GET {download} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 3)
+            assert connection.recv(1) == b"H"
+        assert ask(url, "GET", "/jobs").status == 200
+        for connection in connections:
+            until(lambda connection=connection: cut_off(connection))
+
+
+def test_a_download_is_whole_however_slowly_it_is_read_behind_others(tmp_path: Path) -> None:
+    """Three large answers asked for at once on one connection, read in small pieces."""
+    content = Random(1).randbytes(9_000_000)
+    with taskapi.open_service(tmp_path, inline=True, threads=2) as service, service.serving(port=0) as url:
+        job = ask(url, "POST", "/upload", form(b"PK\x03\x04" + content, "a.zip"), FORM).json
+        lines = f"GET {job['links']['download']} HTTP/1.1\r\nHost: localhost\r\n"
+        with plug(url) as slow:
+            slow.sendall(f"{lines}\r\n{lines}\r\n{lines}Connection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: slow.recv(4096), b""))
+    assert answer.count(content) == 3
+
+
+def test_a_client_that_goes_away_ends_its_long_poll_and_one_that_only_stops_sending_is_answered(tmp_path: Path) -> None:
+    """So that a poll nobody waits for holds no thread for thirty seconds."""
+    with held(tmp_path) as (service, _), service.serving(port=0) as url:
+        job_id = ask(url, "POST", "/generate", PERSONS).json["jobId"]
+        poll = f"GET /status/{job_id}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        with plug(url) as connection:
+            connection.sendall(poll)
+            until(lambda: service.queue._waiters)
+        until(lambda: not service.queue._waiters, 10)
+        with plug(url) as connection:
+            connection.sendall(poll)
+            until(lambda: service.queue._waiters)
+            connection.shutdown(socket.SHUT_WR)
+            assert parsed(rest(connection)).json["status"] == "pending"
+
+
+def test_five_hundred_idle_connections_do_not_stop_the_next_one(tmp_path: Path) -> None:
+    """They are only listened to."""
+    resource = pytest.importorskip("resource", reason="limits of descriptors are a matter of POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1000:
+        pytest.skip("the test itself needs 600 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1000), hard))
+    try:
+        with Live(tmp_path / "data") as live, contextlib.ExitStack() as idle:
+            for _ in range(500):
+                idle.enter_context(plug(live.url))
+            assert live.ask("GET", "/jobs").status == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_connections_that_ask_nothing_make_room_for_new_ones(
+        service: taskapi.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When there are as many as the server takes; the ones that wait for an answer keep their place."""
+    monkeypatch.setattr(taskapi, "_CONNECTIONS", 40)
+    with service.serving(port=0) as url, contextlib.ExitStack() as idle:
+        busy = idle.enter_context(plug(url))
+        busy.sendall(b"GET /jobs HTTP/1.1\r\nHost: localhost\r\nX: ")
+        for _ in range(60):
+            idle.enter_context(plug(url))
+        assert ask(url, "GET", "/jobs").status == 200
+        busy.sendall(b"y\r\nConnection: close\r\n\r\n")
+        assert parsed(rest(busy)).status == 200
+
+
+def test_schemathesis_finds_no_answer_that_is_not_described(tmp_path: Path) -> None:
+    """No 5xx, no undocumented status, type or header, no answer that breaks its schema, nothing wrong accepted."""
+    with Live(tmp_path / "data", "--max-records", "1000") as live:
+        command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", "--seed",
+                   "1", "--exclude-checks", "positive_data_acceptance", "--max-examples", "3", "--max-time", "12",
+                   "--no-color", "--generation-database", "none", f"{live.url}/openapi.json"]
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        print(found.stdout[-1500:])
+        assert found.returncode == 0, found.stdout
+        assert re.search(r"[1-9]\d* generated, [1-9]\d* passed", found.stdout)  # how many: as the time allows
+        assert "Traceback" not in live.log.read_text()
+
+
+HOSTILE_PAGE = """<!doctype html><meta charset=utf-8><title>hostile</title><body><script>
+const target = TARGET, report = {};
+async function attempt(name, work) {
+  try { report[name] = String(await work()); } catch (error) { report[name] = "refused: " + error.name; }
+}
+function form(path, type, name, value) {
+  const frame = Object.assign(document.createElement("iframe"), {name: "f" + Math.random()});
+  document.body.append(frame);
+  const form = Object.assign(document.createElement("form"), {method: "post", action: target + path, enctype: type,
+                                                             target: frame.name});
+  form.append(Object.assign(document.createElement("input"), {name, value}));
+  document.body.append(form);
+  return new Promise(done => { frame.onload = () => done("sent"); form.submit(); });
+}
+(async () => {
+  for (const [method, path] of ROUTES) {
+    const sends = method == "POST";
+    await attempt(`read ${method} ${path}`, async () => (await fetch(target + path, {method})).text());
+    if (!sends && method != "GET") continue;
+    const body = sends ? '{"count": 1, "format": "csv"}' : undefined;
+    await attempt(`blind ${method} ${path}`, async () =>
+      (await fetch(target + path, {method, mode: "no-cors", body, headers: {"Content-Type": "text/plain"}})).type);
+    if (!sends) continue;
+    await attempt(`json ${path}`, async () =>
+      (await fetch(target + path, {method, body, headers: {"Content-Type": "application/json"}})).text());
+    const data = new FormData();
+    data.append("file", new Blob(["a,b"]), "a.csv");
+    await attempt(`upload ${path}`, async () =>
+      (await fetch(target + path, {method, mode: "no-cors", body: data})).type);
+    for (const type of ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+      await attempt(`form ${type} ${path}`, () => form(path, type, '{"count": 1, "x": "', '"}'));
+  }
+  await fetch("/report", {method: "POST", body: JSON.stringify(report)});
+})();
+</script>"""
+
+
+@contextmanager
+def hostile_site(target: str, routes: Sequence[tuple[str, str]], port: int = 0) -> Iterator[tuple[int, list[Any]]]:
+    """Another site, with a page that attacks `target` and reports what it could see: (port, reports)."""
+    reports: list[Any] = []
+    page = HOSTILE_PAGE.replace("TARGET", json.dumps(target)).replace("ROUTES", json.dumps(list(routes)))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(page.encode())
+
+        def do_POST(self) -> None:
+            reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.reply(b"")
+
+        def reply(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port, reports
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@contextmanager
+def browser_at(address: str, folder: Path, *flags: str) -> Iterator[None]:
+    """Chromium with a page open."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", f"--user-data-dir={folder}", *flags, address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to attack with")
+@pytest.mark.parametrize("rebound", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["origin", "rebound"])
+def test_a_page_of_another_site_can_neither_read_nor_cause_anything(tmp_path: Path, rebound: bool) -> None:
+    """A real browser, every route: forms, blind fetches and uploads; and the same from a name that turns to us."""
+    with Live(tmp_path / "data") as live:
+        job_id = live.make("/generate", PERSONS)
+        assert live.job(job_id, 20)["status"] == "completed"
+        before = plain(tmp_path / "data", "SELECT id, status, attempt FROM jobs")
+        routes = [(entry.method, entry.path.replace("{jobId}", job_id).replace("{recordType}", "person"))
+                  for entry in SERVED]
+        name = f"http://rebound.example:{urlsplit(live.url).port}"
+        with hostile_site(name if rebound else live.url, routes) as (port, reports), browser_at(
+                f"http://evil.example:{port}/", tmp_path / "browser",
+                "--host-resolver-rules=MAP *.example 127.0.0.1"):
+            until(lambda: reports, 60)
+        report = reports[0]
+        print(json.dumps(report, indent=1))
+        assert report.keys() > {f"read {method} {path}" for method, path in routes}
+        for attempt, result in report.items():
+            assert result in ("refused: TypeError", "opaque", "sent"), (attempt, result)
+        assert plain(tmp_path / "data", "SELECT id, status, attempt FROM jobs") == before
+        assert live.ask("GET", "/records").json["items"][0]["count"] == 10
+        assert not [*(tmp_path / "data" / "uploads").iterdir()]
 
 
 # ==== Properties: the queue against a dict ====
@@ -4027,6 +4510,24 @@ def test_the_openapi_document_has_every_route_and_resolves(url: str) -> None:
             assert operation["summary"]
 
 
+def test_the_openapi_document_tells_headers_and_has_examples_that_are_right(url: str) -> None:
+    """Where a made job is, what a file comes with, when to come again; a JSON body's example is accepted."""
+    document = ask(url, "GET", "/openapi.json").json
+    calls = {f"{method.upper()} {path}": operation for path, methods in document["paths"].items()
+             for method, operation in methods.items()}
+    for operation in calls.values():
+        for status, answer in operation["responses"].items():
+            assert ("Location" in answer.get("headers", {})) == (status in ("201", "202"))
+            assert ("Retry-After" in answer.get("headers", {})) == (status == "503")
+    download = calls["GET /download/{jobId}"]["responses"]["206"]["headers"]
+    assert download.keys() == {"ETag", "Last-Modified", "Accept-Ranges", "Content-Disposition"}
+    for name in ("GenerateRequest", "ExportRequest", "Job", "ErrorBody"):
+        for example in document["components"]["schemas"][name]["examples"]:
+            links = example.pop("links", None)
+            shown = getattr(taskapi, name).model_validate_json(json.dumps(example)).model_dump(mode="json")
+            assert links is None or shown["links"].items() >= links.items()
+
+
 def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
     """Every path is on it; no script, no address of another host."""
     answer = ask(url, "GET", "/docs")
@@ -4167,6 +4668,16 @@ def test_a_job_remembers_the_versions_it_was_made_with(service: taskapi.Service)
     """Those that its values depend on."""
     job = service.enqueue("generate", PERSONS)
     assert job.result["versions"] == {"taskapi": taskapi.__version__, "faker": faker.VERSION}
+
+
+def test_every_status_that_the_tests_have_met_is_described() -> None:
+    """Runs after the others: a status that a route may answer has to be in the OpenAPI document."""
+    paths = taskapi.openapi(taskapi.all_routes())["paths"]
+    for method, path, status in SEEN:
+        for pattern, methods in paths.items():
+            operation = methods.get("get" if method == "HEAD" else method.lower())
+            if operation and re.fullmatch(re.sub("{[a-zA-Z]+}", "[^/]+", pattern), path):
+                assert str(status) in operation["responses"], (method, path, status)
 
 
 # ==== README: its commands, tables and examples are true ====
@@ -4561,3 +5072,120 @@ def test_bench_a_million_finished_jobs(tmp_path: Path, script: Any) -> None:
             costs.append(cost)
     for name, before in costs[0].items():
         print(f"{name:<22} {costs[1][name] / before:.2f} of the cost without ({costs[1][name] * 1e6:.0f} us)")
+
+
+# A process of its own, so that it takes nothing from the server's interpreter: raw sockets, keep-alive, no parsing.
+LOAD = """
+import json, selectors, socket, sys, time
+host, port, clients, seconds, pause, method, path, body = sys.argv[1:]
+head = f"{method} {path} HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+data = f"{head}Content-Length: {len(body)}\\r\\n\\r\\n{body}".encode()
+watch, took, wrong, begun = selectors.DefaultSelector(), [], 0, time.perf_counter()
+for _ in range(int(clients)):
+    connection = socket.create_connection((host, int(port)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    watch.register(connection, selectors.EVENT_READ, [b"", time.perf_counter()])
+    connection.sendall(data)
+while watch.get_map():
+    for key, _ in watch.select():
+        state, now = key.data, time.perf_counter()
+        state[0] += key.fileobj.recv(65536)
+        end = state[0].find(b"\\r\\n\\r\\n") + 4
+        if end < 4 or len(state[0]) < end + int(state[0][:end].lower().split(b"content-length:")[1].split()[0]):
+            continue
+        wrong += state[0][9:10] != b"2"
+        took.append(now - state[1])
+        if now - begun > float(seconds):
+            watch.unregister(key.fileobj)
+            continue
+        time.sleep(float(pause))
+        state[:] = b"", time.perf_counter()
+        key.fileobj.sendall(data)
+took.sort()
+print(json.dumps([len(took) / (time.perf_counter() - begun), took[len(took) // 2], took[len(took) * 99 // 100], wrong]))
+"""
+ONE = '{"recordType": "one", "count": 1, "schema": {"id": "sequence"}}'
+
+
+class Load(NamedTuple):
+    """What clients met: answers a second, seconds to an answer (median, 99th percentile), answers that were not 2xx."""
+
+    rate: float
+    p50: float
+    p99: float
+    wrong: int
+
+
+def under_load(url: str, clients: int, method: str, path: str, body: str = "", seconds: float = 3,
+               pause: float = 0) -> Load:
+    """Lets so many keep-alive clients ask again and again."""
+    parts = urlsplit(url)
+    command = [sys.executable, "-S", "-E", "-c", LOAD, parts.hostname, parts.port, clients, seconds, pause, method,
+               path, body]
+    met = Load(*json.loads(subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True).stdout))
+    assert not met.wrong
+    return met
+
+
+@contextmanager
+def bare_hello() -> Iterator[str]:
+    """Bottle's hello on plain Waitress, with our settings."""
+    program = textwrap.dedent("""
+        import bottle, logging, waitress
+        app = bottle.Bottle()
+        app.route("/", callback=lambda: "hello")
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        server = waitress.create_server(app, host="127.0.0.1", port=0, threads=8, recv_bytes=65536,
+                                        asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+        print(server.effective_port, flush=True)
+        server.run()
+        """)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+@pytest.mark.bench
+def test_bench_posts_a_second(tmp_path: Path) -> None:
+    """POST /generate, durable, by 8 keep-alive clients, against a bare Bottle hello; three times, the medians."""
+    with Live(tmp_path / "data", "--max-pending", "1000000") as live, bare_hello() as bare:
+        runs = [(under_load(bare, 8, "GET", "/"), under_load(live.url, 8, "POST", "/generate", ONE)) for _ in range(3)]
+    hello, posts = (sorted(run[at].rate for run in runs)[1] for at in (0, 1))
+    print(f"\nPOST /generate: {posts / hello:.2f} of a bare hello (goal 0.6) ({posts:.0f} and {hello:.0f} a second)")
+
+
+@pytest.mark.bench
+def test_bench_responsive_while_working(tmp_path: Path) -> None:
+    """One client and eight, idle and beside four large generate jobs; and how fast those go on meanwhile."""
+    with Live(tmp_path / "data", "--max-pending", "1000000") as live:
+        def made(during: Callable[[], Any]) -> tuple[float, Any]:
+            """Records that the large jobs make a second, and what `during` returns."""
+            begun, before = time.perf_counter(), sum(live.job(job)["progress"]["done"] for job in large)
+            result = during()
+            after = sum(live.job(job)["progress"]["done"] for job in large)
+            return (after - before) / (time.perf_counter() - begun), result
+
+        def one_client(status: str) -> tuple[Load, Load]:
+            return (under_load(live.url, 1, "POST", "/generate", ONE, 4),
+                    under_load(live.url, 1, "GET", status, seconds=4))
+
+        status = f"/status/{live.make('/generate', json.loads(ONE))}"
+        under_load(live.url, 1, "POST", "/generate", ONE, 1)
+        idle, eight_idle = one_client(status), under_load(live.url, 8, "POST", "/generate", ONE)
+        until(lambda: live.ask("GET", "/").json["pending"] == 0, 60)
+        large = [live.make("/generate", {"recordType": f"big{n}", "count": 10**7, "schema": SEVEN}) for n in range(4)]
+        until(lambda: all(live.job(job)["progress"]["done"] for job in large))
+        alone, _ = made(lambda: time.sleep(4))
+        polled, _ = made(lambda: under_load(live.url, 1, "GET", status, seconds=4, pause=0.05))
+        busy = one_client(status)
+        saturated, eight_busy = made(lambda: under_load(live.url, 8, "POST", "/generate", ONE, 4))
+    print()
+    for name, quiet, loud in zip(("POST /generate", "GET /status"), idle, busy, strict=True):
+        print(f"{name} beside four large jobs: p50 {loud.p50 / quiet.p50:.1f} times idle (goal 3), p99 "
+              f"{loud.p99 / quiet.p99:.1f} times (goal 5) ({loud.p50 * 1e3:.1f} and {loud.p99 * 1e3:.1f} ms)")
+    print(f"eight clients: {eight_busy.rate / eight_idle.rate:.2f} of their idle rate (goal 0.6) "
+          f"({eight_busy.rate:.0f} a second)")
+    print(f"generation: {polled / alone:.2f} of its own speed beside 20 polls a second (goal 0.6), "
+          f"{saturated / alone:.2f} under saturation (goal 0.15) ({alone:.0f} records/s)")
