@@ -27,7 +27,7 @@ The file reads top-down; a room uses only the rooms above it.
  7 Job types  what each job means: a model and a function
  8 Queue      who runs which job, and when; the engine, which is all but HTTP
  9 HTTP       thin handlers, one way for bodies and errors
-10 Page       the documentation page, with no outside asset
+10 Page       the pages for people, with no outside asset
 11 Server     the service as a whole, the Waitress channel, the command line
 """
 from __future__ import annotations
@@ -4642,7 +4642,8 @@ class GenerateRequest(JobRequest):
     @property
     def makes(self) -> str | None:
         """The first record type of the recipe."""
-        return self.record_type or next(iter(self.records or ()), None)
+        name = None if self.schema_ else self.record_type  # of a preset, which may be several related types
+        return next(iter(self.records or PRESETS.get(name or "", {}).get("records", ())), self.record_type)
 
     def _moment(self) -> datetime:
         try:
@@ -5872,10 +5873,25 @@ class Call:
         return request, hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
 
 
+def prefers_html(accept: str | None) -> bool:
+    """True if an Accept header (RFC 9110, 12.5.1) likes text/html better than JSON, as a browser's does."""
+    weights: dict[str, float] = {}
+    for entry in (accept or "").lower().split(","):
+        media, *parameters = (text.strip() for text in entry.split(";"))
+        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        weights[media] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality, re.ASCII) else 0
+
+    def weight(media: str) -> float:
+        return weights.get(media, weights.get(f"{media.partition('/')[0]}/*", weights.get("*/*", 0)))
+
+    return weight("text/html") > weight(_JSON_TYPE)
+
+
 class Route(NamedTuple):
     """One method of one path: its handler, the shapes it takes, and the statuses it may answer.
 
-    An answer is a Shape, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing.
+    An answer is a Shape, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing; a tuple
+    where the client may choose.
     """
 
     method: str
@@ -5929,14 +5945,21 @@ def error_reply(error: TaskError) -> bottle.HTTPResponse:
     return response
 
 
-@route("GET", "/", {200: Health, 503: Health})
+BROWSER_PAGES: dict[str, Callable[[Call], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
+
+
+@route("GET", "/", {200: (Health, "text/html"), 503: Health})
 def get_health(call: Call) -> bottle.HTTPResponse:
-    """The health check: really writes to the database and the disk, and asks the workers."""
-    health = call.engine.health()
-    body = health.model_dump(exclude_none=True)
-    if health.status == "ok":
-        return reply(body)
-    return reply(body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+    """The health check: really writes to the database and the disk, and asks the workers. A browser gets the page."""
+    if prefers_html(call.header("Accept")):
+        response = BROWSER_PAGES["/"](call)
+    else:
+        health = call.engine.health()
+        body = health.model_dump(exclude_none=True)
+        response = reply(body) if health.status == "ok" else reply(
+            body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+    response.set_header("Vary", "Accept")
+    return response
 
 
 def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
@@ -6375,14 +6398,18 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
     answers: dict[str, Json] = {}
     json_body = entry.body is not None and entry.body is not UploadForm
     refusals = [status for status in _COMMON_ANSWERS if json_body or status not in (413, 415)]
-    for status, shape in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
+    for status, shapes in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
         answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
-        if shape is bytes:
-            answer["content"] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-        elif isinstance(shape, str):
-            answer["content"] = {shape: {"schema": {"type": "string"}}}
-        elif shape is not None:
-            answer["content"] = {_JSON_TYPE: {"schema": _reference(shape)}}
+        content: dict[str, Json] = {}
+        for shape in shapes if isinstance(shapes, tuple) else (shapes,):
+            if shape is bytes:
+                content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+            elif isinstance(shape, str):
+                content[shape] = {"schema": {"type": "string"}}
+            elif shape is not None:
+                content[_JSON_TYPE] = {"schema": _reference(shape)}
+        if content:
+            answer["content"] = content
         if status in (201, 202):
             answer["headers"] = {"Location": {"schema": {"type": "string"}, "description": "Where its status is."}}
         if status == 503:
@@ -6455,17 +6482,24 @@ def build_app(engine: Engine) -> bottle.Bottle:
     return app
 
 
-# ==== 10 Page: the documentation page, with no outside asset ====
+# ==== 10 Page: the pages for people, with no outside asset ====
 
-_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
-pre { overflow-x: auto; padding: .5rem; border-left: 3px solid #8888; }
-details { border: 1px solid #8886; border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
+_STYLE = r"""
+:root {
+  color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif;
+  --bg: light-dark(#f5f6f8, #0f1317); --card: light-dark(#fff, #171c22); --ink: light-dark(#1a2029, #e3e8ee);
+  --dim: light-dark(#586375, #96a2b2); --line: light-dark(#dde1e8, #2c343e); --soft: light-dark(#eceff4, #222a33);
+  --accent: light-dark(#2453d4, #86a8ff); --on-accent: light-dark(#fff, #0c1425);
+  --good: light-dark(#146c43, #56c592); --bad: light-dark(#b42318, #ff8d85); --busy: light-dark(#8a5a00, #e8b95a);
+}
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: var(--bg); color: var(--ink); }
+a { color: var(--accent); }
+code, pre, textarea { font-family: ui-monospace, monospace; font-size: .9em; }
+pre { overflow-x: auto; padding: .5rem; border-left: 3px solid var(--line); }
+details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
 summary { cursor: pointer; }
 table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid #8884; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); }
 """
 
 
@@ -6523,13 +6557,881 @@ def docs_page(document: Mapping[str, Json]) -> str:
             f"<h2>Shapes</h2>{shapes}")
 
 
+def _page_reply(page: str, style: str, script: str = "") -> bottle.HTTPResponse:
+    """A page that may run and fetch nothing but these two parts of it, the calls of this server, and its own icon."""
+    def hashed(part: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+
+    policy = f"default-src 'none'; style-src {hashed(style)}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    if script:
+        policy += (f"; script-src {hashed(script)}; connect-src 'self'; img-src data:"
+                   "; require-trusted-types-for 'script'; trusted-types 'none'")
+    return reply(page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
+
+
 @route("GET", "/docs", {200: "text/html"})
 def get_docs(call: Call) -> Any:
     """This description, for people."""
-    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
-    return reply(docs_page(openapi(all_routes())), content_type="text/html; charset=utf-8",
-                 Content_Security_Policy=policy)
+    return _page_reply(docs_page(openapi(all_routes())), _STYLE)
+
+
+_UI_STYLE = r"""
+body { max-width: 96rem; margin: 0 auto; font-size: .94rem; }
+[hidden] { display: none !important; }
+h1, h2, h3 { line-height: 1.2; margin: 0; }
+h1 { font-size: 1.25rem; } h2 { font-size: 1.1rem; } h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1.2rem; padding: .8rem 0; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem; }
+nav a { padding: .3rem .7rem; border-radius: .5rem; color: var(--dim); text-decoration: none; font-weight: 600; }
+nav a:hover, .chips > :hover { background: var(--soft); }
+nav a[aria-current] { background: var(--accent); color: var(--on-accent); }
+#health { color: var(--dim); margin-left: auto; font-size: .85rem; }
+#health::before { content: "●"; color: var(--good); margin-right: .4em; }
+#health.down::before { color: var(--bad); }
+#offline { position: sticky; top: 0; z-index: 2; margin: 0 0 .8rem; padding: .6rem 1rem; border-radius: .6rem;
+  background: var(--bad); color: var(--card); font-weight: 600; }
+main { display: grid; gap: 1rem; align-items: start; padding-bottom: 2rem; }
+section { display: none; min-width: 0; padding: 1.1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .8rem; }
+[data-view=generate] #view-generate, [data-view=upload] #view-upload, [data-view=export] #view-export,
+[data-view=records] #view-records, [data-view=jobs] #view-jobs { display: block; }
+@media (min-width: 64rem) {
+  main { grid-template-columns: minmax(0, 1fr) 25rem; }
+  [data-view=jobs] main { grid-template-columns: minmax(0, 1fr); }
+  #view-jobs { display: block; }
+}
+button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .45rem;
+  background: var(--card); padding: .3rem .55rem; max-width: 100%; box-sizing: border-box; }
+input, select, textarea { background: var(--bg); }
+input[type=checkbox], input[type=radio] { accent-color: var(--accent); }
+button { cursor: pointer; } button:hover { background: var(--soft); } button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); color: var(--on-accent); border-color: transparent; font-weight: 600;
+  padding: .45rem 1rem; }
+button.primary:hover { filter: brightness(1.1); }
+button.danger { color: var(--bad); } button[aria-pressed=true] { background: var(--soft); font-weight: 600; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+textarea { width: 100%; min-height: 22rem; tab-size: 2; white-space: pre; }
+fieldset { border: 0; padding: 0; margin: .8rem 0; min-width: 0; } legend { padding: 0; font-weight: 600; }
+label > span, .dim { color: var(--dim); font-size: .85rem; }
+.row, .chips { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; margin: .7rem 0; }
+.row > label { display: grid; } .row > label.tick, .tick { display: flex; gap: .35rem; align-items: center; }
+.chips { gap: .35rem; } .chips > * { border: 1px solid var(--line); border-radius: 2rem; padding: .15rem .7rem;
+  color: inherit; text-decoration: none; } .chips [aria-current], .chips [aria-pressed=true] { border-color: var(--accent);
+  box-shadow: inset 0 0 0 1px var(--accent); }
+.problem { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
+.problem:empty, .said:empty { display: none; }
+.said { padding: .5rem .8rem; border-radius: .5rem; background: var(--soft); overflow-wrap: anywhere; }
+.field { display: grid; grid-template-columns: minmax(6rem, 1fr) minmax(6rem, 1fr) minmax(6rem, 1.3fr) auto auto;
+  gap: .3rem; margin: .3rem 0; }
+.field > .options, .field > .problem { grid-column: 1 / -1; margin: 0 0 .4rem; }
+.field > .options { padding: .5rem .7rem; background: var(--soft); border-radius: .5rem; }
+.field > [aria-expanded] { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
+  color: var(--dim); }
+.options input:not([type=checkbox]) { width: 10rem; }
+#palette { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .25rem; max-height: 14rem;
+  overflow: auto; margin-top: .4rem; }
+#palette button { text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; border: 0;
+  padding: .15rem .4rem; }
+.scroll { overflow: auto; max-height: 26rem; border: 1px solid var(--line); border-radius: .5rem; }
+.scroll th, .scroll td { padding: .25rem .6rem; white-space: nowrap; max-width: 18rem; overflow: hidden;
+  text-overflow: ellipsis; font-size: .85rem; }
+.scroll th { position: sticky; top: 0; background: var(--soft); } td.number { text-align: right;
+  font-variant-numeric: tabular-nums; } td.null { color: var(--dim); font-style: italic; }
+#plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
+figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
+figcaption { overflow-wrap: anywhere; } figure svg { display: block; width: 100%; margin-top: .4rem; }
+rect { fill: var(--accent); } rect:hover { opacity: .75; } svg text { fill: var(--ink); font-size: 10.5px; }
+.ends { display: flex; justify-content: space-between; }
+#drop { display: grid; place-items: center; gap: .5rem; padding: 2.5rem 1rem; border: 2px dashed var(--line);
+  border-radius: .8rem; text-align: center; cursor: pointer; }
+.dragging #drop, #drop:hover { border-color: var(--accent); background: var(--soft); }
+progress { appearance: none; display: block; width: 100%; height: .45rem; border: 0; border-radius: 1rem;
+  overflow: hidden; background: var(--soft); color: var(--accent); }
+progress::-webkit-progress-bar { background: var(--soft); } progress::-webkit-progress-value { background: var(--accent); }
+progress::-moz-progress-bar { background: var(--accent); }
+ul { list-style: none; padding: 0; margin: 0; }
+#jobs > li, #uploads > li { padding: .7rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere;
+  content-visibility: auto; contain-intrinsic-size: auto 6rem; }
+.head { display: flex; gap: .5rem; justify-content: space-between; align-items: baseline; }
+.status { font-size: .8rem; font-weight: 600; white-space: nowrap; color: var(--dim); }
+.completed .status { color: var(--good); } .failed .status { color: var(--bad); }
+.in-progress .status { color: var(--busy); }
+#jobs .row { margin: .4rem 0 0; gap: .3rem .5rem; align-items: center; font-size: .85rem; }
+#jobs button { padding: .05rem .5rem; } #jobs details { font-size: .85rem; padding: 0; border: 0; margin: .2rem 0 0; }
+@media (max-width: 40rem) {
+  section { padding: .8rem; } .field { grid-template-columns: 1fr 1fr auto auto; } h1 { flex: 1; }
+  .field > [aria-expanded] { grid-column: 1 / -1; grid-row: 2; } .row > label { flex: 1 1 8rem; }
+  .row input, .row select { width: 100%; } .row .tick input { width: auto; } #health { order: -1; margin: 0; flex: 0 1 auto; }
+  h1 { order: -2; } nav { width: 100%; order: 1; justify-content: space-between; } nav a { padding: .3rem .5rem; }
+}
+@media (prefers-reduced-motion: no-preference) { progress:not([value]) { animation: pulse 1.2s infinite alternate; } }
+@keyframes pulse { from { opacity: .4; } }
+.away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+"""
+
+_UI_BODY = r"""
+<header>
+<h1>taskapi</h1>
+<nav aria-label="Sections"><a href="#generate">Generate</a><a href="#upload">Upload</a><a href="#export">Export</a>
+<a href="#records">Records</a><a href="#jobs">Jobs</a><a href="docs">API</a></nav>
+<span id="health" role="status">connecting</span>
+</header>
+<p id="offline" role="alert" hidden></p>
+<p id="news" class="away" aria-live="polite"></p>
+<noscript>This page needs JavaScript; the <a href="docs">description of the calls</a> does not.</noscript>
+<main>
+<section id="view-generate" aria-labelledby="generate-title">
+<h2 id="generate-title">Generate records</h2>
+<div id="presets" class="chips" role="group" aria-label="Start from a preset"></div>
+<form id="generate">
+<div class="row">
+<label id="for-type"><span>Record type</span><input id="record-type" required pattern="[a-z][a-z0-9_]{0,62}"
+ title="small letters, digits and _" size="14" autocomplete="off"></label>
+<label id="for-count"><span>How many</span><input id="count" type="number" min="1" step="1" required></label>
+<label><span>Seed: the same makes the same</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="14"></label>
+<button id="reseed" type="button" title="Another seed">Shuffle</button>
+<label><span>Locale</span><input id="locale" list="locales" size="8" autocomplete="off"></label>
+</div>
+<div class="row" role="group" aria-label="Edit the schema as">
+<button id="as-fields" type="button" aria-pressed="true">Fields</button>
+<button id="as-json" type="button" aria-pressed="false">JSON</button></div>
+<div id="fields"></div>
+<details id="adding"><summary>Add a field</summary>
+<label><span>Search names and descriptions</span> <input id="search" type="search" autocomplete="off"></label>
+<div id="palette" role="group" aria-label="Field types"></div></details>
+<textarea id="json" aria-label="The request as JSON" spellcheck="false" hidden></textarea>
+<p id="generate-problem" class="problem" role="alert"></p>
+<div class="row"><button id="go" class="primary">Generate</button>
+<button id="generate-curl" type="button">Copy as curl</button></div>
+<p id="generate-said" class="said" role="status"></p>
+</form>
+<h3 id="preview-title">Preview</h3>
+<div id="preview" role="region" aria-labelledby="preview-title"></div>
+<datalist id="types"></datalist>
+<datalist id="locales"></datalist>
+</section>
+<section id="view-upload" aria-labelledby="upload-title">
+<h2 id="upload-title">Upload a file</h2>
+<form id="upload">
+<fieldset><legend>What is it for?</legend>
+<label class="tick"><input type="radio" name="mode" value="ingest" checked>Make records of it (CSV, TSV, JSON, NDJSON, also .gz)
+</label><label class="tick"><input type="radio" name="mode" value="infer">Learn a schema from it, to generate more like it
+</label><label class="tick"><input type="radio" name="mode" value="keep">Only keep it</label></fieldset>
+<div class="row" id="upload-more"><label><span>Record type (default: by the file's name)</span>
+<input id="upload-type" pattern="[a-z][a-z0-9_]{0,62}" title="small letters, digits and _" autocomplete="off"></label>
+<label><span>Delimiter (CSV)</span><input id="delimiter" size="6" maxlength="1" placeholder="found"></label>
+<label><span>Encoding</span><input id="encoding" size="10" placeholder="UTF-8"></label></div>
+<label id="drop"><b>Drop files here</b><span>anywhere on this page, or choose some</span>
+<input id="files" type="file" multiple></label>
+</form>
+<ul id="uploads" aria-label="Uploads of this visit"></ul>
+</section>
+<section id="view-export" aria-labelledby="export-title">
+<h2 id="export-title">Export records</h2>
+<form id="export">
+<fieldset><legend>Record types</legend><div id="export-types" class="row"></div></fieldset>
+<div class="row"><label><span>Format</span><select id="format"><option value="csv">CSV<option value="json">JSON
+<option value="ndjson">NDJSON<option value="sqlite">SQLite</select></label>
+<label class="tick"><input id="gzip" type="checkbox">gzip</label>
+<label class="tick"><input id="excel" type="checkbox">safe for Excel</label></div>
+<div class="row"><label><span>From</span><input id="from" type="date"></label>
+<label><span>To</span><input id="to" type="date"></label>
+<label><span>by the date</span><select id="date-field"></select></label></div>
+<fieldset><legend>Conditions</legend><div id="where"></div><button id="add-where" type="button">Add a condition</button>
+</fieldset>
+<fieldset><legend>Fields <span class="dim">none ticked: all</span></legend><div id="export-fields" class="row"></div>
+</fieldset>
+<div class="row"><label><span>Order by</span><select id="order"></select></label>
+<label class="tick"><input id="descending" type="checkbox">descending</label>
+<label><span>At most</span><input id="limit" type="number" min="0" placeholder="all"></label></div>
+<p id="export-problem" class="problem" role="alert"></p>
+<div class="row"><button class="primary">Export</button><button id="export-curl" type="button">Copy as curl</button></div>
+<p id="export-said" class="said" role="status"></p>
+</form>
+</section>
+<section id="view-records" aria-labelledby="records-title">
+<h2 id="records-title">Records</h2>
+<div id="record-types" class="chips" role="group" aria-label="Record types"></div>
+<div id="records"></div>
+<div id="plots"></div>
+</section>
+<section id="view-jobs" aria-labelledby="jobs-title">
+<div class="head"><h2 id="jobs-title">Jobs</h2><span id="jobs-count" class="dim"></span></div>
+<div class="row"><label><span>Type</span><select id="by-type"><option value="">all</select></label>
+<label><span>Status</span><select id="by-status"><option value="">all<option>pending<option>in-progress<option>completed
+<option>failed<option>canceled</select></label></div>
+<ul id="jobs"></ul>
+<p id="no-jobs" class="dim" hidden></p>
+<button id="more" type="button" hidden>Show more</button>
+</section>
+</main>
+"""
+
+_UI_SCRIPT = r"""
+"use strict";
+
+// ---- Elements: made of properties and texts; no string ever becomes markup, so that data stays data ----
+
+const $ = id => document.getElementById(id);
+const DRAWN = new Set(["svg", "rect", "text", "title"]);
+
+function el(tag, properties = {}, ...children) {
+  const node = DRAWN.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(properties))
+    if (DRAWN.has(tag) || /-|^(role|list)$/.test(name)) node.setAttribute(name, value); else node[name] = value;
+  node.append(...children.flat().filter(child => child ?? false));
+  return node;
+}
+const button = (text, onclick, more) => el("button", {type: "button", onclick, ...more}, text);
+const labelled = (text, control, className = "") => className
+  ? el("label", {className}, control, text) : el("label", {}, el("span", {}, text), control);
+const options = (select, values, first) => {
+  const kept = select.value;
+  select.replaceChildren(...first ? [el("option", {value: ""}, first)] : [],
+    ...values.map(value => el("option", {value}, value)));
+  select.value = values.includes(kept) ? kept : first ? "" : values[0] ?? "";
+};
+const amount = number => number.toLocaleString("en");
+const size = bytes => bytes < 1000 ? `${bytes} bytes`
+  : bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+const lasting = seconds => seconds < 1 ? "under 1 s" : seconds < 100 ? `${Math.round(seconds)} s`
+  : seconds < 6000 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+const shown = value => typeof value === "string" ? value : value === undefined || value === null ? "" : flat(value);
+
+function flat(value) {  // JSON with a little air
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  if (Array.isArray(value)) return `[${value.map(flat).join(", ")}]`;
+  return `{${Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${flat(item)}`).join(", ")}}`;
+}
+function pretty(value, indent = "") {  // on one line what fits there
+  const line = flat(value);
+  if (line.length + indent.length < 90 && !(value?.schema || value?.records) || typeof value !== "object") return line;
+  const [open, close] = Array.isArray(value) ? "[]" : "{}";
+  const lines = Object.entries(value).map(([key, item]) =>
+    `${indent}  ${Array.isArray(value) ? "" : `${JSON.stringify(key)}: `}${pretty(item, `${indent}  `)}`);
+  return `${open}\n${lines.join(",\n")}\n${indent}${close}`;
+}
+
+// ---- The server: one way to ask, and what is known of its health ----
+
+let down = false;
+
+function reached(answers) {
+  if (answers === !down) return;
+  down = !answers;
+  $("offline").hidden = answers;
+  $("offline").textContent = answers ? "" : "The server does not answer. This page goes on by itself when it is back.";
+  if (answers) { health(); loadFields(); loadTypes(); wake(); }
+  else { $("health").className = "down"; $("health").textContent = "stopped"; }
+}
+const exact = (_, value, context) => // a whole number too large for JavaScript is shown as it was sent
+  typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER && context ? context.source : value;
+
+async function api(method, path, body, signal) {
+  let response, text;
+  try {
+    response = await fetch(path, {method, signal, body: body && JSON.stringify(body),
+      headers: {"Accept": "application/json", ...body && {"Content-Type": "application/json"}}});
+    text = await response.text();
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    reached(false);
+    throw new Error("The server does not answer.");
+  }
+  reached(true);
+  const data = text ? JSON.parse(text, exact) : null;
+  if (response.ok) return data;
+  throw Object.assign(new Error(data.error || (data.errors || []).join("; ")), {fields: data.fields || []});
+}
+async function health() {
+  try {
+    const {version, workers, pending, inProgress} = await api("GET", "./");
+    $("health").className = "";
+    $("health").textContent = `${version}, ${workers} workers, ${amount(inProgress)} running, ${amount(pending)} waiting`;
+  } catch (error) {
+    $("health").className = "down";
+    if (!down) $("health").textContent = error.message;
+  }
+}
+const asleep = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
+
+async function copyCurl(path, request, message) {
+  const url = new URL(path, location.href), body = JSON.stringify(request).replaceAll("'", "'\\''");
+  const command = `curl -s ${url} -H 'Content-Type: application/json' -d '${body}'`;
+  try { await navigator.clipboard.writeText(command); message.textContent = "Copied."; }
+  catch { message.textContent = command; }
+}
+
+// ---- Jobs: a list that renews itself, as gently as the server needs it ----
+
+const cards = new Map();
+const ended = job => !["pending", "in-progress"].includes(job.status);
+let listed = 50, turn = 0, awaited = null, wake = () => {};
+
+function title({type, request}) {
+  const types = [request.recordType ?? Object.keys(request.records ?? {})].flat().join(", ");
+  if (type === "generate") return request.count ? `${amount(request.count)} × ${types}` : types;
+  if (type === "export") return `${[request.filters.recordType ?? "all records"].flat().join(", ")} as ${request.format}`;
+  return [request.filename ?? type, types].filter(Boolean).join(" → ");
+}
+function standing(job) {
+  const {done, total} = job.progress;
+  if (job.status === "pending") return job.after ? `waits for ${job.after}` : "waits for a worker";
+  if (!ended(job)) return [total ? `${amount(done)} of ${amount(total)}, ${Math.floor(100 * done / total)} %` : amount(done),
+    job.eta === null ? "" : `about ${lasting(job.eta)} left`].filter(Boolean).join(", ");
+  const took = job.startedAt && (new Date(job.finishedAt) - new Date(job.startedAt)) / 1000;
+  const {records, bytes} = job.result ?? {};
+  return [records === undefined ? "" : `${amount(records)} records`, bytes === undefined ? "" : size(bytes),
+    took ? `in ${lasting(took)}` : ""].filter(Boolean).join(", ");
+}
+function jobLinks(job) {
+  if (job.status !== "completed") return [];
+  const type = /^\/?.*records\/(\w+)\?/.exec(job.links.records ?? "")?.[1];
+  return [job.links.download && el("a", {href: `download/${job.jobId}`, download: ""}, `Download ${job.result?.filename ?? ""}`),
+    type && el("a", {href: `#records/${type}/${job.jobId}`}, "Look at the records")];
+}
+function jobActions(job, say) {
+  const act = (method, path) => async () => {
+    try { await api(method, path); } catch (error) { say(error.message); }
+    refresh();
+  };
+  const remove = button("Delete", () => {  // twice: it takes the job's records and file along
+    if (remove.textContent === "Delete") remove.textContent = "Delete for good?"; else act("DELETE", `jobs/${job.jobId}`)();
+  }, {className: "danger", onblur: () => { remove.textContent = "Delete"; }});
+  return [!ended(job) && button("Cancel", act("POST", `jobs/${job.jobId}/cancel`)),
+    ["failed", "canceled"].includes(job.status) && button("Retry", act("POST", `jobs/${job.jobId}/retry`)),
+    job.type === "generate" && button("Use again", () => { edit(job.request); location.hash = "#generate"; }),
+    ended(job) && remove].filter(Boolean);
+}
+function card() {
+  const parts = {name: el("b"), status: el("span", {className: "status"}), bar: el("progress"), row: el("div", {className: "row"}),
+    said: el("span", {className: "dim"}), problem: el("p", {className: "problem"}), raw: el("pre")};
+  const details = el("details", {}, el("summary", {}, "Details"), parts.raw);
+  const node = el("li", {}, el("div", {className: "head"}, parts.name, parts.status), parts.said, parts.bar, parts.problem,
+    parts.row, details);
+  details.ontoggle = () => { parts.raw.textContent = details.open ? pretty(parts.job) : ""; };
+  return Object.assign(parts, {node, details});
+}
+function fill(parts, job, text) {
+  const was = parts.job, focused = parts.row.contains(document.activeElement);
+  Object.assign(parts, {job, text});
+  parts.node.className = job.status;
+  parts.name.textContent = `${job.type} ${title(job)}`;
+  parts.status.textContent = job.status;
+  parts.said.textContent = [new Date(job.createdAt).toLocaleString(), standing(job)].filter(Boolean).join(" · ");
+  parts.bar.hidden = job.status !== "in-progress";
+  parts.bar.setAttribute("aria-label", `Progress of ${title(job)}`);
+  if (job.progress.total) Object.assign(parts.bar, {max: job.progress.total, value: Math.min(job.progress.done, job.progress.total)});
+  else parts.bar.removeAttribute("value");
+  parts.problem.textContent = [job.error, ...job.interruptions.map(({attempt, reason}) => `attempt ${attempt}: ${reason}`)]
+    .filter(Boolean).join("\n");
+  if (was?.status !== job.status) {
+    parts.row.replaceChildren(...[...jobLinks(job), ...jobActions(job, text => { parts.problem.textContent = text; })].filter(Boolean));
+    if (focused) parts.node.querySelector("button, a, summary").focus();
+  }
+  if (parts.details.open) parts.raw.textContent = pretty(job);
+  if (was && !ended(was) && ended(job)) $("news").textContent = `${job.type} ${title(job)}: ${job.status}`;
+  return (!was || !ended(was)) && ended(job);
+}
+function show({items, next}) {
+  const found = new Set(items.map(job => job.jobId));
+  for (const [id, parts] of cards) if (!found.has(id)) { parts.node.remove(); cards.delete(id); }
+  let place = $("jobs").firstElementChild, fresh = false;
+  for (const job of items) {
+    let parts = cards.get(job.jobId);
+    if (!parts) cards.set(job.jobId, parts = card());
+    const text = JSON.stringify(job);
+    if (parts.text !== text) fresh = fill(parts, job, text) || fresh;
+    if (parts.node === place) place = place.nextElementSibling; else $("jobs").insertBefore(parts.node, place);
+  }
+  $("jobs-count").textContent = items.length ? `${amount(items.length)}${next ? "+" : ""}` : "";
+  $("no-jobs").hidden = items.length > 0;
+  $("no-jobs").textContent = $("by-type").value || $("by-status").value ? "No job is like that."
+    : "No jobs yet. Choose a preset, and press Generate.";
+  $("more").hidden = !next || listed >= 1000;
+  const types = new Set([...$("by-type").options].map(option => option.value));
+  for (const {type} of items) if (!types.has(type)) { types.add(type); $("by-type").append(el("option", {}, type)); }
+  if (fresh) loadTypes();
+}
+async function refresh() {
+  const mine = ++turn, query = new URLSearchParams({limit: listed});
+  for (const name of ["type", "status"]) if ($(`by-${name}`).value) query.set(name, $(`by-${name}`).value);
+  const page = await api("GET", `jobs?${query}`).catch(() => null);
+  if (!page || mine !== turn) return;
+  show(page);
+  const first = page.items.findLast(job => !ended(job));
+  if (!first || awaited) return;
+  awaited = first.jobId;  // a long poll tells its end at once
+  api("GET", `status/${awaited}?wait=20`).then(job => { awaited = null; if (ended(job)) wake(); }, () => { awaited = null; });
+}
+async function watch() {
+  for (let round = 0; ; round++) {
+    if (document.hidden) await new Promise(shown => document.addEventListener("visibilitychange", shown, {once: true}));
+    const began = performance.now();
+    await refresh();
+    if (round % 8 === 0) health();
+    const busy = [...cards.values()].some(parts => !ended(parts.job)), took = performance.now() - began;
+    await Promise.race([new Promise(resolve => { wake = resolve; }), asleep(Math.max(busy ? 1000 : 4000, 10 * took))]);
+    await asleep(200);
+  }
+}
+async function follow(said, job) {  // a form says how its job goes
+  for (; !ended(job); await asleep(200)) {
+    said.textContent = `${title(job)}: ${standing(job)}`;
+    job = await api("GET", `status/${job.jobId}?wait=1`).catch(() => job);
+  }
+  said.replaceChildren(`${title(job)}: ${job.status}. ${job.error ?? standing(job)} `,
+    ...jobLinks(job).filter(Boolean).flatMap(link => [link, " "]));
+}
+async function submit(event, path, request, problem, said) {
+  event.preventDefault();
+  problem.textContent = said.textContent = "";
+  event.submitter.disabled = true;
+  try {
+    const job = await api("POST", path, request);
+    refresh();
+    follow(said, job);
+  } catch (error) { problem.textContent = error.message; }
+  event.submitter.disabled = false;
+}
+
+// ---- Generate: one request, edited as fields or as JSON, with a preview beside it ----
+
+let request = {recordType: "person", count: 1000}, catalogue = new Map(), presets = {}, rows = new Map(), target, asked, timer;
+const shuffled = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+const groups = () => request.records
+  ? Object.entries(request.records).map(([name, holder]) => ({name, holder, path: `records.${name}.schema`}))
+  : [{name: request.recordType, holder: request, path: "schema"}];
+
+async function loadFields() {
+  const locale = [request.locale ?? "en_US"].flat()[0];
+  const answer = await api("GET", `fields?locale=${encodeURIComponent(locale)}`).catch(showProblem);
+  if (!answer) return;
+  catalogue = new Map(answer.items.map(item => [item.type, item]));
+  $("types").replaceChildren(...answer.items.map(item => el("option", {value: item.type}, shown(item.sample).slice(0, 40))));
+  if (!$("presets").children.length) {
+    presets = answer.presets;
+    $("presets").replaceChildren(...Object.keys(presets).map(name => button(name, () => edit({recordType: name,
+      count: 1000, seed: shuffled(), locale: request.locale}), {"aria-pressed": "false"})));
+    edit({seed: shuffled(), ...request});
+  } else draw();
+  search();
+}
+function edit({now, ...fresh}) {  // a preset becomes the schema it stands for; relative dates start today
+  const preset = !fresh.schema && !fresh.records && presets[fresh.recordType ?? "person"];
+  for (const name of $("presets").children)
+    name.setAttribute("aria-pressed", Boolean(preset) && name.textContent === (fresh.recordType ?? "person"));
+  request = {...fresh, ...structuredClone(preset || {})};
+  if (request.records) {
+    for (const spec of Object.values(request.records)) if (!spec.per) spec.count ??= Math.min(request.count ?? 100, 100);
+    delete request.recordType; delete request.count;
+  }
+  draw();
+}
+function draw() {
+  for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"], ["locale", "locale"]])
+    if (document.activeElement !== $(id)) $(id).value = [request[name] ?? ""].flat().join(",");
+  for (const [label, id] of [["for-type", "record-type"], ["for-count", "count"]]) {
+    $(label).hidden = $(id).disabled = Boolean(request.records);
+  }
+  if ($("json").hidden) drawFields(); else if (document.activeElement !== $("json")) $("json").value = pretty(request);
+  previewSoon();
+}
+function drawFields() {
+  rows = new Map();
+  target = null;
+  $("fields").replaceChildren(...groups().map(group => {
+    const list = el("div"), {holder, name, path} = group;
+    const add = field => list.append(fieldRow(holder, field, `${path}.${field}`));
+    Object.assign(group, {add});
+    target ??= group;
+    Object.keys(holder.schema ?? {}).forEach(add);
+    const count = request.records && labelled(holder.per ? `for each ${holder.per}` : "how many",
+      el("input", {value: shown(holder.count), size: 8, oninput: event => { holder.count = parsed(event.target.value); previewSoon(); }}));
+    return el("fieldset", {onfocusin: () => { target = group; }}, request.records && el("legend", {}, name),
+      count && el("div", {className: "row"}, count), list);
+  }));
+}
+function parsed(text, keep = false) {
+  if (text === "") return undefined;
+  try { if (!keep || /^[[{]/.test(text)) return JSON.parse(text); } catch { /* then it is a text */ }
+  return text;
+}
+function fieldRow(holder, name, path) {
+  const read = () => typeof holder.schema[name] === "string" ? {type: holder.schema[name]} : holder.schema[name];
+  const write = (fresh, freshName = name) => {
+    const value = Object.keys(fresh).length === 1 ? fresh.type : fresh;
+    holder.schema = Object.fromEntries(Object.entries(holder.schema).map(([key, old]) => key === name ? [freshName, value] : [key, old]));
+    rows.delete(path);
+    path = path.slice(0, path.length - name.length) + freshName;
+    name = freshName;
+    rows.set(path, problem);
+    more.textContent = summary();
+    previewSoon();
+  };
+  const summary = () => {
+    const {type, args, ...rest} = read();
+    return Object.entries({...rest, ...args}).map(([key, value]) => `${key} ${shown(value)}`).join(", ") || "options";
+  };
+  const naming = el("input", {value: name, "aria-label": "Name of the field", oninput: () => {
+    const taken = !naming.value || naming.value !== name && naming.value in holder.schema;
+    naming.setCustomValidity(taken ? "another field has this name" : "");
+    if (taken) naming.reportValidity(); else write(read(), naming.value);
+  }});
+  const typing = el("input", {value: read().type, list: "types", "aria-label": "Type of the field", oninput: () => {
+    const item = catalogue.get(typing.value);
+    write(item?.example ? {...item.example} : {type: typing.value});
+    arrange();
+  }});
+  const panel = el("div", {className: "options", hidden: true}), problem = el("p", {className: "problem"});
+  const more = button(summary(), () => {
+    panel.hidden = !panel.hidden;
+    more.setAttribute("aria-expanded", !panel.hidden);
+  }, {"aria-expanded": "false", title: "Options of the field"});
+  const drop = button("×", () => {
+    delete holder.schema[name];
+    rows.delete(path);
+    row.remove();
+    previewSoon();
+  }, {"aria-label": "Remove the field", title: "Remove"});
+  const up = button("↑", () => {
+    const entries = Object.entries(holder.schema), at = entries.findIndex(([key]) => key === name);
+    if (!at) return;
+    entries.splice(at - 1, 0, ...entries.splice(at, 1));
+    holder.schema = Object.fromEntries(entries);
+    row.previousElementSibling.before(row);
+    up.focus();
+    previewSoon();
+  }, {"aria-label": "Move the field up", title: "Move up"});
+  function arrange() {  // what the type may be told; arguments of Faker's methods stand under args
+    const spec = read(), item = catalogue.get(spec.type), within = item && !item.example;
+    const set = (key, value, inArgs) => {
+      const fresh = structuredClone(read()), place = inArgs ? fresh.args ??= {} : fresh;
+      if (value === undefined) delete place[key]; else place[key] = value;
+      if (fresh.args && !Object.keys(fresh.args).length) delete fresh.args;
+      write(fresh);
+    };
+    const inputs = [...item?.args ?? [], {name: "null", default: 0, whole: true}].map(({name, default: usual, whole}) => {
+      const inArgs = within && !whole, value = (inArgs ? spec.args ?? {} : spec)[name];
+      const keep = typeof (value ?? item?.example?.[name] ?? usual) === "string";
+      return labelled(whole ? "null: how likely" : name, el("input", {value: shown(value), placeholder: shown(usual),
+        oninput: event => set(name, parsed(event.target.value, keep), inArgs)}));
+    });
+    const unique = labelled("unique", el("input", {type: "checkbox", checked: spec.unique === true,
+      onchange: event => set("unique", event.target.checked || undefined)}), "tick");
+    panel.replaceChildren(item?.doc ? el("p", {className: "dim"}, item.doc.split("\n")[0]) : "",
+      el("div", {className: "row"}, ...inputs, unique));
+    more.textContent = summary();
+  }
+  arrange();
+  rows.set(path, problem);
+  const row = el("div", {className: "field", role: "group", "aria-label": "Field"}, naming, typing, more, up, drop, panel, problem);
+  return row;
+}
+function search() {
+  const words = $("search").value.toLowerCase().split(/\s+/);
+  const found = [...catalogue.values()].filter(item => words.every(word => `${item.type} ${item.doc}`.toLowerCase().includes(word)));
+  $("palette").replaceChildren(...found.map(item => button([item.type, " ", el("span", {className: "dim"}, shown(item.sample))], () => {
+    let name = item.type;
+    for (let number = 2; name in (target.holder.schema ?? {}); number++) name = `${item.type}_${number}`;
+    target.holder.schema = {...target.holder.schema, [name]: item.example ?? item.type};
+    target.add(name);
+    previewSoon();
+  }, {title: item.doc})));
+}
+function showProblem(error, quiet = false) {
+  for (const row of rows.values()) row.textContent = "";
+  const rest = (error?.fields ?? []).filter(({field, message}) => {
+    const path = [...rows.keys()].filter(path => field === path || field.startsWith(`${path}.`)).sort().at(-1);
+    if (path && $("json").hidden) rows.get(path).textContent = field === path ? message : `${field.slice(path.length + 1)}: ${message}`;
+    return !path || !$("json").hidden;
+  });
+  $("generate-problem").textContent = !error ? "" : error.fields?.length
+    ? rest.map(({field, message}) => `${field}: ${message}`).join("\n") : error.message;
+}
+function previewSoon() {
+  const total = request.records ? "" : ` ${amount(Number(request.count) || 0)} records`;
+  $("go").textContent = `Generate${total}`;
+  clearTimeout(timer);
+  timer = setTimeout(preview, 250);
+}
+async function preview() {
+  asked?.abort();
+  asked = new AbortController();
+  const small = {...request, ...request.records
+    ? {records: Object.fromEntries(Object.entries(request.records).map(([name, spec]) => [name,
+      spec.per ? spec : {...spec, count: Math.min(spec.count || 1, 3)}]))}
+    : {count: Math.min(request.count || 8, 8)}};
+  try {
+    const {records} = await api("POST", "preview", small, asked.signal);
+    $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).flatMap(
+      ([name, items]) => [name && el("h3", {}, name), table(items.slice(0, 12), name || "Preview")]).filter(Boolean));
+    showProblem(null);
+  } catch (error) { if (error.name !== "AbortError") showProblem(error); }
+}
+function table(items, label) {
+  const columns = [...new Set(items.flatMap(Object.keys))];
+  const cell = value => value === null || value === undefined ? el("td", {className: "null"}, "null")
+    : el("td", {className: typeof value === "number" ? "number" : "", title: shown(value)}, shown(value));
+  return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
+    el("thead", {}, el("tr", {}, columns.map(name => el("th", {scope: "col"}, name)))),
+    el("tbody", {}, items.map(item => el("tr", {}, columns.map(name => cell(item[name])))))));
+}
+function setView(json) {
+  $("json").hidden = !json;
+  $("fields").hidden = $("adding").hidden = json;
+  $("as-json").setAttribute("aria-pressed", json);
+  $("as-fields").setAttribute("aria-pressed", !json);
+  draw();
+}
+
+// ---- Upload: one file after the other, with progress ----
+
+function send(path, body, progress, stopper) {
+  return new Promise((resolve, reject) => {
+    const sender = new XMLHttpRequest();
+    stopper.onclick = () => sender.abort();
+    sender.upload.onprogress = progress;
+    sender.onload = () => {
+      const data = JSON.parse(sender.responseText);
+      if (sender.status < 300) resolve(data); else reject(new Error(data.error));
+    };
+    sender.onerror = () => reject(new Error("The connection was lost."));
+    sender.onabort = () => reject(new Error("Stopped."));
+    sender.open("POST", path);
+    sender.send(body);
+  });
+}
+async function upload(file) {
+  const mode = $("upload").elements.mode.value, body = new FormData();
+  const bar = el("progress", {max: file.size || 1, value: 0, "aria-label": `Upload of ${file.name}`});
+  const said = el("span", {role: "status"}, size(file.size)), stopper = button("Stop");
+  $("uploads").prepend(el("li", {}, el("div", {className: "head"}, el("b", {}, file.name), stopper), bar, said));
+  const guess = file.name.split(".")[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_+$/g, "").slice(0, 63);
+  const parts = {encoding: $("encoding").value, delimiter: $("delimiter").value, recordType: $("upload-type").value || guess || "record"};
+  if (mode !== "keep") for (const [name, value] of Object.entries(parts)) if (value) body.append(name, value);
+  body.append("file", file);
+  try {
+    const answer = await send(mode === "infer" ? "infer" : "upload", body, ({loaded, total}) => {
+      Object.assign(bar, {max: total, value: loaded});
+      said.textContent = loaded < total ? `${size(loaded)} of ${size(total)}` : "checked by the server";
+    }, stopper);
+    if (mode === "infer") { edit({seed: shuffled(), ...answer}); said.textContent = "learned"; location.hash = "#generate"; }
+    else { refresh(); follow(said, answer); }
+  } catch (error) { said.textContent = error.message; said.className = "problem"; }
+  bar.hidden = stopper.hidden = true;
+}
+async function uploadAll(files) {
+  location.hash = "#upload";
+  for (const file of [...files]) await upload(file);
+}
+
+// ---- Records: what there is, a look at it, and its export ----
+
+const SAMPLE = 1000, PIECES = 10;
+let types = [];
+
+async function loadTypes() {
+  types = (await api("GET", "records").catch(() => ({items: types}))).items;
+  const ticked = new Set([...document.querySelectorAll("#export-types :checked")].map(box => box.value));
+  $("export-types").replaceChildren(...types.map(({recordType, count}) => labelled(`${recordType} (${amount(count)})`,
+    el("input", {type: "checkbox", value: recordType, checked: ticked.has(recordType), onchange: exportChoices}), "tick")));
+  if (!types.length) $("export-types").append(el("span", {className: "dim"}, "There are no records yet."));
+  exportChoices();
+  navigate();
+}
+function chosenFields() {
+  const names = [...document.querySelectorAll("#export-types :checked")].map(box => box.value);
+  return Object.assign({}, ...types.filter(type => !names.length || names.includes(type.recordType)).map(type => type.fields));
+}
+function exportChoices() {
+  const fields = chosenFields(), names = Object.keys(fields);
+  const ticked = new Set([...document.querySelectorAll("#export-fields :checked")].map(box => box.value));
+  options($("date-field"), names.filter(name => fields[name].startsWith("date")), "of creation");
+  options($("order"), names, "of creation");
+  for (const select of document.querySelectorAll("#where select.name")) options(select, names);
+  $("export-fields").replaceChildren(...names.map(name => labelled(name, el("input",
+    {type: "checkbox", value: name, checked: ticked.has(name)}), "tick")));
+}
+function addCondition() {
+  const name = el("select", {className: "name", "aria-label": "Field"}), value = el("input", {"aria-label": "Value"});
+  const sign = el("select", {className: "sign", "aria-label": "Operator"},
+    Object.entries({eq: "=", ne: "≠", lt: "<", lte: "≤", gt: ">", gte: "≥", in: "one of (a, b)", like: "like (%, _)", null: "is null"})
+      .map(([key, text]) => el("option", {value: key}, text)));
+  sign.onchange = () => { value.hidden = sign.value === "null"; };
+  const row = el("div", {className: "row"}, name, sign, value, button("×", () => row.remove(), {"aria-label": "Remove the condition"}));
+  $("where").append(row);
+  options(name, Object.keys(chosenFields()));
+  name.focus();
+}
+function exportRequest() {
+  const ticked = id => [...document.querySelectorAll(`#${id} :checked`)].map(box => box.value);
+  const kinds = chosenFields(), where = {}, filters = {}, chosen = ticked("export-types"), fields = ticked("export-fields");
+  for (const row of $("where").children) {
+    const [name, sign, input] = row.children, plain = text => kinds[name.value] === "bool" ? text === "true" : text;
+    const value = {in: () => input.value.split(",").map(text => plain(text.trim())), null: () => true}[sign.value] ?? (() => plain(input.value));
+    (where[name.value] ??= {})[sign.value] = value();
+  }
+  if (chosen.length) filters.recordType = chosen.length === 1 ? chosen[0] : chosen;
+  for (const [key, id] of [["from", "from"], ["to", "to"], ["dateField", "date-field"]]) if ($(id).value) filters[key] = $(id).value;
+  if (Object.keys(where).length) filters.where = where;
+  return {format: $("format").value, filters, ...fields.length && {fields}, ...$("limit").value && {limit: Number($("limit").value)},
+    ...$("order").value && {orderBy: `${$("descending").checked ? "-" : ""}${$("order").value}`},
+    ...$("gzip").checked && {gzip: true}, ...$("excel").checked && {excelSafe: true}};
+}
+
+async function sampled({recordType, count}, job) {  // pieces from all over the type, not just its oldest records
+  const read = (limit, after) => api("GET", `records/${recordType}?${new URLSearchParams({limit, ...after && {after},
+    ...job && {jobId: job}})}`);
+  const first = await read(job || count <= SAMPLE ? SAMPLE : SAMPLE / PIECES);
+  const start = Number(first.next), items = first.items;
+  if (job || count <= SAMPLE) return items;
+  for (let piece = 1, next = start; piece < PIECES && next; piece++) {
+    const page = await read(SAMPLE / PIECES, Math.max(next, start + Math.floor(count * piece / PIECES) - SAMPLE / PIECES));
+    items.push(...page.items);
+    next = Number(page.next);
+  }
+  return items;
+}
+let drawn = "";
+async function drawRecords(name, job) {
+  $("record-types").replaceChildren(...types.map(({recordType, count}) => el("a", {href: `#records/${recordType}`,
+    ...recordType === name && {"aria-current": "page"}}, `${recordType} `, el("b", {}, amount(count)))));
+  const type = types.find(({recordType}) => recordType === name), key = `${name} ${job} ${type?.count}`;
+  if (key === drawn) return;
+  drawn = key;
+  $("plots").replaceChildren();
+  $("records").replaceChildren(el("p", {className: "dim"}, types.length
+    ? "Choose a record type to see its records and how their values are spread." : "No records yet. Generate some, or upload a file."));
+  if (!type) return;
+  const items = await sampled(type, job).catch(error => { drawn = ""; $("records").textContent = error.message; });
+  if (!items || drawn !== key) return;
+  const whole = items.length >= (job ? 0 : type.count) && items.length < SAMPLE;
+  let from = 0;
+  const place = el("div"), turnTo = step => {
+    from = Math.max(0, Math.min(from + step, Math.floor((items.length - 1) / 20) * 20));
+    place.replaceChildren(table(items.slice(from, from + 20), `Records of ${name}`));
+    position.textContent = `${amount(from + 1)} to ${amount(Math.min(from + 20, items.length))} of ${whole ? "" : "a sample of "}${amount(items.length)}`;
+  };
+  const position = el("span", {className: "dim", role: "status"});
+  $("records").replaceChildren(el("div", {className: "row"}, button("Back", () => turnTo(-20)), button("On", () => turnTo(20)), position,
+    job && el("a", {href: `#records/${name}`}, "only of one job; show all"),
+    button(`Export ${name}`, () => {
+      for (const box of document.querySelectorAll("#export-types input")) box.checked = box.value === name;
+      exportChoices();
+      location.hash = "#export";
+    })), place);
+  if (items.length) turnTo(0); else place.textContent = "There are none.";
+  $("plots").replaceChildren(el("h3", {}, "Values"), ...Object.entries(type.fields).map(([field, kind]) => plot(field, kind, items.map(item => item[field] ?? null))));
+}
+
+// ---- Plots: numbers and dates as histograms, choices as bars, other texts as examples ----
+
+function plot(name, kind, values) {
+  const present = values.filter(value => value !== null), nulls = values.length - present.length;
+  const caption = el("figcaption", {}, el("b", {}, name), " ", el("span", {className: "dim"},
+    `${kind}${nulls ? `, ${Math.round(100 * nulls / values.length) || "under 1"} % null` : ""}`));
+  const number = kind.startsWith("date") ? Date.parse : Number;
+  const numbers = ["int", "float", "decimal", "date", "datetime"].includes(kind) ? present.map(number).filter(Number.isFinite) : [];
+  if (numbers.length) return el("figure", {}, caption, histogram(name, kind, numbers));
+  const counts = new Map();
+  for (const value of present) counts.set(shown(value), (counts.get(shown(value)) ?? 0) + 1);
+  if (counts.size && (counts.size <= 12 || counts.size < present.length / 20)) return el("figure", {}, caption, bars(name, counts, present.length));
+  return el("figure", {}, caption, el("p", {className: "dim"}, `${amount(counts.size)} different`),
+    [...counts.keys()].slice(0, 3).map(text => el("div", {}, text.length > 60 ? `${text.slice(0, 60)}…` : text)));
+}
+function histogram(name, kind, numbers) {
+  const low = numbers.reduce((a, b) => Math.min(a, b)), high = numbers.reduce((a, b) => Math.max(a, b));
+  const whole = kind === "int" && high - low < 30, step = whole ? 1 : (high - low) / 24 || 1;
+  const bins = new Array(whole ? high - low + 1 : 24).fill(0);
+  for (const number of numbers) bins[Math.min(bins.length - 1, Math.floor((number - low) / step))]++;
+  const most = Math.max(...bins), wide = 240 / bins.length;
+  const text = value => kind === "date" ? new Date(value).toISOString().slice(0, 10)
+    : kind === "datetime" ? new Date(value).toISOString().slice(0, 16).replace("T", " ") : amount(value);
+  const middle = text(numbers.reduce((a, b) => a + b / numbers.length, 0));
+  const drawing = el("svg", {viewBox: "0 0 240 70", role: "img", "aria-label": `${name}: from ${text(low)} to ${text(high)}, mean ${middle}`},
+    bins.map((count, at) => el("rect", {x: at * wide, width: Math.max(1, wide - 1), y: 70 - 68 * count / most, height: 68 * count / most},
+      el("title", {}, `${text(low + at * step)}${whole ? "" : ` to ${text(low + (at + 1) * step)}`}: ${amount(count)}`))));
+  return [drawing, el("div", {className: "ends dim"}, el("span", {}, text(low)), el("span", {}, kind.startsWith("date") ? "" : `mean ${middle}`), el("span", {}, text(high)))];
+}
+function bars(name, counts, total) {
+  const top = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8), most = top[0][1];
+  const percent = count => `${(100 * count / total).toFixed(count * 10 < total ? 1 : 0)} %`;
+  return [el("svg", {viewBox: `0 0 240 ${16 * top.length}`, role: "img",
+    "aria-label": `${name}: ${top.map(([text, count]) => `${text} ${percent(count)}`).join(", ")}`},
+  top.flatMap(([text, count], at) => [el("text", {x: 0, y: 16 * at + 11}, text.length > 15 ? `${text.slice(0, 14)}…` : text, el("title", {}, text)),
+    el("rect", {x: 92, y: 16 * at + 2, width: 105 * count / most, height: 11}), el("text", {x: 201, y: 16 * at + 11}, percent(count))])),
+  counts.size > top.length && el("p", {className: "dim"}, `and ${amount(counts.size - top.length)} more`)];
+}
+
+// ---- The page ----
+
+function navigate() {
+  const [view, ...rest] = location.hash.slice(1).split("/"), known = $(`view-${view}`) ? view : "generate";
+  document.body.dataset.view = known;
+  for (const link of document.querySelectorAll("nav a"))
+    if (link.hash === `#${known}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
+  if (known === "records") drawRecords(...rest);
+}
+const drags = (event, on) => {
+  if (!event.dataTransfer?.types.includes("Files")) return false;
+  event.preventDefault();
+  document.body.classList.toggle("dragging", on);
+  return true;
+};
+addEventListener("hashchange", navigate);
+addEventListener("dragover", event => drags(event, true));
+addEventListener("dragleave", event => { if (!event.relatedTarget) drags(event, false); });
+addEventListener("drop", event => { if (drags(event, false)) uploadAll(event.dataTransfer.files); });
+$("files").onchange = event => { uploadAll(event.target.files); event.target.value = ""; };
+$("upload").onsubmit = event => event.preventDefault();
+$("upload").onchange = () => { $("upload-more").hidden = $("upload").elements.mode.value === "keep"; };
+$("record-type").oninput = event => { request.recordType = event.target.value; previewSoon(); };
+$("count").oninput = event => { request.count = event.target.valueAsNumber || undefined; previewSoon(); };
+$("seed").oninput = event => { request.seed = parsed(event.target.value); previewSoon(); };
+$("reseed").onclick = () => { request.seed = shuffled(); draw(); };
+$("locale").onchange = event => {
+  const names = event.target.value.split(",").map(name => name.trim()).filter(Boolean);
+  request.locale = names.length > 1 ? names : names[0];
+  loadFields();
+};
+$("json").oninput = event => {
+  try { request = JSON.parse(event.target.value); draw(); } catch (error) { showProblem(error); }
+};
+$("search").oninput = search;
+$("search").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); $("palette").firstElementChild?.click(); } };
+$("as-fields").onclick = () => setView(false);
+$("as-json").onclick = () => setView(true);
+$("generate").onsubmit = event => submit(event, "generate", request, $("generate-problem"), $("generate-said"));
+$("generate-curl").onclick = () => copyCurl("generate", request, $("generate-said"));
+$("add-where").onclick = addCondition;
+$("export").onsubmit = event => submit(event, "export", exportRequest(), $("export-problem"), $("export-said"));
+$("export-curl").onclick = () => copyCurl("export", exportRequest(), $("export-said"));
+$("by-type").onchange = $("by-status").onchange = refresh;
+$("more").onclick = () => { listed = Math.min(listed + 250, 1000); refresh(); };
+$("locales").replaceChildren(...("en_US en_GB de_DE fr_FR es_ES it_IT nl_NL pt_BR pl_PL sv_SE da_DK fi_FI cs_CZ uk_UA tr_TR el_GR "
+  + "ja_JP ko_KR zh_CN hi_IN ar_SA he_IL").split(" ").map(value => el("option", {value})));
+navigate();
+loadFields();
+loadTypes();
+watch();
+"""
+
+_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' "
+         "rx='4' fill='%232453d4'/%3E%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E")
+
+
+@route("GET", "/ui", {200: "text/html"})
+def get_ui(call: Call) -> Any:
+    """The page: jobs, records, and forms to generate, upload and export."""
+    style = _STYLE + _UI_STYLE
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>taskapi</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{_ICON}">'
+            f"<style>{style}</style></head><body>{_UI_BODY}<script>{_UI_SCRIPT}</script></body></html>")
+    return _page_reply(page, style, _UI_SCRIPT)
+
+
+BROWSER_PAGES["/"] = get_ui
 
 
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
