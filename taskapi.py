@@ -6598,7 +6598,9 @@ section { display: none; min-width: 0; padding: 1.1rem; background: var(--card);
 @media (min-width: 64rem) {
   main { grid-template-columns: minmax(0, 1fr) 25rem; }
   [data-view=jobs] main { grid-template-columns: minmax(0, 1fr); }
-  #view-jobs { display: block; }
+  #view-jobs { display: block; position: sticky; top: .8rem; max-height: calc(100vh - 4rem); overflow: auto; }
+  .foot { position: sticky; bottom: 0; background: var(--card); padding-top: .3rem; }
+  [data-view=jobs] #view-jobs { position: static; max-height: none; }
 }
 button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .45rem;
   background: var(--card); padding: .3rem .55rem; max-width: 100%; box-sizing: border-box; }
@@ -6616,13 +6618,14 @@ label > span, .dim { color: var(--dim); font-size: .85rem; }
 .row, .chips { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; margin: .7rem 0; }
 .row > label { display: grid; } .row > label.tick, .tick { display: flex; gap: .35rem; align-items: center; }
 .chips { gap: .35rem; } .chips > * { border: 1px solid var(--line); border-radius: 2rem; padding: .15rem .7rem;
-  color: inherit; text-decoration: none; } .chips [aria-current], .chips [aria-pressed=true] { border-color: var(--accent);
-  box-shadow: inset 0 0 0 1px var(--accent); }
+  color: inherit; text-decoration: none; }
+.chips [aria-current], .chips [aria-pressed=true] { border-color: var(--accent); font-weight: 600; }
 .problem { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
 .problem:empty, .said:empty { display: none; }
 .said { padding: .5rem .8rem; border-radius: .5rem; background: var(--soft); overflow-wrap: anywhere; }
-.field { display: grid; grid-template-columns: minmax(6rem, 1fr) minmax(6rem, 1fr) minmax(6rem, 1.3fr) auto auto;
-  gap: .3rem; margin: .3rem 0; }
+.field { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) minmax(0, 1.4fr) auto auto;
+  gap: .15rem .3rem; margin: .15rem 0; }
+.field > input, .field > button { padding-block: .15rem; min-width: 0; }
 .field > .options, .field > .problem { grid-column: 1 / -1; margin: 0 0 .4rem; }
 .field > .options { padding: .5rem .7rem; background: var(--soft); border-radius: .5rem; }
 .field > [aria-expanded] { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
@@ -6636,18 +6639,18 @@ label > span, .dim { color: var(--dim); font-size: .85rem; }
 .scroll th, .scroll td { padding: .25rem .6rem; white-space: nowrap; max-width: 18rem; overflow: hidden;
   text-overflow: ellipsis; font-size: .85rem; }
 .scroll th { position: sticky; top: 0; background: var(--soft); } td.number { text-align: right;
-  font-variant-numeric: tabular-nums; } td.null { color: var(--dim); font-style: italic; }
-#plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
+  font-variant-numeric: tabular-nums; } td.dim { font-style: italic; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
 figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
 figcaption { overflow-wrap: anywhere; } figure svg { display: block; width: 100%; margin-top: .4rem; }
 rect { fill: var(--accent); } rect:hover { opacity: .75; } svg text { fill: var(--ink); font-size: 10.5px; }
-.ends { display: flex; justify-content: space-between; }
 #drop { display: grid; place-items: center; gap: .5rem; padding: 2.5rem 1rem; border: 2px dashed var(--line);
   border-radius: .8rem; text-align: center; cursor: pointer; }
 .dragging #drop, #drop:hover { border-color: var(--accent); background: var(--soft); }
 progress { appearance: none; display: block; width: 100%; height: .45rem; border: 0; border-radius: 1rem;
   overflow: hidden; background: var(--soft); color: var(--accent); }
-progress::-webkit-progress-bar { background: var(--soft); } progress::-webkit-progress-value { background: var(--accent); }
+progress::-webkit-progress-bar { background: var(--soft); }
+progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
 ul { list-style: none; padding: 0; margin: 0; }
 #jobs > li, #uploads > li { padding: .7rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere;
@@ -6659,14 +6662,16 @@ ul { list-style: none; padding: 0; margin: 0; }
 #jobs .row { margin: .4rem 0 0; gap: .3rem .5rem; align-items: center; font-size: .85rem; }
 #jobs button { padding: .05rem .5rem; } #jobs details { font-size: .85rem; padding: 0; border: 0; margin: .2rem 0 0; }
 @media (max-width: 40rem) {
-  section { padding: .8rem; } .field { grid-template-columns: 1fr 1fr auto auto; } h1 { flex: 1; }
+  section { padding: .8rem; } .field { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto auto; } h1 { flex: 1; }
   .field > [aria-expanded] { grid-column: 1 / -1; grid-row: 2; } .row > label { flex: 1 1 8rem; }
-  .row input, .row select { width: 100%; } .row .tick input { width: auto; } #health { order: -1; margin: 0; flex: 0 1 auto; }
-  h1 { order: -2; } nav { width: 100%; order: 1; justify-content: space-between; } nav a { padding: .3rem .5rem; }
+  .row input, .row select { width: 100%; } .row .tick input { width: auto; } 
+  #health { margin: 0; flex: 0 1 auto; }
+  nav { width: 100%; order: 1; justify-content: space-between; } nav a { padding: .3rem .4rem; font-size: .82rem; }
 }
 @media (prefers-reduced-motion: no-preference) { progress:not([value]) { animation: pulse 1.2s infinite alternate; } }
 @keyframes pulse { from { opacity: .4; } }
 .away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.foot .scroll { max-height: 11.5rem; } .example { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 """
 
 _UI_BODY = r"""
@@ -6676,21 +6681,24 @@ _UI_BODY = r"""
 <a href="#records">Records</a><a href="#jobs">Jobs</a><a href="docs">API</a></nav>
 <span id="health" role="status">connecting</span>
 </header>
-<p id="offline" role="alert" hidden></p>
+<p id="offline" role="alert" hidden>The server does not answer. This page goes on by itself when it is back.</p>
 <p id="news" class="away" aria-live="polite"></p>
 <noscript>This page needs JavaScript; the <a href="docs">description of the calls</a> does not.</noscript>
 <main>
 <section id="view-generate" aria-labelledby="generate-title">
 <h2 id="generate-title">Generate records</h2>
-<div id="presets" class="chips" role="group" aria-label="Start from a preset"></div>
-<form id="generate">
+<div id="presets" class="chips" role="group" aria-label="Start from a preset">
+<span class="dim">Reading the field types…</span></div>
+<form id="generate-form">
 <div class="row">
-<label id="for-type"><span>Record type</span><input id="record-type" required pattern="[a-z][a-z0-9_]{0,62}"
- title="small letters, digits and _" size="14" autocomplete="off"></label>
-<label id="for-count"><span>How many</span><input id="count" type="number" min="1" step="1" required></label>
-<label><span>Seed: the same makes the same</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="14"></label>
+<label><span>Record type</span><input id="record-type" required pattern="[a-z][a-z0-9_]{0,62}"
+ title="small letters, digits and _" size="12" autocomplete="off"></label>
+<label><span>How many</span><input id="count" type="number" min="1" step="1" required></label>
+<label><span>Seed</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="11" autocomplete="off"
+ title="The same seed makes the same records"></label>
 <button id="reseed" type="button" title="Another seed">Shuffle</button>
-<label><span>Locale</span><input id="locale" list="locales" size="8" autocomplete="off"></label>
+<label><span>Locale</span><input id="locale" list="locales" size="8"
+ placeholder="en_US" autocomplete="off"></label>
 </div>
 <div class="row" role="group" aria-label="Edit the schema as">
 <button id="as-fields" type="button" aria-pressed="true">Fields</button>
@@ -6700,23 +6708,28 @@ _UI_BODY = r"""
 <label><span>Search names and descriptions</span> <input id="search" type="search" autocomplete="off"></label>
 <div id="palette" role="group" aria-label="Field types"></div></details>
 <textarea id="json" aria-label="The request as JSON" spellcheck="false" hidden></textarea>
+<div class="foot">
 <p id="generate-problem" class="problem" role="alert"></p>
+<div id="preview" role="group" aria-label="Preview"></div>
 <div class="row"><button id="go" class="primary">Generate</button>
-<button id="generate-curl" type="button">Copy as curl</button></div>
+<button id="generate-curl" type="button">Copy as curl</button>
+</div>
 <p id="generate-said" class="said" role="status"></p>
+</div>
 </form>
-<h3 id="preview-title">Preview</h3>
-<div id="preview" role="region" aria-labelledby="preview-title"></div>
 <datalist id="types"></datalist>
-<datalist id="locales"></datalist>
+<datalist id="locales"><option>de_DE<option>en_GB<option>es_ES<option>fr_FR<option>it_IT<option>ja_JP<option>pt_BR
+<option>zh_CN</datalist>
 </section>
 <section id="view-upload" aria-labelledby="upload-title">
 <h2 id="upload-title">Upload a file</h2>
-<form id="upload">
+<form id="upload-form">
 <fieldset><legend>What is it for?</legend>
-<label class="tick"><input type="radio" name="mode" value="ingest" checked>Make records of it (CSV, TSV, JSON, NDJSON, also .gz)
-</label><label class="tick"><input type="radio" name="mode" value="infer">Learn a schema from it, to generate more like it
-</label><label class="tick"><input type="radio" name="mode" value="keep">Only keep it</label></fieldset>
+<label class="tick"><input type="radio" name="mode" value="ingest" checked>
+Make records of it (CSV, TSV, JSON, NDJSON, also .gz)</label>
+<label class="tick"><input type="radio" name="mode" value="infer">
+Learn a schema from it, to generate more like it</label>
+<label class="tick"><input type="radio" name="mode" value="keep">Only keep it</label></fieldset>
 <div class="row" id="upload-more"><label><span>Record type (default: by the file's name)</span>
 <input id="upload-type" pattern="[a-z][a-z0-9_]{0,62}" title="small letters, digits and _" autocomplete="off"></label>
 <label><span>Delimiter (CSV)</span><input id="delimiter" size="6" maxlength="1" placeholder="found"></label>
@@ -6728,7 +6741,7 @@ _UI_BODY = r"""
 </section>
 <section id="view-export" aria-labelledby="export-title">
 <h2 id="export-title">Export records</h2>
-<form id="export">
+<form id="export-form">
 <fieldset><legend>Record types</legend><div id="export-types" class="row"></div></fieldset>
 <div class="row"><label><span>Format</span><select id="format"><option value="csv">CSV<option value="json">JSON
 <option value="ndjson">NDJSON<option value="sqlite">SQLite</select></label>
@@ -6745,7 +6758,8 @@ _UI_BODY = r"""
 <label class="tick"><input id="descending" type="checkbox">descending</label>
 <label><span>At most</span><input id="limit" type="number" min="0" placeholder="all"></label></div>
 <p id="export-problem" class="problem" role="alert"></p>
-<div class="row"><button class="primary">Export</button><button id="export-curl" type="button">Copy as curl</button></div>
+<div class="row"><button class="primary">Export</button>
+<button id="export-curl" type="button">Copy as curl</button></div>
 <p id="export-said" class="said" role="status"></p>
 </form>
 </section>
@@ -6753,7 +6767,6 @@ _UI_BODY = r"""
 <h2 id="records-title">Records</h2>
 <div id="record-types" class="chips" role="group" aria-label="Record types"></div>
 <div id="records"></div>
-<div id="plots"></div>
 </section>
 <section id="view-jobs" aria-labelledby="jobs-title">
 <div class="head"><h2 id="jobs-title">Jobs</h2><span id="jobs-count" class="dim"></span></div>
@@ -6761,7 +6774,7 @@ _UI_BODY = r"""
 <label><span>Status</span><select id="by-status"><option value="">all<option>pending<option>in-progress<option>completed
 <option>failed<option>canceled</select></label></div>
 <ul id="jobs"></ul>
-<p id="no-jobs" class="dim" hidden></p>
+<p id="no-jobs" class="dim"></p>
 <button id="more" type="button" hidden>Show more</button>
 </section>
 </main>
@@ -6776,55 +6789,50 @@ const $ = id => document.getElementById(id);
 const DRAWN = new Set(["svg", "rect", "text", "title"]);
 
 function el(tag, properties = {}, ...children) {
-  const node = DRAWN.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const drawn = DRAWN.has(tag) && "http://www.w3.org/2000/svg";
+  const node = document.createElementNS(drawn || "http://www.w3.org/1999/xhtml", tag);
   for (const [name, value] of Object.entries(properties))
-    if (DRAWN.has(tag) || /-|^(role|list)$/.test(name)) node.setAttribute(name, value); else node[name] = value;
+    if (drawn || /-|^(role|list)$/.test(name)) node.setAttribute(name, value); else node[name] = value;
   node.append(...children.flat().filter(child => child ?? false));
   return node;
 }
 const button = (text, onclick, more) => el("button", {type: "button", onclick, ...more}, text);
-const labelled = (text, control, className = "") => className
-  ? el("label", {className}, control, text) : el("label", {}, el("span", {}, text), control);
-const options = (select, values, first) => {
-  const kept = select.value;
-  select.replaceChildren(...first ? [el("option", {value: ""}, first)] : [],
-    ...values.map(value => el("option", {value}, value)));
-  select.value = values.includes(kept) ? kept : first ? "" : values[0] ?? "";
-};
-const amount = number => number.toLocaleString("en");
-const size = bytes => bytes < 1000 ? `${bytes} bytes`
-  : bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+const labelled = (text, control) => el("label", {}, el("span", {}, text), control);
+const tick = (text, more) => el("label", {className: "tick"}, el("input", {type: "checkbox", ...more}), text);
+const ticked = id => [...$(id).querySelectorAll(":checked")].map(box => box.value);
+const amount = (number, thing = "") => number.toLocaleString("en") + (thing && ` ${thing}${number === 1 ? "" : "s"}`);
+const size = bytes => bytes < 1e3 ? amount(bytes, "byte") : `${(bytes / (bytes < 1e6 ? 1e3 : 1e6)).toFixed(1)} ${
+  bytes < 1e6 ? "kB" : "MB"}`;
 const lasting = seconds => seconds < 1 ? "under 1 s" : seconds < 100 ? `${Math.round(seconds)} s`
-  : seconds < 6000 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
-const shown = value => typeof value === "string" ? value : value === undefined || value === null ? "" : flat(value);
+  : seconds < 6e3 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+const joined = (parts, between = ", ") => parts.filter(Boolean).join(between);
+const asleep = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
+const shown = value => typeof value === "string" ? value : (value ?? null) === null ? "" : JSON.stringify(value);
 
-function flat(value) {  // JSON with a little air
-  if (value === null || typeof value !== "object") return JSON.stringify(value);
-  if (Array.isArray(value)) return `[${value.map(flat).join(", ")}]`;
-  return `{${Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${flat(item)}`).join(", ")}}`;
+function choices(select, values, first) {  // keeps what was chosen, where it is still there
+  const kept = select.value;
+  select.replaceChildren(...[...first ? [""] : [], ...values].map(value => el("option", {value}, value || first)));
+  select.value = values.includes(kept) || first && !kept ? kept : first ? "" : values[0] ?? "";
 }
-function pretty(value, indent = "") {  // on one line what fits there
-  const line = flat(value);
-  if (line.length + indent.length < 90 && !(value?.schema || value?.records) || typeof value !== "object") return line;
-  const [open, close] = Array.isArray(value) ? "[]" : "{}";
-  const lines = Object.entries(value).map(([key, item]) =>
-    `${indent}  ${Array.isArray(value) ? "" : `${JSON.stringify(key)}: `}${pretty(item, `${indent}  `)}`);
-  return `${open}\n${lines.join(",\n")}\n${indent}${close}`;
+function pretty(value, indent = "") {  // JSON on as many lines as it needs
+  const line = JSON.stringify(value), list = Array.isArray(value), inner = `${indent}  `;
+  if (value === null || typeof value !== "object" || line.length + indent.length < 90 && indent) return line;
+  const parts = Object.keys(value).map(key => (list ? "" : `${JSON.stringify(key)}: `) + pretty(value[key], inner));
+  return `${list ? "[" : "{"}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${list ? "]" : "}"}`;
 }
 
-// ---- The server: one way to ask, and what is known of its health ----
+// ---- The server: one way to ask it, and what is known of its health ----
 
 let down = false;
 
 function reached(answers) {
   if (answers === !down) return;
-  down = !answers;
+  down = $("health").className = answers ? "" : "down";
   $("offline").hidden = answers;
-  $("offline").textContent = answers ? "" : "The server does not answer. This page goes on by itself when it is back.";
-  if (answers) { health(); loadFields(); loadTypes(); wake(); }
-  else { $("health").className = "down"; $("health").textContent = "stopped"; }
+  $("health").textContent = answers ? "back" : "stopped";
+  if (answers) for (const renew of [health, loadFields, loadTypes, wake]) renew();
 }
-const exact = (_, value, context) => // a whole number too large for JavaScript is shown as it was sent
+const exact = (_, value, context) =>  // a whole number that is too large for JavaScript is shown as it was sent
   typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER && context ? context.source : value;
 
 async function api(method, path, body, signal) {
@@ -6841,25 +6849,19 @@ async function api(method, path, body, signal) {
   reached(true);
   const data = text ? JSON.parse(text, exact) : null;
   if (response.ok) return data;
-  throw Object.assign(new Error(data.error || (data.errors || []).join("; ")), {fields: data.fields || []});
+  throw Object.assign(new Error(data.error ?? data.errors.join("; ")), {fields: data.fields ?? []});
 }
 async function health() {
-  try {
-    const {version, workers, pending, inProgress} = await api("GET", "./");
-    $("health").className = "";
-    $("health").textContent = `${version}, ${workers} workers, ${amount(inProgress)} running, ${amount(pending)} waiting`;
-  } catch (error) {
-    $("health").className = "down";
-    if (!down) $("health").textContent = error.message;
-  }
+  const said = await api("GET", "./").catch(error => error);
+  if (down) return;
+  $("health").className = said.message ? "down" : "";
+  $("health").textContent = said.message ?? joined([`v${said.version}`, amount(said.workers, "worker"),
+    `${amount(said.inProgress)} running`, `${amount(said.pending)} waiting`], " · ");
 }
-const asleep = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
-
-async function copyCurl(path, request, message) {
-  const url = new URL(path, location.href), body = JSON.stringify(request).replaceAll("'", "'\\''");
-  const command = `curl -s ${url} -H 'Content-Type: application/json' -d '${body}'`;
-  try { await navigator.clipboard.writeText(command); message.textContent = "Copied."; }
-  catch { message.textContent = command; }
+async function copyCurl(path, request, said) {
+  const body = JSON.stringify(request).replaceAll("'", "'\\''");
+  const command = `curl -s ${new URL(path, location.href)} -H 'Content-Type: application/json' -d '${body}'`;
+  said.textContent = await navigator.clipboard?.writeText(command).then(() => "Copied.", () => "") || command;
 }
 
 // ---- Jobs: a list that renews itself, as gently as the server needs it ----
@@ -6869,88 +6871,87 @@ const ended = job => !["pending", "in-progress"].includes(job.status);
 let listed = 50, turn = 0, awaited = null, wake = () => {};
 
 function title({type, request}) {
-  const types = [request.recordType ?? Object.keys(request.records ?? {})].flat().join(", ");
-  if (type === "generate") return request.count ? `${amount(request.count)} × ${types}` : types;
-  if (type === "export") return `${[request.filters.recordType ?? "all records"].flat().join(", ")} as ${request.format}`;
-  return [request.filename ?? type, types].filter(Boolean).join(" → ");
+  const {filters, format, filename, count} = request, all = joined([filters?.recordType ?? "all records"].flat());
+  const made = joined([request.recordType ?? Object.keys(request.records ?? {})].flat());
+  if (type === "export") return `${all} as ${format}`;
+  return joined([filename, count ? `${amount(count)} × ${made}` : made], " → ");
 }
 function standing(job) {
-  const {done, total} = job.progress;
-  if (job.status === "pending") return job.after ? `waits for ${job.after}` : "waits for a worker";
-  if (!ended(job)) return [total ? `${amount(done)} of ${amount(total)}, ${Math.floor(100 * done / total)} %` : amount(done),
-    job.eta === null ? "" : `about ${lasting(job.eta)} left`].filter(Boolean).join(", ");
-  const took = job.startedAt && (new Date(job.finishedAt) - new Date(job.startedAt)) / 1000;
-  const {records, bytes} = job.result ?? {};
-  return [records === undefined ? "" : `${amount(records)} records`, bytes === undefined ? "" : size(bytes),
-    took ? `in ${lasting(took)}` : ""].filter(Boolean).join(", ");
+  const {done, total} = job.progress, {records, bytes} = job.result ?? {};
+  if (job.status === "pending") return job.after ? `waits for job ${job.after}` : "waits for a worker";
+  if (!ended(job)) return joined([total ? `${amount(done)} of ${amount(total)}` : amount(done),
+    total && `${Math.floor(100 * done / total)} %`, job.eta !== null && `about ${lasting(job.eta)} left`]);
+  return joined([records !== undefined && amount(records, "record"), bytes !== undefined && size(bytes),
+    job.startedAt && `in ${lasting((new Date(job.finishedAt) - new Date(job.startedAt)) / 1000)}`]);
 }
 function jobLinks(job) {
-  if (job.status !== "completed") return [];
-  const type = /^\/?.*records\/(\w+)\?/.exec(job.links.records ?? "")?.[1];
-  return [job.links.download && el("a", {href: `download/${job.jobId}`, download: ""}, `Download ${job.result?.filename ?? ""}`),
-    type && el("a", {href: `#records/${type}/${job.jobId}`}, "Look at the records")];
+  const made = /records\/(\w+)/.exec(job.links.records)?.[1], id = job.jobId, file = job.result?.filename ?? "the file";
+  return job.status !== "completed" ? [] : [
+    job.links.download && el("a", {href: `download/${id}`, download: ""}, `Download ${file}`),
+    made && el("a", {href: `#records/${made}/${id}`}, "Look at the records")].filter(Boolean);
 }
-function jobActions(job, say) {
+function jobActions(job, problem) {
   const act = (method, path) => async () => {
-    try { await api(method, path); } catch (error) { say(error.message); }
+    await api(method, path).catch(error => { problem.textContent = error.message; });
     refresh();
+    loadTypes();
   };
-  const remove = button("Delete", () => {  // twice: it takes the job's records and file along
-    if (remove.textContent === "Delete") remove.textContent = "Delete for good?"; else act("DELETE", `jobs/${job.jobId}`)();
+  const remove = button("Delete", () => {  // twice, as the job's records and file go with it
+    if (remove.textContent !== "Delete") act("DELETE", `jobs/${job.jobId}`)();
+    remove.textContent = "Delete for good?";
   }, {className: "danger", onblur: () => { remove.textContent = "Delete"; }});
   return [!ended(job) && button("Cancel", act("POST", `jobs/${job.jobId}/cancel`)),
     ["failed", "canceled"].includes(job.status) && button("Retry", act("POST", `jobs/${job.jobId}/retry`)),
     job.type === "generate" && button("Use again", () => { edit(job.request); location.hash = "#generate"; }),
     ended(job) && remove].filter(Boolean);
 }
-function card() {
-  const parts = {name: el("b"), status: el("span", {className: "status"}), bar: el("progress"), row: el("div", {className: "row"}),
-    said: el("span", {className: "dim"}), problem: el("p", {className: "problem"}), raw: el("pre")};
-  const details = el("details", {}, el("summary", {}, "Details"), parts.raw);
-  const node = el("li", {}, el("div", {className: "head"}, parts.name, parts.status), parts.said, parts.bar, parts.problem,
-    parts.row, details);
-  details.ontoggle = () => { parts.raw.textContent = details.open ? pretty(parts.job) : ""; };
-  return Object.assign(parts, {node, details});
+function newCard() {
+  const card = {node: el("li"), name: el("b"), status: el("span", {className: "status"}), bar: el("progress"),
+    said: el("div", {className: "dim"}), problem: el("p", {className: "problem"}), row: el("div", {className: "row"}),
+    raw: el("pre"), details: el("details", {}, el("summary", {}, "Details"))};
+  card.node.append(el("div", {className: "head"}, card.name, card.status), card.said, card.bar, card.problem, card.row,
+    card.details);
+  card.details.append(card.raw);
+  card.details.ontoggle = () => { card.raw.textContent = card.details.open ? pretty(card.job) : ""; };
+  return card;
 }
-function fill(parts, job, text) {
-  const was = parts.job, focused = parts.row.contains(document.activeElement);
-  Object.assign(parts, {job, text});
-  parts.node.className = job.status;
-  parts.name.textContent = `${job.type} ${title(job)}`;
-  parts.status.textContent = job.status;
-  parts.said.textContent = [new Date(job.createdAt).toLocaleString(), standing(job)].filter(Boolean).join(" · ");
-  parts.bar.hidden = job.status !== "in-progress";
-  parts.bar.setAttribute("aria-label", `Progress of ${title(job)}`);
-  if (job.progress.total) Object.assign(parts.bar, {max: job.progress.total, value: Math.min(job.progress.done, job.progress.total)});
-  else parts.bar.removeAttribute("value");
-  parts.problem.textContent = [job.error, ...job.interruptions.map(({attempt, reason}) => `attempt ${attempt}: ${reason}`)]
-    .filter(Boolean).join("\n");
+function fillCard(card, job, text) {  // true if the job has ended since the card was filled last
+  const {job: was, problem, row, bar} = card, at = new Date(job.createdAt), {done, total} = job.progress;
+  const time = Date.now() - at < 72e6 ? at.toLocaleTimeString() : at.toLocaleString();
+  Object.assign(card, {job, text});
+  card.node.className = job.status;
+  card.name.textContent = `${job.type} ${title(job)}`;
+  card.status.textContent = job.status;
+  card.said.textContent = joined([time, standing(job)], " · ");
+  bar.hidden = job.status !== "in-progress";
+  bar.setAttribute("aria-label", `Progress of ${title(job)}`);
+  if (total) Object.assign(bar, {max: total, value: Math.min(done, total)}); else bar.removeAttribute("value");
+  const before = job.interruptions.map(({attempt, reason}) => `attempt ${attempt}: ${reason}`);
+  problem.textContent = joined([job.error, ...before], "\n");
+  if (card.details.open) card.raw.textContent = pretty(job);
   if (was?.status !== job.status) {
-    parts.row.replaceChildren(...[...jobLinks(job), ...jobActions(job, text => { parts.problem.textContent = text; })].filter(Boolean));
-    if (focused) parts.node.querySelector("button, a, summary").focus();
+    const focused = row.contains(document.activeElement);
+    row.replaceChildren(...jobLinks(job), ...jobActions(job, problem));
+    if (focused) card.node.querySelector("button, a, summary").focus();
   }
-  if (parts.details.open) parts.raw.textContent = pretty(job);
-  if (was && !ended(was) && ended(job)) $("news").textContent = `${job.type} ${title(job)}: ${job.status}`;
-  return (!was || !ended(was)) && ended(job);
+  if (was && ended(job)) $("news").textContent = `${job.type} ${title(job)}: ${job.status}`;
+  return ended(job) && !(was && ended(was));
 }
-function show({items, next}) {
-  const found = new Set(items.map(job => job.jobId));
-  for (const [id, parts] of cards) if (!found.has(id)) { parts.node.remove(); cards.delete(id); }
+function showJobs({items, next}) {
+  const found = new Set(items.map(job => job.jobId)), kinds = [...$("by-type").options].map(option => option.value);
+  for (const [id, card] of cards) if (!found.has(id) && cards.delete(id)) card.node.remove();
   let place = $("jobs").firstElementChild, fresh = false;
   for (const job of items) {
-    let parts = cards.get(job.jobId);
-    if (!parts) cards.set(job.jobId, parts = card());
-    const text = JSON.stringify(job);
-    if (parts.text !== text) fresh = fill(parts, job, text) || fresh;
-    if (parts.node === place) place = place.nextElementSibling; else $("jobs").insertBefore(parts.node, place);
+    const text = JSON.stringify(job), card = cards.get(job.jobId) ?? newCard();
+    cards.set(job.jobId, card);
+    if (card.text !== text) fresh = fillCard(card, job, text) || fresh;
+    if (card.node === place) place = place.nextElementSibling; else $("jobs").insertBefore(card.node, place);
   }
-  $("jobs-count").textContent = items.length ? `${amount(items.length)}${next ? "+" : ""}` : "";
-  $("no-jobs").hidden = items.length > 0;
-  $("no-jobs").textContent = $("by-type").value || $("by-status").value ? "No job is like that."
+  $("jobs-count").textContent = items.length ? `${amount(items.length)}${next ? " newest" : ""}` : "";
+  $("no-jobs").textContent = items.length ? "" : $("by-type").value || $("by-status").value ? "No job is like that."
     : "No jobs yet. Choose a preset, and press Generate.";
   $("more").hidden = !next || listed >= 1000;
-  const types = new Set([...$("by-type").options].map(option => option.value));
-  for (const {type} of items) if (!types.has(type)) { types.add(type); $("by-type").append(el("option", {}, type)); }
+  choices($("by-type"), [...new Set([...kinds.filter(Boolean), ...items.map(job => job.type)])], "all");
   if (fresh) loadTypes();
 }
 async function refresh() {
@@ -6958,410 +6959,407 @@ async function refresh() {
   for (const name of ["type", "status"]) if ($(`by-${name}`).value) query.set(name, $(`by-${name}`).value);
   const page = await api("GET", `jobs?${query}`).catch(() => null);
   if (!page || mine !== turn) return;
-  show(page);
-  const first = page.items.findLast(job => !ended(job));
-  if (!first || awaited) return;
-  awaited = first.jobId;  // a long poll tells its end at once
-  api("GET", `status/${awaited}?wait=20`).then(job => { awaited = null; if (ended(job)) wake(); }, () => { awaited = null; });
+  showJobs(page);
+  listen(page.items.findLast(job => !ended(job)));
+}
+async function listen(job) {  // a long poll for the oldest job at work tells its end at once
+  if (!job || awaited) return;
+  awaited = job;
+  const answer = await api("GET", `status/${job.jobId}?wait=20`).catch(() => job);
+  awaited = null;
+  if (ended(answer)) wake();
 }
 async function watch() {
   for (let round = 0; ; round++) {
-    if (document.hidden) await new Promise(shown => document.addEventListener("visibilitychange", shown, {once: true}));
-    const began = performance.now();
+    if (document.hidden) await new Promise(seen => document.addEventListener("visibilitychange", seen, {once: true}));
+    const began = performance.now(), woken = new Promise(resolve => { wake = resolve; });
     await refresh();
     if (round % 8 === 0) health();
-    const busy = [...cards.values()].some(parts => !ended(parts.job)), took = performance.now() - began;
-    await Promise.race([new Promise(resolve => { wake = resolve; }), asleep(Math.max(busy ? 1000 : 4000, 10 * took))]);
+    const pause = [...cards.values()].some(card => !ended(card.job)) ? 1000 : 4000;
+    await Promise.race([woken, asleep(Math.max(pause, 10 * (performance.now() - began)))]);
     await asleep(200);
   }
 }
-async function follow(said, job) {  // a form says how its job goes
+async function follow(said, job) {  // a form tells how its job goes
   for (; !ended(job); await asleep(200)) {
     said.textContent = `${title(job)}: ${standing(job)}`;
     job = await api("GET", `status/${job.jobId}?wait=1`).catch(() => job);
   }
   said.replaceChildren(`${title(job)}: ${job.status}. ${job.error ?? standing(job)} `,
-    ...jobLinks(job).filter(Boolean).flatMap(link => [link, " "]));
+    ...jobLinks(job).flatMap(link => [link, " "]));
 }
 async function submit(event, path, request, problem, said) {
   event.preventDefault();
   problem.textContent = said.textContent = "";
   event.submitter.disabled = true;
-  try {
-    const job = await api("POST", path, request);
-    refresh();
-    follow(said, job);
-  } catch (error) { problem.textContent = error.message; }
+  await api("POST", path, request).then(job => { follow(said, job); refresh(); },
+    error => { problem.textContent = error.message; });
   event.submitter.disabled = false;
 }
 
 // ---- Generate: one request, edited as fields or as JSON, with a preview beside it ----
 
-let request = {recordType: "person", count: 1000}, catalogue = new Map(), presets = {}, rows = new Map(), target, asked, timer;
+let request = {recordType: "person", count: 1000}, catalogue = new Map(), problems = new Map();
+let presets, target, asked, timer;
 const shuffled = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
-const groups = () => request.records
-  ? Object.entries(request.records).map(([name, holder]) => ({name, holder, path: `records.${name}.schema`}))
-  : [{name: request.recordType, holder: request, path: "schema"}];
 
 async function loadFields() {
   const locale = [request.locale ?? "en_US"].flat()[0];
   const answer = await api("GET", `fields?locale=${encodeURIComponent(locale)}`).catch(showProblem);
   if (!answer) return;
   catalogue = new Map(answer.items.map(item => [item.type, item]));
-  $("types").replaceChildren(...answer.items.map(item => el("option", {value: item.type}, shown(item.sample).slice(0, 40))));
-  if (!$("presets").children.length) {
-    presets = answer.presets;
-    $("presets").replaceChildren(...Object.keys(presets).map(name => button(name, () => edit({recordType: name,
-      count: 1000, seed: shuffled(), locale: request.locale}), {"aria-pressed": "false"})));
-    edit({seed: shuffled(), ...request});
-  } else draw();
+  $("types").replaceChildren(...answer.items.map(({type, sample}) => el("option", {value: type}, shown(sample))));
   search();
+  if (presets) return draw();
+  presets = answer.presets;
+  $("presets").replaceChildren(...Object.keys(presets).map(name => button(name, () =>
+    edit({recordType: name, count: request.count ?? 1000, seed: shuffled(), locale: request.locale}))));
+  edit({...request, seed: shuffled()});
 }
-function edit({now, ...fresh}) {  // a preset becomes the schema it stands for; relative dates start today
-  const preset = !fresh.schema && !fresh.records && presets[fresh.recordType ?? "person"];
-  for (const name of $("presets").children)
-    name.setAttribute("aria-pressed", Boolean(preset) && name.textContent === (fresh.recordType ?? "person"));
+function edit(fresh) {  // a preset becomes the schema that it stands for
+  const preset = !fresh.schema && !fresh.records && presets[fresh.recordType];
   request = {...fresh, ...structuredClone(preset || {})};
-  if (request.records) {
-    for (const spec of Object.values(request.records)) if (!spec.per) spec.count ??= Math.min(request.count ?? 100, 100);
-    delete request.recordType; delete request.count;
+  if (preset?.records) {
+    for (const spec of Object.values(request.records)) if (!spec.per) spec.count = request.count;
+    delete request.recordType;
+    delete request.count;
   }
+  for (const choice of $("presets").children)
+    choice.setAttribute("aria-pressed", Boolean(preset) && choice.textContent === fresh.recordType);
   draw();
 }
 function draw() {
   for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"], ["locale", "locale"]])
     if (document.activeElement !== $(id)) $(id).value = [request[name] ?? ""].flat().join(",");
-  for (const [label, id] of [["for-type", "record-type"], ["for-count", "count"]]) {
-    $(label).hidden = $(id).disabled = Boolean(request.records);
-  }
+  for (const id of ["record-type", "count"]) $(id).parentNode.hidden = $(id).disabled = Boolean(request.records);
+  problems = new Map();
   if ($("json").hidden) drawFields(); else if (document.activeElement !== $("json")) $("json").value = pretty(request);
   previewSoon();
 }
 function drawFields() {
-  rows = new Map();
+  const groups = request.records ? Object.entries(request.records) : [["", request]];
   target = null;
-  $("fields").replaceChildren(...groups().map(group => {
-    const list = el("div"), {holder, name, path} = group;
-    const add = field => list.append(fieldRow(holder, field, `${path}.${field}`));
-    Object.assign(group, {add});
+  $("fields").replaceChildren(...groups.map(([name, holder]) => {
+    const list = el("div"), path = name ? `records.${name}.schema` : "schema";
+    const group = {holder, add: field => list.append(fieldRow(holder, field, path))};
     target ??= group;
-    Object.keys(holder.schema ?? {}).forEach(add);
-    const count = request.records && labelled(holder.per ? `for each ${holder.per}` : "how many",
-      el("input", {value: shown(holder.count), size: 8, oninput: event => { holder.count = parsed(event.target.value); previewSoon(); }}));
-    return el("fieldset", {onfocusin: () => { target = group; }}, request.records && el("legend", {}, name),
-      count && el("div", {className: "row"}, count), list);
+    for (const field of Object.keys(holder.schema ?? {})) group.add(field);
+    const count = labelled(holder.per ? `for each ${holder.per}: a number, or [from, to]` : "how many", el("input", {
+      value: shown(holder.count), oninput: event => { holder.count = parsed(event.target.value); previewSoon(); }}));
+    const fieldset = el("fieldset", {}, name && [el("legend", {}, name), count], list);
+    fieldset.addEventListener("focusin", () => { target = group; });
+    return fieldset;
   }));
 }
-function parsed(text, keep = false) {
+function parsed(text, keep) {  // what a person types as JSON, where it is that; `keep` keeps numbers and such as text
   if (text === "") return undefined;
   try { if (!keep || /^[[{]/.test(text)) return JSON.parse(text); } catch { /* then it is a text */ }
   return text;
 }
-function fieldRow(holder, name, path) {
+function fieldRow(holder, name, within) {
   const read = () => typeof holder.schema[name] === "string" ? {type: holder.schema[name]} : holder.schema[name];
-  const write = (fresh, freshName = name) => {
-    const value = Object.keys(fresh).length === 1 ? fresh.type : fresh;
-    holder.schema = Object.fromEntries(Object.entries(holder.schema).map(([key, old]) => key === name ? [freshName, value] : [key, old]));
-    rows.delete(path);
-    path = path.slice(0, path.length - name.length) + freshName;
-    name = freshName;
-    rows.set(path, problem);
-    more.textContent = summary();
-    previewSoon();
+  const write = (spec, fresh = name) => {
+    const value = Object.keys(spec).length === 1 ? spec.type : spec, entries = Object.entries(holder.schema);
+    holder.schema = Object.fromEntries(entries.map(([key, old]) => key === name ? [fresh, value] : [key, old]));
+    problems.delete(`${within}.${name}`);
+    name = fresh;
+    tell();
   };
-  const summary = () => {
+  const tell = () => {
     const {type, args, ...rest} = read();
-    return Object.entries({...rest, ...args}).map(([key, value]) => `${key} ${shown(value)}`).join(", ") || "options";
+    const told = Object.entries({...rest, ...args}).map(([key, value]) => `${key} ${shown(value)}`);
+    more.textContent = joined(told) || "options";
+    problems.set(`${within}.${name}`, problem);
+    previewSoon();
   };
   const naming = el("input", {value: name, "aria-label": "Name of the field", oninput: () => {
     const taken = !naming.value || naming.value !== name && naming.value in holder.schema;
-    naming.setCustomValidity(taken ? "another field has this name" : "");
+    naming.setCustomValidity(taken ? "The fields need different names." : "");
     if (taken) naming.reportValidity(); else write(read(), naming.value);
   }});
   const typing = el("input", {value: read().type, list: "types", "aria-label": "Type of the field", oninput: () => {
-    const item = catalogue.get(typing.value);
-    write(item?.example ? {...item.example} : {type: typing.value});
+    write({type: typing.value, ...catalogue.get(typing.value)?.example});
     arrange();
   }});
   const panel = el("div", {className: "options", hidden: true}), problem = el("p", {className: "problem"});
-  const more = button(summary(), () => {
-    panel.hidden = !panel.hidden;
-    more.setAttribute("aria-expanded", !panel.hidden);
-  }, {"aria-expanded": "false", title: "Options of the field"});
-  const drop = button("×", () => {
-    delete holder.schema[name];
-    rows.delete(path);
-    row.remove();
-    previewSoon();
-  }, {"aria-label": "Remove the field", title: "Remove"});
+  const more = button("", () => more.setAttribute("aria-expanded", !(panel.hidden = !panel.hidden)),
+    {"aria-expanded": "false", title: "Options of the field"});
   const up = button("↑", () => {
     const entries = Object.entries(holder.schema), at = entries.findIndex(([key]) => key === name);
-    if (!at) return;
-    entries.splice(at - 1, 0, ...entries.splice(at, 1));
+    entries.splice(Math.max(0, at - 1), 0, ...entries.splice(at, 1));
     holder.schema = Object.fromEntries(entries);
-    row.previousElementSibling.before(row);
+    row.previousElementSibling?.before(row);
     up.focus();
     previewSoon();
   }, {"aria-label": "Move the field up", title: "Move up"});
-  function arrange() {  // what the type may be told; arguments of Faker's methods stand under args
-    const spec = read(), item = catalogue.get(spec.type), within = item && !item.example;
-    const set = (key, value, inArgs) => {
-      const fresh = structuredClone(read()), place = inArgs ? fresh.args ??= {} : fresh;
-      if (value === undefined) delete place[key]; else place[key] = value;
-      if (fresh.args && !Object.keys(fresh.args).length) delete fresh.args;
-      write(fresh);
+  const drop = button("×", () => {
+    delete holder.schema[name];
+    problems.delete(`${within}.${name}`);
+    (row.nextElementSibling ?? row.previousElementSibling)?.querySelector("input").focus();
+    row.remove();
+    previewSoon();
+  }, {"aria-label": "Remove the field", title: "Remove"});
+  const row = el("div", {className: "field", role: "group", "aria-label": "Field"},
+    naming, typing, more, up, drop, panel, problem);
+  function arrange() {  // what the type may be told; the arguments of Faker's methods stand under args
+    const spec = read(), item = catalogue.get(spec.type);
+    const control = ({name: key, default: usual}, inArgs) => {
+      const value = (inArgs ? spec.args ?? {} : spec)[key];
+      const keep = typeof (value ?? item?.example?.[key] ?? usual) === "string";
+      return labelled(key, el("input", {value: shown(value), placeholder: shown(usual),
+        oninput: event => set(key, parsed(event.target.value, keep), inArgs)}));
     };
-    const inputs = [...item?.args ?? [], {name: "null", default: 0, whole: true}].map(({name, default: usual, whole}) => {
-      const inArgs = within && !whole, value = (inArgs ? spec.args ?? {} : spec)[name];
-      const keep = typeof (value ?? item?.example?.[name] ?? usual) === "string";
-      return labelled(whole ? "null: how likely" : name, el("input", {value: shown(value), placeholder: shown(usual),
-        oninput: event => set(name, parsed(event.target.value, keep), inArgs)}));
-    });
-    const unique = labelled("unique", el("input", {type: "checkbox", checked: spec.unique === true,
-      onchange: event => set("unique", event.target.checked || undefined)}), "tick");
-    panel.replaceChildren(item?.doc ? el("p", {className: "dim"}, item.doc.split("\n")[0]) : "",
-      el("div", {className: "row"}, ...inputs, unique));
-    more.textContent = summary();
+    const set = (key, value, inArgs) => {
+      const {args, ...own} = structuredClone(read()), fresh = inArgs ? {...args, [key]: value} : {...own, [key]: value};
+      if (value === undefined) delete fresh[key];
+      const told = inArgs ? fresh : args ?? {};
+      write({...inArgs ? own : fresh, ...Object.keys(told).length && {args: told}});
+    };
+    const unique = tick("unique", {checked: spec.unique === true,
+      onchange: event => set("unique", event.target.checked || undefined)});
+    panel.replaceChildren(el("p", {className: "dim"}, item?.doc.split("\n")[0] ?? ""), el("div", {className: "row"},
+      (item?.args ?? []).map(arg => control(arg, !item.example)), control({name: "null", default: 0}), unique));
   }
   arrange();
-  rows.set(path, problem);
-  const row = el("div", {className: "field", role: "group", "aria-label": "Field"}, naming, typing, more, up, drop, panel, problem);
+  tell();
   return row;
 }
 function search() {
   const words = $("search").value.toLowerCase().split(/\s+/);
-  const found = [...catalogue.values()].filter(item => words.every(word => `${item.type} ${item.doc}`.toLowerCase().includes(word)));
-  $("palette").replaceChildren(...found.map(item => button([item.type, " ", el("span", {className: "dim"}, shown(item.sample))], () => {
-    let name = item.type;
-    for (let number = 2; name in (target.holder.schema ?? {}); number++) name = `${item.type}_${number}`;
-    target.holder.schema = {...target.holder.schema, [name]: item.example ?? item.type};
-    target.add(name);
-    previewSoon();
-  }, {title: item.doc})));
+  const fits = ({type, doc}) => words.every(word => `${type} ${doc}`.toLowerCase().includes(word));
+  $("palette").replaceChildren(...[...catalogue.values()].filter(fits).map(({type, doc, sample, example}) => button(
+    [type, " ", el("span", {className: "dim"}, shown(sample))], () => {
+      let name = type;
+      for (let number = 2; name in (target.holder.schema ?? {}); number++) name = `${type}_${number}`;
+      target.holder.schema = {...target.holder.schema, [name]: example ?? type};
+      target.add(name);
+    }, {title: doc})));
 }
-function showProblem(error, quiet = false) {
-  for (const row of rows.values()) row.textContent = "";
-  const rest = (error?.fields ?? []).filter(({field, message}) => {
-    const path = [...rows.keys()].filter(path => field === path || field.startsWith(`${path}.`)).sort().at(-1);
-    if (path && $("json").hidden) rows.get(path).textContent = field === path ? message : `${field.slice(path.length + 1)}: ${message}`;
-    return !path || !$("json").hidden;
+function showProblem(error) {
+  for (const problem of problems.values()) problem.textContent = "";
+  const others = (error?.fields ?? []).filter(({field, message}) => {
+    const path = [...problems.keys()].filter(path => `${field}.`.startsWith(`${path}.`)).sort().at(-1);
+    if (path) problems.get(path).textContent = joined([field.slice(path.length + 1), message], ": ");
+    return !path;
   });
-  $("generate-problem").textContent = !error ? "" : error.fields?.length
-    ? rest.map(({field, message}) => `${field}: ${message}`).join("\n") : error.message;
+  $("generate-problem").textContent = error?.fields?.length
+    ? others.map(({field, message}) => `${field}: ${message}`).join("\n") : error?.message ?? "";
 }
 function previewSoon() {
-  const total = request.records ? "" : ` ${amount(Number(request.count) || 0)} records`;
-  $("go").textContent = `Generate${total}`;
+  $("go").textContent = request.count ? `Generate ${amount(request.count, "record")}` : "Generate";
   clearTimeout(timer);
   timer = setTimeout(preview, 250);
 }
 async function preview() {
   asked?.abort();
-  asked = new AbortController();
-  const small = {...request, ...request.records
-    ? {records: Object.fromEntries(Object.entries(request.records).map(([name, spec]) => [name,
-      spec.per ? spec : {...spec, count: Math.min(spec.count || 1, 3)}]))}
-    : {count: Math.min(request.count || 8, 8)}};
+  const {signal} = asked = new AbortController(), few = spec => ({...spec, count: Math.min(spec.count || 8, 8)});
   try {
-    const {records} = await api("POST", "preview", small, asked.signal);
+    const small = !request.records ? few(request) : {...request, records: Object.fromEntries(
+      Object.entries(request.records).map(([name, spec]) => [name, spec.per ? spec : few(spec)]))};
+    const {records} = await api("POST", "preview", small, signal);
     $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).flatMap(
-      ([name, items]) => [name && el("h3", {}, name), table(items.slice(0, 12), name || "Preview")]).filter(Boolean));
-    showProblem(null);
-  } catch (error) { if (error.name !== "AbortError") showProblem(error); }
+      ([name, items]) => [name && el("h3", {}, name), table(items.slice(0, 8), name || "Preview")].filter(Boolean)));
+    showProblem();
+  } catch (error) { if (!signal.aborted) showProblem(error); }
 }
 function table(items, label) {
   const columns = [...new Set(items.flatMap(Object.keys))];
-  const cell = value => value === null || value === undefined ? el("td", {className: "null"}, "null")
+  const cell = value => value === null || value === undefined ? el("td", {className: "dim"}, "null")
     : el("td", {className: typeof value === "number" ? "number" : "", title: shown(value)}, shown(value));
   return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
     el("thead", {}, el("tr", {}, columns.map(name => el("th", {scope: "col"}, name)))),
     el("tbody", {}, items.map(item => el("tr", {}, columns.map(name => cell(item[name])))))));
 }
-function setView(json) {
+function editAs(json) {
   $("json").hidden = !json;
   $("fields").hidden = $("adding").hidden = json;
-  $("as-json").setAttribute("aria-pressed", json);
-  $("as-fields").setAttribute("aria-pressed", !json);
+  for (const [id, pressed] of [["as-json", json], ["as-fields", !json]]) $(id).setAttribute("aria-pressed", pressed);
+  $("fields").replaceChildren();
   draw();
 }
 
 // ---- Upload: one file after the other, with progress ----
 
-function send(path, body, progress, stopper) {
+function send(path, body, sender) {
   return new Promise((resolve, reject) => {
-    const sender = new XMLHttpRequest();
-    stopper.onclick = () => sender.abort();
-    sender.upload.onprogress = progress;
-    sender.onload = () => {
-      const data = JSON.parse(sender.responseText);
-      if (sender.status < 300) resolve(data); else reject(new Error(data.error));
-    };
-    sender.onerror = () => reject(new Error("The connection was lost."));
-    sender.onabort = () => reject(new Error("Stopped."));
+    const fail = text => () => reject(new Error(text));
+    sender.onload = () => sender.status < 300 ? resolve(sender.response) : fail(sender.response?.error ?? "Refused.")();
+    sender.onerror = fail("The connection was lost.");
+    sender.onabort = fail("Stopped.");
     sender.open("POST", path);
+    sender.responseType = "json";
     sender.send(body);
   });
 }
 async function upload(file) {
-  const mode = $("upload").elements.mode.value, body = new FormData();
-  const bar = el("progress", {max: file.size || 1, value: 0, "aria-label": `Upload of ${file.name}`});
-  const said = el("span", {role: "status"}, size(file.size)), stopper = button("Stop");
-  $("uploads").prepend(el("li", {}, el("div", {className: "head"}, el("b", {}, file.name), stopper), bar, said));
-  const guess = file.name.split(".")[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_+$/g, "").slice(0, 63);
-  const parts = {encoding: $("encoding").value, delimiter: $("delimiter").value, recordType: $("upload-type").value || guess || "record"};
+  const mode = $("upload-form").elements.mode.value, body = new FormData(), sender = new XMLHttpRequest();
+  const bar = el("progress", {max: 1, value: 0, "aria-label": `Upload of ${file.name}`});
+  const said = el("div", {className: "dim", role: "status"}, size(file.size));
+  const stop = button("Stop", () => sender.abort());
+  $("uploads").prepend(el("li", {}, el("div", {className: "head"}, el("b", {}, file.name), stop), bar, said));
+  const guess = file.name.split(".")[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_$/g, "");
+  const parts = {encoding: $("encoding").value, delimiter: $("delimiter").value,
+    recordType: $("upload-type").value || guess.slice(0, 63) || "record"};
   if (mode !== "keep") for (const [name, value] of Object.entries(parts)) if (value) body.append(name, value);
   body.append("file", file);
+  sender.upload.onprogress = ({loaded, total}) => {
+    Object.assign(bar, {max: total, value: loaded});
+    said.textContent = loaded < total ? `${size(loaded)} of ${size(total)}` : "The server reads it.";
+  };
   try {
-    const answer = await send(mode === "infer" ? "infer" : "upload", body, ({loaded, total}) => {
-      Object.assign(bar, {max: total, value: loaded});
-      said.textContent = loaded < total ? `${size(loaded)} of ${size(total)}` : "checked by the server";
-    }, stopper);
-    if (mode === "infer") { edit({seed: shuffled(), ...answer}); said.textContent = "learned"; location.hash = "#generate"; }
-    else { refresh(); follow(said, answer); }
-  } catch (error) { said.textContent = error.message; said.className = "problem"; }
-  bar.hidden = stopper.hidden = true;
+    const answer = await send(mode === "infer" ? "infer" : "upload", body, sender);
+    if (mode !== "infer") follow(said, answer, refresh());
+    else { said.textContent = "Learned."; edit({seed: shuffled(), ...answer}); location.hash = "#generate"; }
+  } catch (error) { Object.assign(said, {textContent: error.message, className: "problem"}); }
+  bar.hidden = stop.hidden = true;
 }
 async function uploadAll(files) {
   location.hash = "#upload";
   for (const file of [...files]) await upload(file);
 }
 
-// ---- Records: what there is, a look at it, and its export ----
+// ---- Export ----
 
-const SAMPLE = 1000, PIECES = 10;
 let types = [];
+const SIGNS = {eq: "=", ne: "≠", lt: "<", lte: "≤", gt: ">", gte: "≥", in: "is one of (a, b)", like: "is like (% _)",
+  null: "is null"};
 
 async function loadTypes() {
   types = (await api("GET", "records").catch(() => ({items: types}))).items;
-  const ticked = new Set([...document.querySelectorAll("#export-types :checked")].map(box => box.value));
-  $("export-types").replaceChildren(...types.map(({recordType, count}) => labelled(`${recordType} (${amount(count)})`,
-    el("input", {type: "checkbox", value: recordType, checked: ticked.has(recordType), onchange: exportChoices}), "tick")));
-  if (!types.length) $("export-types").append(el("span", {className: "dim"}, "There are no records yet."));
+  const kept = ticked("export-types");
+  $("export-types").replaceChildren(...types.map(({recordType, count}) => tick(`${recordType} (${amount(count)})`,
+    {value: recordType, checked: kept.includes(recordType), onchange: exportChoices})));
   exportChoices();
   navigate();
 }
-function chosenFields() {
-  const names = [...document.querySelectorAll("#export-types :checked")].map(box => box.value);
-  return Object.assign({}, ...types.filter(type => !names.length || names.includes(type.recordType)).map(type => type.fields));
+function exportFields() {  // of the chosen types: names and kinds
+  const names = ticked("export-types");
+  return Object.assign({}, ...types.map(type => !names.length || names.includes(type.recordType) ? type.fields : {}));
 }
 function exportChoices() {
-  const fields = chosenFields(), names = Object.keys(fields);
-  const ticked = new Set([...document.querySelectorAll("#export-fields :checked")].map(box => box.value));
-  options($("date-field"), names.filter(name => fields[name].startsWith("date")), "of creation");
-  options($("order"), names, "of creation");
-  for (const select of document.querySelectorAll("#where select.name")) options(select, names);
-  $("export-fields").replaceChildren(...names.map(name => labelled(name, el("input",
-    {type: "checkbox", value: name, checked: ticked.has(name)}), "tick")));
+  const fields = exportFields(), names = Object.keys(fields), kept = ticked("export-fields");
+  choices($("date-field"), names.filter(name => fields[name].startsWith("date")), "of creation");
+  choices($("order"), names, "creation");
+  for (const row of $("where").children) choices(row.firstChild, names);
+  $("export-fields").replaceChildren(...names.map(name => tick(name, {value: name, checked: kept.includes(name)})));
 }
 function addCondition() {
-  const name = el("select", {className: "name", "aria-label": "Field"}), value = el("input", {"aria-label": "Value"});
-  const sign = el("select", {className: "sign", "aria-label": "Operator"},
-    Object.entries({eq: "=", ne: "≠", lt: "<", lte: "≤", gt: ">", gte: "≥", in: "one of (a, b)", like: "like (%, _)", null: "is null"})
-      .map(([key, text]) => el("option", {value: key}, text)));
-  sign.onchange = () => { value.hidden = sign.value === "null"; };
-  const row = el("div", {className: "row"}, name, sign, value, button("×", () => row.remove(), {"aria-label": "Remove the condition"}));
+  const name = el("select", {"aria-label": "Field"}), value = el("input", {"aria-label": "Value"});
+  const sign = el("select", {"aria-label": "Operator", onchange: () => { value.hidden = sign.value === "null"; }},
+    Object.entries(SIGNS).map(([value, text]) => el("option", {value}, text)));
+  const drop = button("×", () => row.remove(), {"aria-label": "Remove the condition"});
+  const row = el("div", {className: "row"}, name, sign, value, drop);
   $("where").append(row);
-  options(name, Object.keys(chosenFields()));
+  choices(name, Object.keys(exportFields()));
   name.focus();
 }
 function exportRequest() {
-  const ticked = id => [...document.querySelectorAll(`#${id} :checked`)].map(box => box.value);
-  const kinds = chosenFields(), where = {}, filters = {}, chosen = ticked("export-types"), fields = ticked("export-fields");
-  for (const row of $("where").children) {
-    const [name, sign, input] = row.children, plain = text => kinds[name.value] === "bool" ? text === "true" : text;
-    const value = {in: () => input.value.split(",").map(text => plain(text.trim())), null: () => true}[sign.value] ?? (() => plain(input.value));
-    (where[name.value] ??= {})[sign.value] = value();
+  const given = {recordType: ticked("export-types"), from: $("from").value, to: $("to").value,
+    dateField: $("date-field").value}, fields = ticked("export-fields"), kinds = exportFields();
+  const filters = Object.fromEntries(Object.entries(given).filter(([, value]) => value.length));
+  for (const {children: [name, sign, {value}]} of $("where").children) {
+    const typed = text => kinds[name.value] === "bool" ? text === "true" : text;
+    ((filters.where ??= {})[name.value] ??= {})[sign.value] = sign.value === "null" || (
+      sign.value === "in" ? value.split(",").map(text => typed(text.trim())) : typed(value));
   }
-  if (chosen.length) filters.recordType = chosen.length === 1 ? chosen[0] : chosen;
-  for (const [key, id] of [["from", "from"], ["to", "to"], ["dateField", "date-field"]]) if ($(id).value) filters[key] = $(id).value;
-  if (Object.keys(where).length) filters.where = where;
-  return {format: $("format").value, filters, ...fields.length && {fields}, ...$("limit").value && {limit: Number($("limit").value)},
-    ...$("order").value && {orderBy: `${$("descending").checked ? "-" : ""}${$("order").value}`},
-    ...$("gzip").checked && {gzip: true}, ...$("excel").checked && {excelSafe: true}};
+  if (filters.recordType?.length === 1) [filters.recordType] = filters.recordType;
+  return {format: $("format").value, filters, gzip: $("gzip").checked, excelSafe: $("excel").checked,
+    ...fields.length && {fields},
+    ...$("order").value && {orderBy: ($("descending").checked ? "-" : "") + $("order").value},
+    ...$("limit").value && {limit: Number($("limit").value)}};
 }
 
-async function sampled({recordType, count}, job) {  // pieces from all over the type, not just its oldest records
-  const read = (limit, after) => api("GET", `records/${recordType}?${new URLSearchParams({limit, ...after && {after},
-    ...job && {jobId: job}})}`);
-  const first = await read(job || count <= SAMPLE ? SAMPLE : SAMPLE / PIECES);
-  const start = Number(first.next), items = first.items;
-  if (job || count <= SAMPLE) return items;
-  for (let piece = 1, next = start; piece < PIECES && next; piece++) {
-    const page = await read(SAMPLE / PIECES, Math.max(next, start + Math.floor(count * piece / PIECES) - SAMPLE / PIECES));
+// ---- Records: a look at a sample of each type, and at how its values are spread ----
+
+const SAMPLE = 1000, PIECES = 25, ROWS = 20;
+let drawn = "", from = 0;
+
+async function sampled({recordType, count}, jobId = "") {  // pieces from all over a large type, not its oldest records
+  const pieces = jobId || count <= SAMPLE ? 1 : PIECES, items = [];
+  let first, next = 0;
+  for (let piece = 0; piece < pieces && next !== null; piece++) {
+    const after = piece ? Math.max(next, first + Math.floor(count * piece / pieces)) : 0;
+    const query = new URLSearchParams({limit: SAMPLE / pieces, after, ...jobId && {jobId}});
+    const page = await api("GET", `records/${recordType}?${query}`);
     items.push(...page.items);
-    next = Number(page.next);
+    next = page.next && Number(page.next);
+    first ??= next - SAMPLE / pieces;
   }
   return items;
 }
-let drawn = "";
-async function drawRecords(name, job) {
+async function drawRecords(name, jobId) {
+  const type = types.find(({recordType}) => recordType === name), place = $("records");
+  const which = `${name} ${jobId} `, key = which + type?.count;
   $("record-types").replaceChildren(...types.map(({recordType, count}) => el("a", {href: `#records/${recordType}`,
     ...recordType === name && {"aria-current": "page"}}, `${recordType} `, el("b", {}, amount(count)))));
-  const type = types.find(({recordType}) => recordType === name), key = `${name} ${job} ${type?.count}`;
-  if (key === drawn) return;
+  if (key === drawn || from && drawn.startsWith(which)) return;  // nobody loses the page that they read
   drawn = key;
-  $("plots").replaceChildren();
-  $("records").replaceChildren(el("p", {className: "dim"}, types.length
-    ? "Choose a record type to see its records and how their values are spread." : "No records yet. Generate some, or upload a file."));
-  if (!type) return;
-  const items = await sampled(type, job).catch(error => { drawn = ""; $("records").textContent = error.message; });
+  from = 0;
+  place.replaceChildren(el("p", {className: "dim"}, !types.length ? "No records yet. Generate some, or upload a file."
+    : "Choose a record type to see its records and how their values are spread."));
+  const items = type && await sampled(type, jobId).catch(error => { drawn = ""; place.textContent = error.message; });
   if (!items || drawn !== key) return;
-  const whole = items.length >= (job ? 0 : type.count) && items.length < SAMPLE;
-  let from = 0;
-  const place = el("div"), turnTo = step => {
-    from = Math.max(0, Math.min(from + step, Math.floor((items.length - 1) / 20) * 20));
-    place.replaceChildren(table(items.slice(from, from + 20), `Records of ${name}`));
-    position.textContent = `${amount(from + 1)} to ${amount(Math.min(from + 20, items.length))} of ${whole ? "" : "a sample of "}${amount(items.length)}`;
+  const rows = el("div"), position = el("span", {className: "dim", role: "status"});
+  const whole = items.length === type.count || jobId && items.length < SAMPLE;
+  const turnTo = start => {
+    if (start < 0 || start && start >= items.length) return;
+    from = start;
+    rows.replaceChildren(table(items.slice(from, from + ROWS), `Records of ${name}`));
+    position.textContent = `${amount(from + 1)} to ${amount(Math.min(from + ROWS, items.length))} of ${
+      whole ? "" : "a sample of "}${amount(items.length)}`;
   };
-  const position = el("span", {className: "dim", role: "status"});
-  $("records").replaceChildren(el("div", {className: "row"}, button("Back", () => turnTo(-20)), button("On", () => turnTo(20)), position,
-    job && el("a", {href: `#records/${name}`}, "only of one job; show all"),
-    button(`Export ${name}`, () => {
-      for (const box of document.querySelectorAll("#export-types input")) box.checked = box.value === name;
-      exportChoices();
-      location.hash = "#export";
-    })), place);
-  if (items.length) turnTo(0); else place.textContent = "There are none.";
-  $("plots").replaceChildren(el("h3", {}, "Values"), ...Object.entries(type.fields).map(([field, kind]) => plot(field, kind, items.map(item => item[field] ?? null))));
+  const away = button(`Export ${name}`, () => {
+    for (const box of $("export-types").querySelectorAll("input")) box.checked = box.value === name;
+    exportChoices();
+    location.hash = "#export";
+  });
+  const plots = Object.entries(type.fields).map(([field, kind]) =>
+    plot(field, kind, items.map(item => item[field] ?? null)));
+  place.replaceChildren(el("div", {className: "row"}, button("Previous", () => turnTo(from - ROWS)),
+    button("Next", () => turnTo(from + ROWS)), position, away,
+    jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, el("h3", {}, "Values"), el("div", {className: "plots"}, plots));
+  turnTo(0);
 }
-
-// ---- Plots: numbers and dates as histograms, choices as bars, other texts as examples ----
-
-function plot(name, kind, values) {
-  const present = values.filter(value => value !== null), nulls = values.length - present.length;
-  const caption = el("figcaption", {}, el("b", {}, name), " ", el("span", {className: "dim"},
-    `${kind}${nulls ? `, ${Math.round(100 * nulls / values.length) || "under 1"} % null` : ""}`));
-  const number = kind.startsWith("date") ? Date.parse : Number;
-  const numbers = ["int", "float", "decimal", "date", "datetime"].includes(kind) ? present.map(number).filter(Number.isFinite) : [];
-  if (numbers.length) return el("figure", {}, caption, histogram(name, kind, numbers));
-  const counts = new Map();
+function plot(name, kind, values) {  // numbers and dates as a histogram, choices as bars, of other texts examples
+  const present = values.filter(value => value !== null), nulls = values.length - present.length, counts = new Map();
+  const numbers = /^(int|float|decimal|date|datetime)$/.test(kind) ? present.map(value => kind.startsWith("date")
+    ? Date.parse(value) : Number(value)).filter(Number.isFinite) : [];
   for (const value of present) counts.set(shown(value), (counts.get(shown(value)) ?? 0) + 1);
-  if (counts.size && (counts.size <= 12 || counts.size < present.length / 20)) return el("figure", {}, caption, bars(name, counts, present.length));
-  return el("figure", {}, caption, el("p", {className: "dim"}, `${amount(counts.size)} different`),
-    [...counts.keys()].slice(0, 3).map(text => el("div", {}, text.length > 60 ? `${text.slice(0, 60)}…` : text)));
+  const few = counts.size && (counts.size <= 12 || counts.size < present.length / 20);
+  return el("figure", {}, el("figcaption", {}, el("b", {}, name), " ", el("span", {className: "dim"}, joined([kind,
+    nulls && `${(100 * nulls / values.length).toFixed(nulls * 10 < values.length ? 1 : 0)} % null`,
+    !numbers.length && !few && `${amount(counts.size)} different`]))),
+  ...numbers.length ? histogram(name, kind, numbers) : few ? bars(name, counts, present.length)
+    : [...counts.keys()].slice(0, 4).map(text => el("div", {className: "example"}, text.slice(0, 200))));
+}
+function drawing(height, about, parts) {
+  return el("svg", {viewBox: `0 0 240 ${height}`, role: "img", "aria-label": about}, parts);
 }
 function histogram(name, kind, numbers) {
   const low = numbers.reduce((a, b) => Math.min(a, b)), high = numbers.reduce((a, b) => Math.max(a, b));
-  const whole = kind === "int" && high - low < 30, step = whole ? 1 : (high - low) / 24 || 1;
-  const bins = new Array(whole ? high - low + 1 : 24).fill(0);
-  for (const number of numbers) bins[Math.min(bins.length - 1, Math.floor((number - low) / step))]++;
-  const most = Math.max(...bins), wide = 240 / bins.length;
-  const text = value => kind === "date" ? new Date(value).toISOString().slice(0, 10)
-    : kind === "datetime" ? new Date(value).toISOString().slice(0, 16).replace("T", " ") : amount(value);
-  const middle = text(numbers.reduce((a, b) => a + b / numbers.length, 0));
-  const drawing = el("svg", {viewBox: "0 0 240 70", role: "img", "aria-label": `${name}: from ${text(low)} to ${text(high)}, mean ${middle}`},
-    bins.map((count, at) => el("rect", {x: at * wide, width: Math.max(1, wide - 1), y: 70 - 68 * count / most, height: 68 * count / most},
-      el("title", {}, `${text(low + at * step)}${whole ? "" : ` to ${text(low + (at + 1) * step)}`}: ${amount(count)}`))));
-  return [drawing, el("div", {className: "ends dim"}, el("span", {}, text(low)), el("span", {}, kind.startsWith("date") ? "" : `mean ${middle}`), el("span", {}, text(high)))];
+  const mean = numbers.reduce((sum, number) => sum + number / numbers.length, 0);
+  const each = kind === "int" && high - low < 30, length = each ? high - low + 1 : 24;
+  const bins = Array.from({length}, () => 0), step = each ? 1 : (high - low) / length || 1, wide = 240 / length;
+  for (const number of numbers) bins[Math.min(length - 1, Math.floor((number - low) / step))]++;
+  const digits = {date: 10, datetime: 16}[kind], tall = 68 / bins.reduce((a, b) => Math.max(a, b));
+  const text = value => digits ? new Date(value).toISOString().slice(0, digits).replace("T", " ") : amount(value);
+  const bin = at => text(low + at * step) + (each ? "" : ` to ${text(low + (at + 1) * step)}`);
+  const ends = [text(low), digits ? "" : `mean ${text(mean)}`, text(high)];
+  return [drawing(70, `${name}: ${text(low)} to ${text(high)}, mean ${text(mean)}`, bins.map((count, at) =>
+    el("rect", {x: at * wide, width: wide - 1, y: 70 - tall * count, height: tall * count},
+      el("title", {}, `${bin(at)}: ${amount(count)}`)))),
+  el("div", {className: "head dim"}, ends.map(end => el("span", {}, end)))];
 }
 function bars(name, counts, total) {
-  const top = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8), most = top[0][1];
+  const top = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8), others = counts.size - top.length;
   const percent = count => `${(100 * count / total).toFixed(count * 10 < total ? 1 : 0)} %`;
-  return [el("svg", {viewBox: `0 0 240 ${16 * top.length}`, role: "img",
-    "aria-label": `${name}: ${top.map(([text, count]) => `${text} ${percent(count)}`).join(", ")}`},
-  top.flatMap(([text, count], at) => [el("text", {x: 0, y: 16 * at + 11}, text.length > 15 ? `${text.slice(0, 14)}…` : text, el("title", {}, text)),
-    el("rect", {x: 92, y: 16 * at + 2, width: 105 * count / most, height: 11}), el("text", {x: 201, y: 16 * at + 11}, percent(count))])),
-  counts.size > top.length && el("p", {className: "dim"}, `and ${amount(counts.size - top.length)} more`)];
+  return [drawing(16 * top.length, `${name}: ${joined(top.map(([text, count]) => `${text} ${percent(count)}`))}`,
+    top.flatMap(([text, count], at) => [
+      el("text", {x: 0, y: 16 * at + 11}, text.length > 15 ? `${text.slice(0, 14)}…` : text || "(empty)",
+        el("title", {}, text)),
+      el("rect", {x: 92, y: 16 * at + 2, width: 105 * count / top[0][1], height: 11}),
+      el("text", {x: 201, y: 16 * at + 11}, percent(count))])),
+  others ? el("div", {className: "dim"}, `and ${amount(others)} more`) : ""];
 }
 
 // ---- The page ----
@@ -7373,22 +7371,21 @@ function navigate() {
     if (link.hash === `#${known}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   if (known === "records") drawRecords(...rest);
 }
-const drags = (event, on) => {
+function drags(event, on) {
   if (!event.dataTransfer?.types.includes("Files")) return false;
   event.preventDefault();
   document.body.classList.toggle("dragging", on);
   return true;
-};
-addEventListener("hashchange", navigate);
+}
+addEventListener("hashchange", () => { navigate(); scrollTo(0, 0); });
 addEventListener("dragover", event => drags(event, true));
 addEventListener("dragleave", event => { if (!event.relatedTarget) drags(event, false); });
 addEventListener("drop", event => { if (drags(event, false)) uploadAll(event.dataTransfer.files); });
-$("files").onchange = event => { uploadAll(event.target.files); event.target.value = ""; };
-$("upload").onsubmit = event => event.preventDefault();
-$("upload").onchange = () => { $("upload-more").hidden = $("upload").elements.mode.value === "keep"; };
-$("record-type").oninput = event => { request.recordType = event.target.value; previewSoon(); };
-$("count").oninput = event => { request.count = event.target.valueAsNumber || undefined; previewSoon(); };
-$("seed").oninput = event => { request.seed = parsed(event.target.value); previewSoon(); };
+$("files").onchange = async event => { await uploadAll(event.target.files); event.target.value = ""; };
+$("upload-form").onsubmit = event => event.preventDefault();
+$("upload-form").onchange = () => { $("upload-more").hidden = $("upload-form").elements.mode.value === "keep"; };
+for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"]])
+  $(id).oninput = event => { request[name] = parsed(event.target.value, name === "recordType"); previewSoon(); };
 $("reseed").onclick = () => { request.seed = shuffled(); draw(); };
 $("locale").onchange = event => {
   const names = event.target.value.split(",").map(name => name.trim()).filter(Boolean);
@@ -7396,22 +7393,28 @@ $("locale").onchange = event => {
   loadFields();
 };
 $("json").oninput = event => {
-  try { request = JSON.parse(event.target.value); draw(); } catch (error) { showProblem(error); }
+  try {
+    const fresh = JSON.parse(event.target.value);
+    if (fresh?.constructor !== Object) throw new Error("The request has to be an object.");
+    request = fresh;
+    draw();
+  } catch (error) { showProblem(error); }
 };
 $("search").oninput = search;
-$("search").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); $("palette").firstElementChild?.click(); } };
-$("as-fields").onclick = () => setView(false);
-$("as-json").onclick = () => setView(true);
-$("generate").onsubmit = event => submit(event, "generate", request, $("generate-problem"), $("generate-said"));
+$("search").onkeydown = event => {
+  if (event.key !== "Enter") return;
+  event.preventDefault();
+  $("palette").firstElementChild?.click();
+};
+$("as-fields").onclick = () => editAs(false);
+$("as-json").onclick = () => editAs(true);
+$("generate-form").onsubmit = event => submit(event, "generate", request, $("generate-problem"), $("generate-said"));
 $("generate-curl").onclick = () => copyCurl("generate", request, $("generate-said"));
 $("add-where").onclick = addCondition;
-$("export").onsubmit = event => submit(event, "export", exportRequest(), $("export-problem"), $("export-said"));
+$("export-form").onsubmit = event => submit(event, "export", exportRequest(), $("export-problem"), $("export-said"));
 $("export-curl").onclick = () => copyCurl("export", exportRequest(), $("export-said"));
 $("by-type").onchange = $("by-status").onchange = refresh;
 $("more").onclick = () => { listed = Math.min(listed + 250, 1000); refresh(); };
-$("locales").replaceChildren(...("en_US en_GB de_DE fr_FR es_ES it_IT nl_NL pt_BR pl_PL sv_SE da_DK fi_FI cs_CZ uk_UA tr_TR el_GR "
-  + "ja_JP ko_KR zh_CN hi_IN ar_SA he_IL").split(" ").map(value => el("option", {value})));
-navigate();
 loadFields();
 loadTypes();
 watch();
