@@ -4760,9 +4760,14 @@ def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
                           for (field, kind), value in zip(kinds.items(), row, strict=True)) + "}"
 
 
+_PREVIEW_MOST = 10_000  # a request waits for them: a hundred of the parents and what they bring along
+
+
 def preview(request: GenerateRequest) -> str:
     """JSON text of what a request would make: {"records": [...]}, or for several types an object of such lists."""
     plan = request.plan()
+    if plan.total > _PREVIEW_MOST:
+        raise BadRequest.of("records", f"make {plan.total} records together, of at most {_PREVIEW_MOST} in a preview")
     made = _Made(plan)
     for chunk in plan.chunks(None, made):
         made.add(chunk)
@@ -6557,15 +6562,16 @@ def docs_page(document: Mapping[str, Json]) -> str:
             f"<h2>Shapes</h2>{shapes}")
 
 
-def _page_reply(page: str, style: str, script: str = "") -> bottle.HTTPResponse:
+def _page_reply(page: str, style: str, script: str = "") -> Any:
     """A page that may run and fetch nothing but these two parts of it, the calls of this server, and its own icon."""
     def hashed(part: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
 
-    policy = f"default-src 'none'; style-src {hashed(style)}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = (f"default-src 'none'; style-src {hashed(style)}; base-uri 'none'; form-action 'none'; "
+              "frame-ancestors 'none'")
     if script:
-        policy += (f"; script-src {hashed(script)}; connect-src 'self'; img-src data:"
-                   "; require-trusted-types-for 'script'; trusted-types 'none'")
+        policy += (f"; script-src {hashed(script)}; connect-src 'self'; img-src data:; "
+                   "require-trusted-types-for 'script'; trusted-types 'none'")
     return reply(page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
 
 
@@ -6664,9 +6670,9 @@ ul { list-style: none; padding: 0; margin: 0; }
 @media (max-width: 40rem) {
   section { padding: .8rem; } .field { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto auto; } h1 { flex: 1; }
   .field > [aria-expanded] { grid-column: 1 / -1; grid-row: 2; } .row > label { flex: 1 1 8rem; }
-  .row input, .row select { width: 100%; } .row .tick input { width: auto; } 
+  .row input, .row select { width: 100%; } .row .tick input { width: auto; }
   #health { margin: 0; flex: 0 1 auto; }
-  nav { width: 100%; order: 1; justify-content: space-between; } nav a { padding: .3rem .4rem; font-size: .82rem; }
+  nav { width: 100%; order: 1; justify-content: space-between; } nav a { padding: .3rem; font-size: .78rem; }
 }
 @media (prefers-reduced-motion: no-preference) { progress:not([value]) { animation: pulse 1.2s infinite alternate; } }
 @keyframes pulse { from { opacity: .4; } }
@@ -6842,7 +6848,7 @@ async function api(method, path, body, signal) {
       headers: {"Accept": "application/json", ...body && {"Content-Type": "application/json"}}});
     text = await response.text();
   } catch (error) {
-    if (signal?.aborted) throw error;
+    if (error.name === "AbortError") throw error;
     reached(false);
     throw new Error("The server does not answer.");
   }
@@ -6874,7 +6880,7 @@ function title({type, request}) {
   const {filters, format, filename, count} = request, all = joined([filters?.recordType ?? "all records"].flat());
   const made = joined([request.recordType ?? Object.keys(request.records ?? {})].flat());
   if (type === "export") return `${all} as ${format}`;
-  return joined([filename, count ? `${amount(count)} × ${made}` : made], " → ");
+  return joined([filename, count ? `${amount(count)} ${made}` : made], " → ");
 }
 function standing(job) {
   const {done, total} = job.progress, {records, bytes} = job.result ?? {};
@@ -7092,7 +7098,7 @@ function fieldRow(holder, name, within) {
     up.focus();
     previewSoon();
   }, {"aria-label": "Move the field up", title: "Move up"});
-  const drop = button("×", () => {
+  const drop = button("✕", () => {
     delete holder.schema[name];
     problems.delete(`${within}.${name}`);
     (row.nextElementSibling ?? row.previousElementSibling)?.querySelector("input").focus();
@@ -7160,7 +7166,7 @@ async function preview() {
     $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).flatMap(
       ([name, items]) => [name && el("h3", {}, name), table(items.slice(0, 8), name || "Preview")].filter(Boolean)));
     showProblem();
-  } catch (error) { if (!signal.aborted) showProblem(error); }
+  } catch (error) { if (error.name !== "AbortError") showProblem(error); }
 }
 function table(items, label) {
   const columns = [...new Set(items.flatMap(Object.keys))];
@@ -7247,7 +7253,7 @@ function addCondition() {
   const name = el("select", {"aria-label": "Field"}), value = el("input", {"aria-label": "Value"});
   const sign = el("select", {"aria-label": "Operator", onchange: () => { value.hidden = sign.value === "null"; }},
     Object.entries(SIGNS).map(([value, text]) => el("option", {value}, text)));
-  const drop = button("×", () => row.remove(), {"aria-label": "Remove the condition"});
+  const drop = button("✕", () => row.remove(), {"aria-label": "Remove the condition"});
   const row = el("div", {className: "row"}, name, sign, value, drop);
   $("where").append(row);
   choices(name, Object.keys(exportFields()));
@@ -7317,7 +7323,8 @@ async function drawRecords(name, jobId) {
     plot(field, kind, items.map(item => item[field] ?? null)));
   place.replaceChildren(el("div", {className: "row"}, button("Previous", () => turnTo(from - ROWS)),
     button("Next", () => turnTo(from + ROWS)), position, away,
-    jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, el("h3", {}, "Values"), el("div", {className: "plots"}, plots));
+    jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, el("h3", {}, "Values"),
+  el("div", {className: "plots"}, plots));
   turnTo(0);
 }
 function plot(name, kind, values) {  // numbers and dates as a histogram, choices as bars, of other texts examples
@@ -7420,8 +7427,9 @@ loadTypes();
 watch();
 """
 
-_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' "
-         "rx='4' fill='%232453d4'/%3E%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E")
+_ICON = "data:image/svg+xml," + quote(
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><rect width='16' height='16' rx='4' "
+    "fill='#2453d4'/><path d='M3 5h10M3 8h7M3 11h4' stroke='#fff' stroke-width='1.6'/></svg>")
 
 
 @route("GET", "/ui", {200: "text/html"})
