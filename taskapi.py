@@ -6618,8 +6618,9 @@ button.primary { background: var(--accent); color: var(--on-accent); border-colo
 button.primary:hover { filter: brightness(1.1); }
 button.danger { color: var(--bad); } button[aria-pressed=true] { background: var(--soft); font-weight: 600; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-textarea { width: 100%; min-height: 22rem; tab-size: 2; white-space: pre; }
+textarea { width: 100%; min-height: 22rem; white-space: pre; font: .85rem/1.5 ui-monospace, monospace; }
 fieldset { border: 0; padding: 0; margin: .8rem 0; min-width: 0; } legend { padding: 0; font-weight: 600; }
+fieldset > label { display: flex; gap: .5rem; align-items: center; } .options p { margin: 0; }
 label > span, .dim { color: var(--dim); font-size: .85rem; }
 .row, .chips { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; margin: .7rem 0; }
 .row > label { display: grid; } .row > label.tick, .tick { display: flex; gap: .35rem; align-items: center; }
@@ -6644,7 +6645,7 @@ label > span, .dim { color: var(--dim); font-size: .85rem; }
 .scroll { overflow: auto; max-height: 26rem; border: 1px solid var(--line); border-radius: .5rem; }
 .scroll th, .scroll td { padding: .25rem .6rem; white-space: nowrap; max-width: 18rem; overflow: hidden;
   text-overflow: ellipsis; font-size: .85rem; }
-.scroll th { position: sticky; top: 0; background: var(--soft); } td.number { text-align: right;
+.scroll th { position: sticky; top: 0; background: var(--soft); } .scroll .number { text-align: right;
   font-variant-numeric: tabular-nums; } td.dim { font-style: italic; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
 figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
@@ -6653,8 +6654,9 @@ rect { fill: var(--accent); } rect:hover { opacity: .75; } svg text { fill: var(
 #drop { display: grid; place-items: center; gap: .5rem; padding: 2.5rem 1rem; border: 2px dashed var(--line);
   border-radius: .8rem; text-align: center; cursor: pointer; }
 .dragging #drop, #drop:hover { border-color: var(--accent); background: var(--soft); }
-progress { appearance: none; display: block; width: 100%; height: .45rem; border: 0; border-radius: 1rem;
-  overflow: hidden; background: var(--soft); color: var(--accent); }
+::file-selector-button { font: inherit; } #count { width: 8rem; }
+progress { appearance: none; display: block; width: 100%; margin-top: .3rem; height: .45rem; border: 0;
+  border-radius: 1rem; overflow: hidden; background: var(--soft); color: var(--accent); }
 progress::-webkit-progress-bar { background: var(--soft); }
 progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
@@ -6670,14 +6672,16 @@ ul { list-style: none; padding: 0; margin: 0; }
 @media (max-width: 40rem) {
   section { padding: .8rem; } .field { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto auto; } h1 { flex: 1; }
   .field > [aria-expanded] { grid-column: 1 / -1; grid-row: 2; } .row > label { flex: 1 1 8rem; }
-  .row input, .row select { width: 100%; } .row .tick input { width: auto; }
+  .row label input, .row label select { width: 100%; } .row .tick input { width: auto; }
   #health { margin: 0; flex: 0 1 auto; }
-  nav { width: 100%; order: 1; justify-content: space-between; } nav a { padding: .3rem; font-size: .78rem; }
+  nav { width: 100%; order: 1; gap: 0; justify-content: space-between; } nav a { padding: .3rem; font-size: .78rem; }
+  fieldset .row { align-items: start; } .row > select, .row > input { flex: 1 1 6rem; }
 }
 @media (prefers-reduced-motion: no-preference) { progress:not([value]) { animation: pulse 1.2s infinite alternate; } }
 @keyframes pulse { from { opacity: .4; } }
 .away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.foot .scroll { max-height: 11.5rem; } .example { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#preview { display: flex; gap: .7rem; overflow-x: auto; } #preview > div { flex: 1 0 min(100%, 20rem); min-width: 0; }
+#preview .scroll { max-height: 11.5rem; } .example { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 """
 
 _UI_BODY = r"""
@@ -6821,9 +6825,10 @@ function choices(select, values, first) {  // keeps what was chosen, where it is
   select.value = values.includes(kept) || first && !kept ? kept : first ? "" : values[0] ?? "";
 }
 function pretty(value, indent = "") {  // JSON on as many lines as it needs
-  const line = JSON.stringify(value), list = Array.isArray(value), inner = `${indent}  `;
+  const line = JSON.stringify(value, null, 1).replace(/\n */g, " "), inner = `${indent}  `, list = Array.isArray(value);
   if (value === null || typeof value !== "object" || line.length + indent.length < 90 && indent) return line;
-  const parts = Object.keys(value).map(key => (list ? "" : `${JSON.stringify(key)}: `) + pretty(value[key], inner));
+  const parts = Object.entries(value).filter(([, item]) => item !== undefined)
+    .map(([key, item]) => (list ? "" : `${JSON.stringify(key)}: `) + pretty(item, inner));
   return `${list ? "[" : "{"}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${list ? "]" : "}"}`;
 }
 
@@ -6928,12 +6933,12 @@ function fillCard(card, job, text) {  // true if the job has ended since the car
   card.node.className = job.status;
   card.name.textContent = `${job.type} ${title(job)}`;
   card.status.textContent = job.status;
-  card.said.textContent = joined([time, standing(job)], " · ");
+  const before = job.interruptions.map(({attempt, reason}) => `attempt ${attempt}: ${reason}`);
+  card.said.textContent = joined([time, standing(job), ...before], " · ");
   bar.hidden = job.status !== "in-progress";
   bar.setAttribute("aria-label", `Progress of ${title(job)}`);
   if (total) Object.assign(bar, {max: total, value: Math.min(done, total)}); else bar.removeAttribute("value");
-  const before = job.interruptions.map(({attempt, reason}) => `attempt ${attempt}: ${reason}`);
-  problem.textContent = joined([job.error, ...before], "\n");
+  problem.textContent = job.error ?? "";
   if (card.details.open) card.raw.textContent = pretty(job);
   if (was?.status !== job.status) {
     const focused = row.contains(document.activeElement);
@@ -7112,7 +7117,7 @@ function fieldRow(holder, name, within) {
     const control = ({name: key, default: usual}, inArgs) => {
       const value = (inArgs ? spec.args ?? {} : spec)[key];
       const keep = typeof (value ?? item?.example?.[key] ?? usual) === "string";
-      return labelled(key, el("input", {value: shown(value), placeholder: shown(usual),
+      return labelled(key === "null" ? "null: how likely, 0 to 1" : key, el("input", {value: shown(value), placeholder: shown(usual),
         oninput: event => set(key, parsed(event.target.value, keep), inArgs)}));
     };
     const set = (key, value, inArgs) => {
@@ -7163,17 +7168,18 @@ async function preview() {
     const small = !request.records ? few(request) : {...request, records: Object.fromEntries(
       Object.entries(request.records).map(([name, spec]) => [name, spec.per ? spec : few(spec)]))};
     const {records} = await api("POST", "preview", small, signal);
-    $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).flatMap(
-      ([name, items]) => [name && el("h3", {}, name), table(items.slice(0, 8), name || "Preview")].filter(Boolean)));
+    $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).map(
+      ([name, items]) => el("div", {}, name && el("b", {}, name), table(items.slice(0, 8), `Preview ${name}`))));
     showProblem();
   } catch (error) { if (error.name !== "AbortError") showProblem(error); }
 }
 function table(items, label) {
   const columns = [...new Set(items.flatMap(Object.keys))];
   const cell = value => value === null || value === undefined ? el("td", {className: "dim"}, "null")
-    : el("td", {className: typeof value === "number" ? "number" : "", title: shown(value)}, shown(value));
+    : el("td", {className: typeof value, title: shown(value)}, shown(value));
   return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
-    el("thead", {}, el("tr", {}, columns.map(name => el("th", {scope: "col"}, name)))),
+    el("thead", {}, el("tr", {}, columns.map(name => el("th", {scope: "col", className: typeof items[0][name]},
+      name)))),
     el("tbody", {}, items.map(item => el("tr", {}, columns.map(name => cell(item[name])))))));
 }
 function editAs(json) {

@@ -3123,7 +3123,8 @@ def test_the_records_link_of_a_preset_of_several_types_leads_to_records(url: str
 
 
 CHROMIUM = next(filter(None, map(shutil.which, (
-    "chromium", "chromium-browser", "google-chrome", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"))), "")
+    "chromium", "chromium-browser", "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"))), "")
 browsing = pytest.mark.skipif(not CHROMIUM or os.name != "posix",
                               reason="needs Chromium, which is driven over file descriptors 3 and 4 as POSIX has them")
 
@@ -3369,6 +3370,8 @@ def test_in_a_browser_the_keyboard_is_enough(at_work: tuple[taskapi.Service, str
     tab.until("document.querySelectorAll('#preview table').length === 3")
     tab.js("document.querySelector('#as-json').focus()")
     tab.press("Enter", 13, "\r")
+    shown = json.loads(tab.js("document.querySelector('#json').value"))
+    assert [*shown["records"]] == ["customer", "order", "item"]
     tab.type("#json", json.dumps({"recordType": "thing", "count": 3, "seed": 5, "schema": {"id": "sequence"}}))
     tab.until("document.querySelectorAll('#preview th').length === 1")
     tab.js("document.querySelector('#as-fields').focus()")
