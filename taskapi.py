@@ -6992,9 +6992,10 @@ async function watch() {
   }
 }
 async function follow(said, job) {  // a form tells how its job goes
-  for (; !ended(job); await asleep(200)) {
+  for (; !ended(job); await asleep(down ? 2000 : 400)) {
     said.textContent = `${title(job)}: ${standing(job)}`;
-    job = await api("GET", `status/${job.jobId}?wait=1`).catch(() => job);
+    job = await api("GET", `status/${job.jobId}?wait=1`).catch(({message: error}) =>
+      down ? job : {...job, status: "gone", error});
   }
   said.replaceChildren(`${title(job)}: ${job.status}. ${job.error ?? standing(job)} `,
     ...jobLinks(job).flatMap(link => [link, " "]));
@@ -7028,7 +7029,7 @@ async function loadFields() {
   edit({...request, seed: shuffled()});
 }
 function edit(fresh) {  // a preset becomes the schema that it stands for
-  const preset = !fresh.schema && !fresh.records && presets[fresh.recordType];
+  const preset = !fresh.schema && !fresh.records && presets?.[fresh.recordType];
   request = {...fresh, ...structuredClone(preset || {})};
   if (preset?.records) {
     for (const spec of Object.values(request.records)) if (!spec.per) spec.count = request.count;
@@ -7048,7 +7049,7 @@ function draw() {
   previewSoon();
 }
 function drawFields() {
-  const groups = request.records ? Object.entries(request.records) : [["", request]];
+  const groups = request.records ? Object.entries(request.records).filter(([, holder]) => holder) : [["", request]];
   target = null;
   $("fields").replaceChildren(...groups.map(([name, holder]) => {
     const list = el("div"), path = name ? `records.${name}.schema` : "schema";
@@ -7068,7 +7069,7 @@ function parsed(text, keep) {  // what a person types as JSON, where it is that;
   return text;
 }
 function fieldRow(holder, name, within) {
-  const read = () => typeof holder.schema[name] === "string" ? {type: holder.schema[name]} : holder.schema[name];
+  const read = () => typeof holder.schema[name] === "string" ? {type: holder.schema[name]} : holder.schema[name] ?? {};
   const write = (spec, fresh = name) => {
     const value = Object.keys(spec).length === 1 ? spec.type : spec, entries = Object.entries(holder.schema);
     holder.schema = Object.fromEntries(entries.map(([key, old]) => key === name ? [fresh, value] : [key, old]));
@@ -7114,10 +7115,10 @@ function fieldRow(holder, name, within) {
     naming, typing, more, up, drop, panel, problem);
   function arrange() {  // what the type may be told; the arguments of Faker's methods stand under args
     const spec = read(), item = catalogue.get(spec.type);
-    const control = ({name: key, default: usual}, inArgs) => {
+    const control = ({name: key, default: usual, about = key}, inArgs) => {
       const value = (inArgs ? spec.args ?? {} : spec)[key];
       const keep = typeof (value ?? item?.example?.[key] ?? usual) === "string";
-      return labelled(key === "null" ? "null: how likely, 0 to 1" : key, el("input", {value: shown(value), placeholder: shown(usual),
+      return labelled(about, el("input", {value: shown(value), placeholder: shown(usual),
         oninput: event => set(key, parsed(event.target.value, keep), inArgs)}));
     };
     const set = (key, value, inArgs) => {
@@ -7128,8 +7129,9 @@ function fieldRow(holder, name, within) {
     };
     const unique = tick("unique", {checked: spec.unique === true,
       onchange: event => set("unique", event.target.checked || undefined)});
+    const nulls = control({name: "null", default: 0, about: "null: how likely, 0 to 1"});
     panel.replaceChildren(el("p", {className: "dim"}, item?.doc.split("\n")[0] ?? ""), el("div", {className: "row"},
-      (item?.args ?? []).map(arg => control(arg, !item.example)), control({name: "null", default: 0}), unique));
+      (item?.args ?? []).map(arg => control(arg, !item.example)), nulls, unique));
   }
   arrange();
   tell();
@@ -7166,7 +7168,7 @@ async function preview() {
   const {signal} = asked = new AbortController(), few = spec => ({...spec, count: Math.min(spec.count || 8, 8)});
   try {
     const small = !request.records ? few(request) : {...request, records: Object.fromEntries(
-      Object.entries(request.records).map(([name, spec]) => [name, spec.per ? spec : few(spec)]))};
+      Object.entries(request.records).map(([name, spec]) => [name, spec?.per ? spec : few(spec ?? {})]))};
     const {records} = await api("POST", "preview", small, signal);
     $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).map(
       ([name, items]) => el("div", {}, name && el("b", {}, name), table(items.slice(0, 8), `Preview ${name}`))));
@@ -7187,6 +7189,7 @@ function editAs(json) {
   $("fields").hidden = $("adding").hidden = json;
   for (const [id, pressed] of [["as-json", json], ["as-fields", !json]]) $(id).setAttribute("aria-pressed", pressed);
   $("fields").replaceChildren();
+  $("json").setCustomValidity("");
   draw();
 }
 
@@ -7405,13 +7408,19 @@ $("locale").onchange = event => {
   request.locale = names.length > 1 ? names : names[0];
   loadFields();
 };
-$("json").oninput = event => {
+$("json").oninput = ({target: json}) => {
+  json.setCustomValidity("");
   try {
-    const fresh = JSON.parse(event.target.value);
+    const fresh = JSON.parse(json.value);
     if (fresh?.constructor !== Object) throw new Error("The request has to be an object.");
     request = fresh;
     draw();
-  } catch (error) { showProblem(error); }
+  } catch (error) {  // what was right before is neither shown nor sent meanwhile
+    json.setCustomValidity(error.message);
+    clearTimeout(timer);
+    asked?.abort();
+    showProblem(error);
+  }
 };
 $("search").oninput = search;
 $("search").onkeydown = event => {

@@ -3372,6 +3372,9 @@ def test_in_a_browser_the_keyboard_is_enough(at_work: tuple[taskapi.Service, str
     tab.press("Enter", 13, "\r")
     shown = json.loads(tab.js("document.querySelector('#json').value"))
     assert [*shown["records"]] == ["customer", "order", "item"]
+    tab.type("#json", "[1]")
+    tab.until("document.querySelector('#generate-problem').textContent === 'The request has to be an object.'")
+    tab.click("#go")
     tab.type("#json", json.dumps({"recordType": "thing", "count": 3, "seed": 5, "schema": {"id": "sequence"}}))
     tab.until("document.querySelectorAll('#preview th').length === 1")
     tab.js("document.querySelector('#as-fields').focus()")
@@ -4217,3 +4220,35 @@ def test_bench_cost_and_memory_by_count(tmp_path: Path) -> None:
             first = first or cost
             print(f"{job['result']['records']:>9} records of {body.get('recordType', 'seven')}: {cost / first:.2f} of "
                   f"the first cost a record ({cost:.0f} us), {peak(live) - idle} MB over idle")
+
+
+@browsing
+@pytest.mark.bench
+def test_bench_page(tmp_path: Path, tab: Tab) -> None:
+    """A thousand jobs in the list, and a look at a type of 100,000 records, against what the server takes to answer."""
+    with taskapi.open_service(tmp_path / "data", inline=True) as service, service.serving(port=0) as url:
+        store(service, {"n": "int", "t": "text"}, [[number, f"text {number % 9}"] for number in range(100_000)])
+        for number in range(1000):
+            store(service, {"n": "int"}, [[number]], "small")
+        tab.open(url)
+        for _ in range(5):
+            tab.until("!$('more').hidden || listed === 1000")
+            tab.js("$('more').click()")
+        tab.until("document.querySelectorAll('#jobs > li').length === 1000")
+        answered, filled, renewed = tab.js("""(async () => {
+            const timed = async work => {
+                const begun = performance.now();
+                await work();
+                return performance.now() - begun; };
+            let page;
+            const answered = await timed(async () => { page = await api("GET", "jobs?limit=1000"); });
+            cards.clear();
+            $("jobs").replaceChildren();
+            const show = () => { showJobs(page); return document.body.offsetHeight; };
+            return [answered, await timed(show), await timed(show)]; })()""")
+        sampled = tab.js("""(async () => { const begun = performance.now();
+            const items = await sampled(types.find(type => type.recordType === "thing"));
+            if (items.length !== 1000 || items.at(-1).n < 90000) throw new Error(items.length);
+            return performance.now() - begun; })()""")
+    print(f"\npage, 1,000 jobs, in the time that the server takes to answer them: shown first {answered / filled:.1f} "
+          f"times, renewed {answered / renewed:.0f} times, 100,000 records sampled {answered / sampled:.1f} times")
