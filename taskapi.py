@@ -6841,7 +6841,7 @@ function reached(answers) {
   down = $("health").className = answers ? "" : "down";
   $("offline").hidden = answers;
   $("health").textContent = answers ? "back" : "stopped";
-  if (answers) for (const renew of [health, loadFields, loadTypes, wake]) renew();
+  if (answers) for (const renew of [health, presets ? previewSoon : loadFields, loadTypes, wake]) renew();
 }
 const exact = (_, value, context) =>  // a whole number that is too large for JavaScript is shown as it was sent
   typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER && context ? context.source : value;
@@ -7085,7 +7085,7 @@ function fieldRow(holder, name, within) {
     previewSoon();
   };
   const naming = el("input", {value: name, "aria-label": "Name of the field", oninput: () => {
-    const taken = !naming.value || naming.value !== name && naming.value in holder.schema;
+    const taken = !naming.value || naming.value !== name && Object.hasOwn(holder.schema, naming.value);
     naming.setCustomValidity(taken ? "The fields need different names." : "");
     if (taken) naming.reportValidity(); else write(read(), naming.value);
   }});
@@ -7274,7 +7274,7 @@ function exportRequest() {
   const filters = Object.fromEntries(Object.entries(given).filter(([, value]) => value.length));
   for (const {children: [name, sign, {value}]} of $("where").children) {
     const typed = text => kinds[name.value] === "bool" ? text === "true" : text;
-    ((filters.where ??= {})[name.value] ??= {})[sign.value] = sign.value === "null" || (
+    ((filters.where ??= Object.create(null))[name.value] ??= {})[sign.value] = sign.value === "null" || (
       sign.value === "in" ? value.split(",").map(text => typed(text.trim())) : typed(value));
   }
   if (filters.recordType?.length === 1) [filters.recordType] = filters.recordType;
