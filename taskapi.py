@@ -27,7 +27,7 @@ The file reads top-down; a room uses only the rooms above it.
  7 Job types  what each job means: a model and a function
  8 Queue      who runs which job, and when; the engine, which is all but HTTP
  9 HTTP       thin handlers, one way for bodies and errors
-10 Page       the documentation page, with no outside asset
+10 Page       the pages for people, with no outside asset
 11 Server     the service as a whole, the Waitress channel, the command line
 """
 from __future__ import annotations
@@ -4843,7 +4843,8 @@ class GenerateRequest(JobRequest):
     @property
     def makes(self) -> str | None:
         """The first record type of the recipe."""
-        return self.record_type or next(iter(self.records or ()), None)
+        name = None if self.schema_ else self.record_type  # of a preset, which may be several related types
+        return next(iter(self.records or PRESETS.get(name or "", {}).get("records", ())), self.record_type)
 
     def _moment(self) -> datetime:
         try:
@@ -4960,9 +4961,14 @@ def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
                           for (field, kind), value in zip(kinds.items(), row, strict=True)) + "}"
 
 
+_PREVIEW_MOST = 10_000  # a request waits for them: a hundred of the parents and what they bring along
+
+
 def preview(request: GenerateRequest) -> str:
     """JSON text of what a request would make: {"records": [...]}, or for several types an object of such lists."""
     plan = request.plan()
+    if plan.total > _PREVIEW_MOST:
+        raise BadRequest.of("records", f"make {plan.total} records together, of at most {_PREVIEW_MOST} in a preview")
     made = _Made(plan)
     for chunk in plan.chunks(None, made):
         made.add(chunk)
@@ -6203,10 +6209,25 @@ class Call:
         return request
 
 
+def prefers_html(accept: str | None) -> bool:
+    """True if an Accept header (RFC 9110, 12.5.1) likes text/html better than JSON, as a browser's does."""
+    weights: dict[str, float] = {}
+    for entry in (accept or "").lower().split(","):
+        media, *parameters = (text.strip() for text in entry.split(";"))
+        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        weights[media] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality, re.ASCII) else 0
+
+    def weight(media: str) -> float:
+        return weights.get(media, weights.get(f"{media.partition('/')[0]}/*", weights.get("*/*", 0)))
+
+    return weight("text/html") > weight(_JSON_TYPE)
+
+
 class Route(NamedTuple):
     """One method of one path: its handler, the shapes it takes, and the statuses it may answer.
 
-    An answer is a Shape, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing.
+    An answer is a Shape, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing; a tuple
+    where the client may choose.
     """
 
     method: str
@@ -6262,14 +6283,21 @@ def error_reply(error: TaskError) -> bottle.HTTPResponse:
     return response
 
 
-@route("GET", "/", {200: Health, 503: Health})
+BROWSER_PAGES: dict[str, Callable[[Call], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
+
+
+@route("GET", "/", {200: (Health, "text/html"), 503: Health})
 def get_health(call: Call) -> bottle.HTTPResponse:
-    """The health check: really writes to the database and the disk, and asks the workers."""
-    health = call.engine.health()
-    body = health.model_dump(exclude_none=True)
-    if health.status == "ok":
-        return reply(body)
-    return reply(body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+    """The health check: really writes to the database and the disk, and asks the workers. A browser gets the page."""
+    if prefers_html(call.header("Accept")):
+        response = BROWSER_PAGES["/"](call)
+    else:
+        health = call.engine.health()
+        body = health.model_dump(exclude_none=True)
+        response = reply(body) if health.status == "ok" else reply(
+            body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+    response.set_header("Vary", "Accept")
+    return response
 
 
 def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
@@ -6705,6 +6733,15 @@ def _reference(shape: type) -> Json:
     return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, Shape) else {"type": "object"}
 
 
+def _content(shape: Any) -> tuple[str, Json]:
+    """The media type and the schema of an answer."""
+    if shape is bytes:
+        return "*/*", {"schema": {"type": "string", "format": "binary"}}  # the file's own type
+    if isinstance(shape, str):
+        return shape, {"schema": {"type": "string"}}
+    return _JSON_TYPE, {"schema": _reference(shape)}
+
+
 def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json]:
     """One operation of the OpenAPI document."""
     makes_job = any(status in entry.answers for status in (201, 202))
@@ -6720,15 +6757,12 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
     answers: dict[str, Json] = {}
     json_body = entry.body is not None and entry.body is not UploadForm
     refusals = [status for status in _COMMON_ANSWERS if json_body or status not in (413, 415)]
-    for status, shape in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
+    for status, shapes in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
         answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
-        if shape is bytes:
-            answer["content"] = {"*/*": {"schema": {"type": "string", "format": "binary"}}}  # the file's own type
-        elif isinstance(shape, str):
-            answer["content"] = {shape: {"schema": {"type": "string"}}}
-        elif shape is not None:
-            answer["content"] = {_JSON_TYPE: {"schema": _reference(shape)}}
-        if headers := _ANSWER_HEADERS.get(bytes if entry.answers.get(status) is bytes else status):
+        content = dict(_content(shape) for shape in (shapes if isinstance(shapes, tuple) else (shapes,)) if shape)
+        if content:
+            answer["content"] = content
+        if headers := _ANSWER_HEADERS.get(bytes if shapes is bytes else status):
             answer["headers"] = {name: {"schema": {"type": "string"}, "description": about}
                                  for name, about in headers.items()}
         answers[str(status)] = answer
@@ -6804,17 +6838,24 @@ def build_app(engine: Engine) -> bottle.Bottle:
     return app
 
 
-# ==== 10 Page: the documentation page, with no outside asset ====
+# ==== 10 Page: the pages for people, with no outside asset ====
 
-_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
-pre { overflow-x: auto; padding: .5rem; border-left: 3px solid #8888; }
-details { border: 1px solid #8886; border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
+_STYLE = r"""
+:root {
+  color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif;
+  --bg: light-dark(#f5f6f8, #0f1317); --card: light-dark(#fff, #171c22); --ink: light-dark(#1a2029, #e3e8ee);
+  --dim: light-dark(#586375, #96a2b2); --line: light-dark(#dde1e8, #2c343e); --soft: light-dark(#eceff4, #222a33);
+  --accent: light-dark(#2453d4, #86a8ff); --on-accent: light-dark(#fff, #0c1425);
+  --good: light-dark(#146c43, #56c592); --bad: light-dark(#b42318, #ff8d85); --busy: light-dark(#8a5a00, #e8b95a);
+}
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: var(--bg); color: var(--ink); }
+a { color: var(--accent); }
+code, pre, textarea { font-family: ui-monospace, monospace; font-size: .9em; }
+pre { overflow-x: auto; padding: .5rem; border-left: 3px solid var(--line); }
+details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
 summary { cursor: pointer; }
 table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid #8884; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); }
 """
 
 
@@ -6872,13 +6913,902 @@ def docs_page(document: Mapping[str, Json]) -> str:
             f"<h2>Shapes</h2>{shapes}")
 
 
+def _page_reply(page: str, style: str, script: str = "") -> Any:
+    """A page that may run and fetch nothing but these two parts of it, the calls of this server, and its own icon."""
+    def hashed(part: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+
+    policy = (f"default-src 'none'; style-src {hashed(style)}; base-uri 'none'; form-action 'none'; "
+              "frame-ancestors 'none'")
+    if script:
+        policy += (f"; script-src {hashed(script)}; connect-src 'self'; img-src data:; "
+                   "require-trusted-types-for 'script'; trusted-types 'none'")
+    return reply(page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
+
+
 @route("GET", "/docs", {200: "text/html"})
 def get_docs(call: Call) -> Any:
     """This description, for people."""
-    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{style}'; frame-ancestors 'none'"
-    return reply(docs_page(openapi(all_routes())), content_type="text/html; charset=utf-8",
-                 Content_Security_Policy=policy)
+    return _page_reply(docs_page(openapi(all_routes())), _STYLE)
+
+
+_UI_STYLE = r"""
+body { max-width: 96rem; margin: 0 auto; font-size: .94rem; }
+[hidden] { display: none !important; }
+h1, h2, h3 { line-height: 1.2; margin: 0; }
+h1 { font-size: 1.25rem; } h2 { font-size: 1.1rem; } h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1.2rem; padding: .8rem 0; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem; }
+nav a { padding: .3rem .7rem; border-radius: .5rem; color: var(--dim); text-decoration: none; font-weight: 600; }
+nav a:hover, .chips > :hover { background: var(--soft); }
+nav a[aria-current] { background: var(--accent); color: var(--on-accent); }
+#health { color: var(--dim); margin-left: auto; font-size: .85rem; }
+#health::before { content: "●"; color: var(--good); margin-right: .4em; }
+#health.down::before { color: var(--bad); }
+#offline { position: sticky; top: 0; z-index: 2; margin: 0 0 .8rem; padding: .6rem 1rem; border-radius: .6rem;
+  background: var(--bad); color: var(--card); font-weight: 600; }
+main { display: grid; gap: 1rem; align-items: start; padding-bottom: 2rem; }
+section { display: none; min-width: 0; padding: 1.1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .8rem; }
+[data-view=generate] #view-generate, [data-view=upload] #view-upload, [data-view=export] #view-export,
+[data-view=records] #view-records, [data-view=jobs] #view-jobs { display: block; }
+@media (min-width: 64rem) {
+  main { grid-template-columns: minmax(0, 1fr) 25rem; }
+  [data-view=jobs] main { grid-template-columns: minmax(0, 1fr); }
+  #view-jobs { display: block; position: sticky; top: .8rem; max-height: calc(100vh - 4rem); overflow: auto; }
+  .foot { position: sticky; bottom: 0; background: var(--card); padding-top: .3rem; }
+  [data-view=jobs] #view-jobs { position: static; max-height: none; }
+}
+button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .45rem;
+  background: var(--card); padding: .3rem .55rem; max-width: 100%; box-sizing: border-box; }
+input, select, textarea { background: var(--bg); }
+input[type=checkbox], input[type=radio] { accent-color: var(--accent); }
+button { cursor: pointer; } button:hover { background: var(--soft); } button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); color: var(--on-accent); border-color: transparent; font-weight: 600;
+  padding: .45rem 1rem; }
+button.primary:hover { filter: brightness(1.1); }
+button.danger { color: var(--bad); } button[aria-pressed=true] { background: var(--soft); font-weight: 600; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+textarea { width: 100%; min-height: 22rem; white-space: pre; font: .85rem/1.5 ui-monospace, monospace; }
+fieldset { border: 0; padding: 0; margin: .8rem 0; min-width: 0; } legend { padding: 0; font-weight: 600; }
+fieldset > label { display: flex; gap: .5rem; align-items: center; } .options p { margin: 0; }
+label > span, .dim { color: var(--dim); font-size: .85rem; }
+.row, .chips { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; margin: .7rem 0; }
+.row > label { display: grid; } .row > label.tick, .tick { display: flex; gap: .35rem; align-items: center; }
+.chips { gap: .35rem; } .chips > * { border: 1px solid var(--line); border-radius: 2rem; padding: .15rem .7rem;
+  color: inherit; text-decoration: none; }
+.chips [aria-current], .chips [aria-pressed=true] { border-color: var(--accent); font-weight: 600; }
+.problem { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
+.problem:empty, .said:empty { display: none; }
+.said { padding: .5rem .8rem; border-radius: .5rem; background: var(--soft); overflow-wrap: anywhere; }
+.field { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) minmax(0, 1.4fr) auto auto;
+  gap: .15rem .3rem; margin: .15rem 0; }
+.field > input, .field > button { padding-block: .15rem; min-width: 0; }
+.field > .options, .field > .problem { grid-column: 1 / -1; margin: 0 0 .4rem; }
+.field > .options { padding: .5rem .7rem; background: var(--soft); border-radius: .5rem; }
+.field > [aria-expanded] { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
+  color: var(--dim); }
+.options input:not([type=checkbox]) { width: 10rem; }
+#palette { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .25rem; max-height: 14rem;
+  overflow: auto; margin-top: .4rem; }
+#palette button { text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; border: 0;
+  padding: .15rem .4rem; }
+.scroll { overflow: auto; max-height: 26rem; border: 1px solid var(--line); border-radius: .5rem; }
+.scroll th, .scroll td { padding: .25rem .6rem; white-space: nowrap; max-width: 18rem; overflow: hidden;
+  text-overflow: ellipsis; font-size: .85rem; }
+.scroll th { position: sticky; top: 0; background: var(--soft); } .scroll .number { text-align: right;
+  font-variant-numeric: tabular-nums; } td.dim { font-style: italic; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
+figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
+figcaption { overflow-wrap: anywhere; } figure svg { display: block; width: 100%; margin-top: .4rem; }
+rect { fill: var(--accent); } rect:hover { opacity: .75; } svg text { fill: var(--ink); font-size: 10.5px; }
+#drop { display: grid; place-items: center; gap: .5rem; padding: 2.5rem 1rem; border: 2px dashed var(--line);
+  border-radius: .8rem; text-align: center; cursor: pointer; }
+.dragging #drop, #drop:hover { border-color: var(--accent); background: var(--soft); }
+::file-selector-button { font: inherit; } #count { width: 8rem; }
+progress { appearance: none; display: block; width: 100%; margin-top: .3rem; height: .45rem; border: 0;
+  border-radius: 1rem; overflow: hidden; background: var(--soft); color: var(--accent); }
+progress::-webkit-progress-bar { background: var(--soft); }
+progress::-webkit-progress-value { background: var(--accent); }
+progress::-moz-progress-bar { background: var(--accent); }
+ul { list-style: none; padding: 0; margin: 0; }
+#jobs > li, #uploads > li { padding: .7rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere;
+  content-visibility: auto; contain-intrinsic-size: auto 6rem; }
+.head { display: flex; gap: .5rem; justify-content: space-between; align-items: baseline; }
+.status { font-size: .8rem; font-weight: 600; white-space: nowrap; color: var(--dim); }
+.completed .status { color: var(--good); } .failed .status { color: var(--bad); }
+.in-progress .status { color: var(--busy); }
+#jobs .row { margin: .4rem 0 0; gap: .3rem .5rem; align-items: center; font-size: .85rem; }
+#jobs button { padding: .05rem .5rem; } #jobs details { font-size: .85rem; padding: 0; border: 0; margin: .2rem 0 0; }
+@media (max-width: 40rem) {
+  section { padding: .8rem; } .field { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto auto; } h1 { flex: 1; }
+  .field > [aria-expanded] { grid-column: 1 / -1; grid-row: 2; } .row > label { flex: 1 1 8rem; }
+  .row label input, .row label select { width: 100%; } .row .tick input { width: auto; }
+  #health { margin: 0; flex: 0 1 auto; }
+  nav { width: 100%; order: 1; gap: 0; justify-content: space-between; } nav a { padding: .3rem; font-size: .78rem; }
+  fieldset .row { align-items: start; } .row > select, .row > input { flex: 1 1 6rem; }
+}
+@media (prefers-reduced-motion: no-preference) { progress:not([value]) { animation: pulse 1.2s infinite alternate; } }
+@keyframes pulse { from { opacity: .4; } }
+.away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+#preview { display: flex; gap: .7rem; overflow-x: auto; } #preview > div { flex: 1 0 min(100%, 20rem); min-width: 0; }
+#preview .scroll { max-height: 11.5rem; } .example { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+"""
+
+_UI_BODY = r"""
+<header>
+<h1>taskapi</h1>
+<nav aria-label="Sections"><a href="#generate">Generate</a><a href="#upload">Upload</a><a href="#export">Export</a>
+<a href="#records">Records</a><a href="#jobs">Jobs</a><a href="docs">API</a></nav>
+<span id="health" role="status">connecting</span>
+</header>
+<p id="offline" role="alert" hidden>The server does not answer. This page goes on by itself when it is back.</p>
+<p id="news" class="away" aria-live="polite"></p>
+<noscript>This page needs JavaScript; the <a href="docs">description of the calls</a> does not.</noscript>
+<main>
+<section id="view-generate" aria-labelledby="generate-title">
+<h2 id="generate-title">Generate records</h2>
+<div id="presets" class="chips" role="group" aria-label="Start from a preset">
+<span class="dim">Reading the field types…</span></div>
+<form id="generate-form">
+<div class="row">
+<label><span>Record type</span><input id="record-type" required pattern="[a-z][a-z0-9_]{0,62}"
+ title="small letters, digits and _" size="12" autocomplete="off"></label>
+<label><span>How many</span><input id="count" type="number" min="1" step="1" required></label>
+<label><span>Seed</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="11" autocomplete="off"
+ title="The same seed makes the same records"></label>
+<button id="reseed" type="button" title="Another seed">Shuffle</button>
+<label><span>Locale</span><input id="locale" list="locales" size="8"
+ placeholder="en_US" autocomplete="off"></label>
+</div>
+<div class="row" role="group" aria-label="Edit the schema as">
+<button id="as-fields" type="button" aria-pressed="true">Fields</button>
+<button id="as-json" type="button" aria-pressed="false">JSON</button></div>
+<div id="fields"></div>
+<details id="adding"><summary>Add a field</summary>
+<label><span>Search names and descriptions</span> <input id="search" type="search" autocomplete="off"></label>
+<div id="palette" role="group" aria-label="Field types"></div></details>
+<textarea id="json" aria-label="The request as JSON" spellcheck="false" hidden></textarea>
+<div class="foot">
+<p id="generate-problem" class="problem" role="alert"></p>
+<div id="preview" role="group" aria-label="Preview"></div>
+<div class="row"><button id="go" class="primary">Generate</button>
+<button id="generate-curl" type="button">Copy as curl</button>
+</div>
+<p id="generate-said" class="said" role="status"></p>
+</div>
+</form>
+<datalist id="types"></datalist>
+<datalist id="locales"><option>de_DE<option>en_GB<option>es_ES<option>fr_FR<option>it_IT<option>ja_JP<option>pt_BR
+<option>zh_CN</datalist>
+</section>
+<section id="view-upload" aria-labelledby="upload-title">
+<h2 id="upload-title">Upload a file</h2>
+<form id="upload-form">
+<fieldset><legend>What is it for?</legend>
+<label class="tick"><input type="radio" name="mode" value="ingest" checked>
+Make records of it (CSV, TSV, JSON, NDJSON, also .gz)</label>
+<label class="tick"><input type="radio" name="mode" value="infer">
+Learn a schema from it, to generate more like it</label>
+<label class="tick"><input type="radio" name="mode" value="keep">Only keep it</label></fieldset>
+<div class="row" id="upload-more"><label><span>Record type (default: by the file's name)</span>
+<input id="upload-type" pattern="[a-z][a-z0-9_]{0,62}" title="small letters, digits and _" autocomplete="off"></label>
+<label><span>Delimiter (CSV)</span><input id="delimiter" size="6" maxlength="1" placeholder="found"></label>
+<label><span>Encoding</span><input id="encoding" size="10" placeholder="UTF-8"></label></div>
+<label id="drop"><b>Drop files here</b><span>anywhere on this page, or choose some</span>
+<input id="files" type="file" multiple></label>
+</form>
+<ul id="uploads" aria-label="Uploads of this visit"></ul>
+</section>
+<section id="view-export" aria-labelledby="export-title">
+<h2 id="export-title">Export records</h2>
+<form id="export-form">
+<fieldset><legend>Record types</legend><div id="export-types" class="row"></div></fieldset>
+<div class="row"><label><span>Format</span><select id="format"><option value="csv">CSV<option value="json">JSON
+<option value="ndjson">NDJSON<option value="sqlite">SQLite</select></label>
+<label class="tick"><input id="gzip" type="checkbox">gzip</label>
+<label class="tick"><input id="excel" type="checkbox">safe for Excel</label></div>
+<div class="row"><label><span>From</span><input id="from" type="date"></label>
+<label><span>To</span><input id="to" type="date"></label>
+<label><span>by the date</span><select id="date-field"></select></label></div>
+<fieldset><legend>Conditions</legend><div id="where"></div><button id="add-where" type="button">Add a condition</button>
+</fieldset>
+<fieldset><legend>Fields <span class="dim">none ticked: all</span></legend><div id="export-fields" class="row"></div>
+</fieldset>
+<div class="row"><label><span>Order by</span><select id="order"></select></label>
+<label class="tick"><input id="descending" type="checkbox">descending</label>
+<label><span>At most</span><input id="limit" type="number" min="0" placeholder="all"></label></div>
+<p id="export-problem" class="problem" role="alert"></p>
+<div class="row"><button class="primary">Export</button>
+<button id="export-curl" type="button">Copy as curl</button></div>
+<p id="export-said" class="said" role="status"></p>
+</form>
+</section>
+<section id="view-records" aria-labelledby="records-title">
+<h2 id="records-title">Records</h2>
+<div id="record-types" class="chips" role="group" aria-label="Record types"></div>
+<div id="records"></div>
+</section>
+<section id="view-jobs" aria-labelledby="jobs-title">
+<div class="head"><h2 id="jobs-title">Jobs</h2><span id="jobs-count" class="dim"></span></div>
+<div class="row"><label><span>Type</span><select id="by-type"><option value="">all</select></label>
+<label><span>Status</span><select id="by-status"><option value="">all<option>pending<option>in-progress<option>completed
+<option>failed<option>canceled</select></label></div>
+<ul id="jobs"></ul>
+<p id="no-jobs" class="dim"></p>
+<button id="more" type="button" hidden>Show more</button>
+</section>
+</main>
+"""
+
+_UI_SCRIPT = r"""
+"use strict";
+
+// ---- Elements: made of properties and texts; no string ever becomes markup, so that data stays data ----
+
+const $ = id => document.getElementById(id);
+const DRAWN = new Set(["svg", "rect", "text", "title"]);
+
+function el(tag, properties = {}, ...children) {
+  const drawn = DRAWN.has(tag) && "http://www.w3.org/2000/svg";
+  const node = document.createElementNS(drawn || "http://www.w3.org/1999/xhtml", tag);
+  for (const [name, value] of Object.entries(properties))
+    if (drawn || /-|^(role|list)$/.test(name)) node.setAttribute(name, value); else node[name] = value;
+  node.append(...children.flat().filter(child => child ?? false));
+  return node;
+}
+const button = (text, onclick, more) => el("button", {type: "button", onclick, ...more}, text);
+const labelled = (text, control) => el("label", {}, el("span", {}, text), control);
+const tick = (text, more) => el("label", {className: "tick"}, el("input", {type: "checkbox", ...more}), text);
+const ticked = id => [...$(id).querySelectorAll(":checked")].map(box => box.value);
+const amount = (number, thing = "") => number.toLocaleString("en") + (thing && ` ${thing}${number === 1 ? "" : "s"}`);
+const size = bytes => bytes < 1e3 ? amount(bytes, "byte") : `${(bytes / (bytes < 1e6 ? 1e3 : 1e6)).toFixed(1)} ${
+  bytes < 1e6 ? "kB" : "MB"}`;
+const lasting = seconds => seconds < 1 ? "under 1 s" : seconds < 100 ? `${Math.round(seconds)} s`
+  : seconds < 6e3 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+const joined = (parts, between = ", ") => parts.filter(Boolean).join(between);
+const asleep = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
+const shown = value => typeof value === "string" ? value : (value ?? null) === null ? "" : JSON.stringify(value);
+
+function choices(select, values, first) {  // keeps what was chosen, where it is still there
+  const kept = select.value;
+  select.replaceChildren(...[...first ? [""] : [], ...values].map(value => el("option", {value}, value || first)));
+  select.value = values.includes(kept) || first && !kept ? kept : first ? "" : values[0] ?? "";
+}
+function pretty(value, indent = "") {  // JSON on as many lines as it needs
+  const line = JSON.stringify(value, null, 1).replace(/\n */g, " "), inner = `${indent}  `, list = Array.isArray(value);
+  if (value === null || typeof value !== "object" || line.length + indent.length < 90 && indent) return line;
+  const parts = Object.entries(value).filter(([, item]) => item !== undefined)
+    .map(([key, item]) => (list ? "" : `${JSON.stringify(key)}: `) + pretty(item, inner));
+  return `${list ? "[" : "{"}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${list ? "]" : "}"}`;
+}
+
+// ---- The server: one way to ask it, and what is known of its health ----
+
+let down = false;
+
+function reached(answers) {
+  if (answers === !down) return;
+  down = $("health").className = answers ? "" : "down";
+  $("offline").hidden = answers;
+  $("health").textContent = answers ? "back" : "stopped";
+  if (answers) for (const renew of [health, presets ? previewSoon : loadFields, loadTypes, wake]) renew();
+}
+const exact = (_, value, context) =>  // a whole number that is too large for JavaScript is shown as it was sent
+  typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER && context ? context.source : value;
+
+async function api(method, path, body, signal) {
+  let response, text;
+  try {
+    response = await fetch(path, {method, signal, body: body && JSON.stringify(body),
+      headers: {"Accept": "application/json", ...body && {"Content-Type": "application/json"}}});
+    text = await response.text();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    reached(false);
+    throw new Error("The server does not answer.");
+  }
+  reached(true);
+  const data = text ? JSON.parse(text, exact) : null;
+  if (response.ok) return data;
+  throw Object.assign(new Error(data.error ?? data.errors.join("; ")), {fields: data.fields ?? []});
+}
+async function health() {
+  const said = await api("GET", "./").catch(error => error);
+  if (down) return;
+  $("health").className = said.message ? "down" : "";
+  $("health").textContent = said.message ?? joined([`v${said.version}`, amount(said.workers, "worker"),
+    `${amount(said.inProgress)} running`, `${amount(said.pending)} waiting`], " · ");
+}
+async function copyCurl(path, request, said) {
+  const body = JSON.stringify(request).replaceAll("'", "'\\''");
+  const command = `curl -s ${new URL(path, location.href)} -H 'Content-Type: application/json' -d '${body}'`;
+  said.textContent = await navigator.clipboard?.writeText(command).then(() => "Copied.", () => "") || command;
+}
+
+// ---- Jobs: a list that renews itself, as gently as the server needs it ----
+
+const cards = new Map();
+const ended = job => !["pending", "in-progress"].includes(job.status);
+let listed = 50, turn = 0, awaited = null, wake = () => {};
+
+function title({type, request}) {
+  const {filters, format, filename, count} = request, all = joined([filters?.recordType ?? "all records"].flat());
+  const made = joined([request.recordType ?? Object.keys(request.records ?? {})].flat());
+  if (type === "export") return `${all} as ${format}`;
+  return joined([filename, count ? `${amount(count)} ${made}` : made], " → ");
+}
+function standing(job) {
+  const {done, total} = job.progress, {records, bytes} = job.result ?? {};
+  if (job.status === "pending") return job.after ? `waits for job ${job.after}` : "waits for a worker";
+  if (!ended(job)) return joined([total ? `${amount(done)} of ${amount(total)}` : amount(done),
+    total && `${Math.floor(100 * done / total)} %`, job.eta !== null && `about ${lasting(job.eta)} left`]);
+  return joined([records !== undefined && amount(records, "record"), bytes !== undefined && size(bytes),
+    job.startedAt && `in ${lasting((new Date(job.finishedAt) - new Date(job.startedAt)) / 1000)}`]);
+}
+function jobLinks(job) {
+  const made = /records\/(\w+)/.exec(job.links.records)?.[1], id = job.jobId, file = job.result?.filename ?? "the file";
+  return job.status !== "completed" ? [] : [
+    job.links.download && el("a", {href: `download/${id}`, download: ""}, `Download ${file}`),
+    made && el("a", {href: `#records/${made}/${id}`}, "Look at the records")].filter(Boolean);
+}
+function jobActions(job, problem) {
+  const act = (method, path) => async () => {
+    await api(method, path).catch(error => { problem.textContent = error.message; });
+    refresh();
+    loadTypes();
+  };
+  const remove = button("Delete", () => {  // twice, as the job's records and file go with it
+    if (remove.textContent !== "Delete") act("DELETE", `jobs/${job.jobId}`)();
+    remove.textContent = "Delete for good?";
+  }, {className: "danger", onblur: () => { remove.textContent = "Delete"; }});
+  return [!ended(job) && button("Cancel", act("POST", `jobs/${job.jobId}/cancel`)),
+    ["failed", "canceled"].includes(job.status) && button("Retry", act("POST", `jobs/${job.jobId}/retry`)),
+    job.type === "generate" && button("Use again", () => { edit(job.request); location.hash = "#generate"; }),
+    ended(job) && remove].filter(Boolean);
+}
+function newCard() {
+  const card = {node: el("li"), name: el("b"), status: el("span", {className: "status"}), bar: el("progress"),
+    said: el("div", {className: "dim"}), problem: el("p", {className: "problem"}), row: el("div", {className: "row"}),
+    raw: el("pre"), details: el("details", {}, el("summary", {}, "Details"))};
+  card.node.append(el("div", {className: "head"}, card.name, card.status), card.said, card.bar, card.problem, card.row,
+    card.details);
+  card.details.append(card.raw);
+  card.details.ontoggle = () => { card.raw.textContent = card.details.open ? pretty(card.job) : ""; };
+  return card;
+}
+function fillCard(card, job, text) {  // true if the job has ended since the card was filled last
+  const {job: was, problem, row, bar} = card, at = new Date(job.createdAt), {done, total} = job.progress;
+  const time = Date.now() - at < 72e6 ? at.toLocaleTimeString() : at.toLocaleString();
+  Object.assign(card, {job, text});
+  card.node.className = job.status;
+  card.name.textContent = `${job.type} ${title(job)}`;
+  card.status.textContent = job.status;
+  const before = job.interruptions.map(({attempt, reason}) => `attempt ${attempt}: ${reason}`);
+  card.said.textContent = joined([time, standing(job), ...before], " · ");
+  bar.hidden = job.status !== "in-progress";
+  bar.setAttribute("aria-label", `Progress of ${title(job)}`);
+  if (total) Object.assign(bar, {max: total, value: Math.min(done, total)}); else bar.removeAttribute("value");
+  problem.textContent = job.error ?? "";
+  if (card.details.open) card.raw.textContent = pretty(job);
+  if (was?.status !== job.status) {
+    const focused = row.contains(document.activeElement);
+    row.replaceChildren(...jobLinks(job), ...jobActions(job, problem));
+    if (focused) card.node.querySelector("button, a, summary").focus();
+  }
+  if (was && ended(job)) $("news").textContent = `${job.type} ${title(job)}: ${job.status}`;
+  return ended(job) && !(was && ended(was));
+}
+function showJobs({items, next}) {
+  const found = new Set(items.map(job => job.jobId)), kinds = [...$("by-type").options].map(option => option.value);
+  for (const [id, card] of cards) if (!found.has(id) && cards.delete(id)) card.node.remove();
+  let place = $("jobs").firstElementChild, fresh = false;
+  for (const job of items) {
+    const text = JSON.stringify(job), card = cards.get(job.jobId) ?? newCard();
+    cards.set(job.jobId, card);
+    if (card.text !== text) fresh = fillCard(card, job, text) || fresh;
+    if (card.node === place) place = place.nextElementSibling; else $("jobs").insertBefore(card.node, place);
+  }
+  $("jobs-count").textContent = items.length ? `${amount(items.length)}${next ? " newest" : ""}` : "";
+  $("no-jobs").textContent = items.length ? "" : $("by-type").value || $("by-status").value ? "No job is like that."
+    : "No jobs yet. Choose a preset, and press Generate.";
+  $("more").hidden = !next || listed >= 1000;
+  choices($("by-type"), [...new Set([...kinds.filter(Boolean), ...items.map(job => job.type)])], "all");
+  if (fresh) loadTypes();
+}
+async function refresh() {
+  const mine = ++turn, query = new URLSearchParams({limit: listed});
+  for (const name of ["type", "status"]) if ($(`by-${name}`).value) query.set(name, $(`by-${name}`).value);
+  const page = await api("GET", `jobs?${query}`).catch(() => null);
+  if (!page || mine !== turn) return;
+  showJobs(page);
+  listen(page.items.findLast(job => !ended(job)));
+}
+async function listen(job) {  // a long poll for the oldest job at work tells its end at once
+  if (!job || awaited) return;
+  awaited = job;
+  const answer = await api("GET", `status/${job.jobId}?wait=20`).catch(() => job);
+  awaited = null;
+  if (ended(answer)) wake();
+}
+async function watch() {
+  for (let round = 0; ; round++) {
+    if (document.hidden) await new Promise(seen => document.addEventListener("visibilitychange", seen, {once: true}));
+    const began = performance.now(), woken = new Promise(resolve => { wake = resolve; });
+    await refresh();
+    if (round % 8 === 0) health();
+    const pause = [...cards.values()].some(card => !ended(card.job)) ? 1000 : 4000;
+    await Promise.race([woken, asleep(Math.max(pause, 10 * (performance.now() - began)))]);
+    await asleep(200);
+  }
+}
+async function follow(said, job) {  // a form tells how its job goes
+  for (; !ended(job); await asleep(down ? 2000 : 400)) {
+    said.textContent = `${title(job)}: ${standing(job)}`;
+    job = await api("GET", `status/${job.jobId}?wait=1`).catch(({message: error}) =>
+      down ? job : {...job, status: "gone", error});
+  }
+  said.replaceChildren(`${title(job)}: ${job.status}. ${job.error ?? standing(job)} `,
+    ...jobLinks(job).flatMap(link => [link, " "]));
+}
+async function submit(event, path, request, problem, said) {
+  event.preventDefault();
+  problem.textContent = said.textContent = "";
+  event.submitter.disabled = true;
+  await api("POST", path, request).then(job => { follow(said, job); refresh(); },
+    error => { problem.textContent = error.message; });
+  event.submitter.disabled = false;
+}
+
+// ---- Generate: one request, edited as fields or as JSON, with a preview beside it ----
+
+let request = {recordType: "person", count: 1000}, catalogue = new Map(), problems = new Map();
+let presets, target, asked, timer;
+const shuffled = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+
+async function loadFields() {
+  const locale = [request.locale ?? "en_US"].flat()[0];
+  const answer = await api("GET", `fields?locale=${encodeURIComponent(locale)}`).catch(showProblem);
+  if (!answer) return;
+  catalogue = new Map(answer.items.map(item => [item.type, item]));
+  $("types").replaceChildren(...answer.items.map(({type, sample}) => el("option", {value: type}, shown(sample))));
+  search();
+  if (presets) return draw();
+  presets = answer.presets;
+  $("presets").replaceChildren(...Object.keys(presets).map(name => button(name, () =>
+    edit({recordType: name, count: request.count ?? 1000, seed: shuffled(), locale: request.locale}))));
+  edit({...request, seed: shuffled()});
+}
+function edit(fresh) {  // a preset becomes the schema that it stands for
+  const preset = !fresh.schema && !fresh.records && presets?.[fresh.recordType];
+  request = {...fresh, ...structuredClone(preset || {})};
+  if (preset?.records) {
+    for (const spec of Object.values(request.records)) if (!spec.per) spec.count = request.count;
+    delete request.recordType;
+    delete request.count;
+  }
+  for (const choice of $("presets").children)
+    choice.setAttribute("aria-pressed", Boolean(preset) && choice.textContent === fresh.recordType);
+  draw();
+}
+function draw() {
+  for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"], ["locale", "locale"]])
+    if (document.activeElement !== $(id)) $(id).value = [request[name] ?? ""].flat().join(",");
+  for (const id of ["record-type", "count"]) $(id).parentNode.hidden = $(id).disabled = Boolean(request.records);
+  problems = new Map();
+  if ($("json").hidden) drawFields(); else if (document.activeElement !== $("json")) $("json").value = pretty(request);
+  previewSoon();
+}
+function drawFields() {
+  const groups = request.records ? Object.entries(request.records).filter(([, holder]) => holder) : [["", request]];
+  target = null;
+  $("fields").replaceChildren(...groups.map(([name, holder]) => {
+    const list = el("div"), path = name ? `records.${name}.schema` : "schema";
+    const group = {holder, add: field => list.append(fieldRow(holder, field, path))};
+    target ??= group;
+    for (const field of Object.keys(holder.schema ?? {})) group.add(field);
+    const count = labelled(holder.per ? `for each ${holder.per}: a number, or [from, to]` : "how many", el("input", {
+      value: shown(holder.count), oninput: event => { holder.count = parsed(event.target.value); previewSoon(); }}));
+    const fieldset = el("fieldset", {}, name && [el("legend", {}, name), count], list);
+    fieldset.addEventListener("focusin", () => { target = group; });
+    return fieldset;
+  }));
+}
+function parsed(text, keep) {  // what a person types as JSON, where it is that; `keep` keeps numbers and such as text
+  if (text === "") return undefined;
+  try { if (!keep || /^[[{]/.test(text)) return JSON.parse(text); } catch { /* then it is a text */ }
+  return text;
+}
+function fieldRow(holder, name, within) {
+  const read = () => typeof holder.schema[name] === "string" ? {type: holder.schema[name]} : holder.schema[name] ?? {};
+  const write = (spec, fresh = name) => {
+    const value = Object.keys(spec).length === 1 ? spec.type : spec, entries = Object.entries(holder.schema);
+    holder.schema = Object.fromEntries(entries.map(([key, old]) => key === name ? [fresh, value] : [key, old]));
+    problems.delete(`${within}.${name}`);
+    name = fresh;
+    tell();
+  };
+  const tell = () => {
+    const {type, args, ...rest} = read();
+    const told = Object.entries({...rest, ...args}).map(([key, value]) => `${key} ${shown(value)}`);
+    more.textContent = joined(told) || "options";
+    problems.set(`${within}.${name}`, problem);
+    previewSoon();
+  };
+  const naming = el("input", {value: name, "aria-label": "Name of the field", oninput: () => {
+    const taken = !naming.value || naming.value !== name && Object.hasOwn(holder.schema, naming.value);
+    naming.setCustomValidity(taken ? "The fields need different names." : "");
+    if (taken) naming.reportValidity(); else write(read(), naming.value);
+  }});
+  const typing = el("input", {value: read().type, list: "types", "aria-label": "Type of the field", oninput: () => {
+    write({type: typing.value, ...catalogue.get(typing.value)?.example});
+    arrange();
+  }});
+  const panel = el("div", {className: "options", hidden: true}), problem = el("p", {className: "problem"});
+  const more = button("", () => more.setAttribute("aria-expanded", !(panel.hidden = !panel.hidden)),
+    {"aria-expanded": "false", title: "Options of the field"});
+  const up = button("↑", () => {
+    const entries = Object.entries(holder.schema), at = entries.findIndex(([key]) => key === name);
+    entries.splice(Math.max(0, at - 1), 0, ...entries.splice(at, 1));
+    holder.schema = Object.fromEntries(entries);
+    row.previousElementSibling?.before(row);
+    up.focus();
+    previewSoon();
+  }, {"aria-label": "Move the field up", title: "Move up"});
+  const drop = button("✕", () => {
+    delete holder.schema[name];
+    problems.delete(`${within}.${name}`);
+    (row.nextElementSibling ?? row.previousElementSibling)?.querySelector("input").focus();
+    row.remove();
+    previewSoon();
+  }, {"aria-label": "Remove the field", title: "Remove"});
+  const row = el("div", {className: "field", role: "group", "aria-label": "Field"},
+    naming, typing, more, up, drop, panel, problem);
+  function arrange() {  // what the type may be told; the arguments of Faker's methods stand under args
+    const spec = read(), item = catalogue.get(spec.type);
+    const control = ({name: key, default: usual, about = key}, inArgs) => {
+      const value = (inArgs ? spec.args ?? {} : spec)[key];
+      const keep = typeof (value ?? item?.example?.[key] ?? usual) === "string";
+      return labelled(about, el("input", {value: shown(value), placeholder: shown(usual),
+        oninput: event => set(key, parsed(event.target.value, keep), inArgs)}));
+    };
+    const set = (key, value, inArgs) => {
+      const {args, ...own} = structuredClone(read()), fresh = inArgs ? {...args, [key]: value} : {...own, [key]: value};
+      if (value === undefined) delete fresh[key];
+      const told = inArgs ? fresh : args ?? {};
+      write({...inArgs ? own : fresh, ...Object.keys(told).length && {args: told}});
+    };
+    const unique = tick("unique", {checked: spec.unique === true,
+      onchange: event => set("unique", event.target.checked || undefined)});
+    const nulls = control({name: "null", default: 0, about: "null: how likely, 0 to 1"});
+    panel.replaceChildren(el("p", {className: "dim"}, item?.doc.split("\n")[0] ?? ""), el("div", {className: "row"},
+      (item?.args ?? []).map(arg => control(arg, !item.example)), nulls, unique));
+  }
+  arrange();
+  tell();
+  return row;
+}
+function search() {
+  const words = $("search").value.toLowerCase().split(/\s+/);
+  const fits = ({type, doc}) => words.every(word => `${type} ${doc}`.toLowerCase().includes(word));
+  $("palette").replaceChildren(...[...catalogue.values()].filter(fits).map(({type, doc, sample, example}) => button(
+    [type, " ", el("span", {className: "dim"}, shown(sample))], () => {
+      let name = type;
+      for (let number = 2; name in (target.holder.schema ?? {}); number++) name = `${type}_${number}`;
+      target.holder.schema = {...target.holder.schema, [name]: example ?? type};
+      target.add(name);
+    }, {title: doc})));
+}
+function showProblem(error) {
+  for (const problem of problems.values()) problem.textContent = "";
+  const others = (error?.fields ?? []).filter(({field, message}) => {
+    const path = [...problems.keys()].filter(path => `${field}.`.startsWith(`${path}.`)).sort().at(-1);
+    if (path) problems.get(path).textContent = joined([field.slice(path.length + 1), message], ": ");
+    return !path;
+  });
+  $("generate-problem").textContent = error?.fields?.length
+    ? others.map(({field, message}) => `${field}: ${message}`).join("\n") : error?.message ?? "";
+}
+function previewSoon() {
+  $("go").textContent = request.count ? `Generate ${amount(request.count, "record")}` : "Generate";
+  clearTimeout(timer);
+  timer = setTimeout(preview, 250);
+}
+async function preview() {
+  asked?.abort();
+  const {signal} = asked = new AbortController(), few = spec => ({...spec, count: Math.min(spec.count || 8, 8)});
+  try {
+    const small = !request.records ? few(request) : {...request, records: Object.fromEntries(
+      Object.entries(request.records).map(([name, spec]) => [name, spec?.per ? spec : few(spec ?? {})]))};
+    const {records} = await api("POST", "preview", small, signal);
+    $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).map(
+      ([name, items]) => el("div", {}, name && el("b", {}, name), table(items.slice(0, 8), `Preview ${name}`))));
+    showProblem();
+  } catch (error) { if (error.name !== "AbortError") showProblem(error); }
+}
+function table(items, label) {
+  const columns = [...new Set(items.flatMap(Object.keys))];
+  const cell = value => value === null || value === undefined ? el("td", {className: "dim"}, "null")
+    : el("td", {className: typeof value, title: shown(value)}, shown(value));
+  return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
+    el("thead", {}, el("tr", {}, columns.map(name => el("th", {scope: "col", className: typeof items[0][name]},
+      name)))),
+    el("tbody", {}, items.map(item => el("tr", {}, columns.map(name => cell(item[name])))))));
+}
+function editAs(json) {
+  $("json").hidden = !json;
+  $("fields").hidden = $("adding").hidden = json;
+  for (const [id, pressed] of [["as-json", json], ["as-fields", !json]]) $(id).setAttribute("aria-pressed", pressed);
+  $("fields").replaceChildren();
+  $("json").setCustomValidity("");
+  draw();
+}
+
+// ---- Upload: one file after the other, with progress ----
+
+function send(path, body, sender) {
+  return new Promise((resolve, reject) => {
+    const fail = text => () => reject(new Error(text));
+    sender.onload = () => sender.status < 300 ? resolve(sender.response) : fail(sender.response?.error ?? "Refused.")();
+    sender.onerror = fail("The connection was lost.");
+    sender.onabort = fail("Stopped.");
+    sender.open("POST", path);
+    sender.responseType = "json";
+    sender.send(body);
+  });
+}
+async function upload(file) {
+  const mode = $("upload-form").elements.mode.value, body = new FormData(), sender = new XMLHttpRequest();
+  const bar = el("progress", {max: 1, value: 0, "aria-label": `Upload of ${file.name}`});
+  const said = el("div", {className: "dim", role: "status"}, size(file.size));
+  const stop = button("Stop", () => sender.abort());
+  $("uploads").prepend(el("li", {}, el("div", {className: "head"}, el("b", {}, file.name), stop), bar, said));
+  const guess = file.name.split(".")[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_$/g, "");
+  const parts = {encoding: $("encoding").value, delimiter: $("delimiter").value,
+    recordType: $("upload-type").value || guess.slice(0, 63) || "record"};
+  if (mode !== "keep") for (const [name, value] of Object.entries(parts)) if (value) body.append(name, value);
+  body.append("file", file);
+  sender.upload.onprogress = ({loaded, total}) => {
+    Object.assign(bar, {max: total, value: loaded});
+    said.textContent = loaded < total ? `${size(loaded)} of ${size(total)}` : "The server reads it.";
+  };
+  try {
+    const answer = await send(mode === "infer" ? "infer" : "upload", body, sender);
+    if (mode !== "infer") follow(said, answer, refresh());
+    else { said.textContent = "Learned."; edit({seed: shuffled(), ...answer}); location.hash = "#generate"; }
+  } catch (error) { Object.assign(said, {textContent: error.message, className: "problem"}); }
+  bar.hidden = stop.hidden = true;
+}
+async function uploadAll(files) {
+  location.hash = "#upload";
+  for (const file of [...files]) await upload(file);
+}
+
+// ---- Export ----
+
+let types = [];
+const SIGNS = {eq: "=", ne: "≠", lt: "<", lte: "≤", gt: ">", gte: "≥", in: "is one of (a, b)", like: "is like (% _)",
+  null: "is null"};
+
+async function loadTypes() {
+  types = (await api("GET", "records").catch(() => ({items: types}))).items;
+  const kept = ticked("export-types");
+  $("export-types").replaceChildren(...types.map(({recordType, count}) => tick(`${recordType} (${amount(count)})`,
+    {value: recordType, checked: kept.includes(recordType), onchange: exportChoices})));
+  exportChoices();
+  navigate();
+}
+function exportFields() {  // of the chosen types: names and kinds
+  const names = ticked("export-types");
+  return Object.assign({}, ...types.map(type => !names.length || names.includes(type.recordType) ? type.fields : {}));
+}
+function exportChoices() {
+  const fields = exportFields(), names = Object.keys(fields), kept = ticked("export-fields");
+  choices($("date-field"), names.filter(name => fields[name].startsWith("date")), "of creation");
+  choices($("order"), names, "creation");
+  for (const row of $("where").children) choices(row.firstChild, names);
+  $("export-fields").replaceChildren(...names.map(name => tick(name, {value: name, checked: kept.includes(name)})));
+}
+function addCondition() {
+  const name = el("select", {"aria-label": "Field"}), value = el("input", {"aria-label": "Value"});
+  const sign = el("select", {"aria-label": "Operator", onchange: () => { value.hidden = sign.value === "null"; }},
+    Object.entries(SIGNS).map(([value, text]) => el("option", {value}, text)));
+  const drop = button("✕", () => row.remove(), {"aria-label": "Remove the condition"});
+  const row = el("div", {className: "row"}, name, sign, value, drop);
+  $("where").append(row);
+  choices(name, Object.keys(exportFields()));
+  name.focus();
+}
+function exportRequest() {
+  const given = {recordType: ticked("export-types"), from: $("from").value, to: $("to").value,
+    dateField: $("date-field").value}, fields = ticked("export-fields"), kinds = exportFields();
+  const filters = Object.fromEntries(Object.entries(given).filter(([, value]) => value.length));
+  for (const {children: [name, sign, {value}]} of $("where").children) {
+    const typed = text => kinds[name.value] === "bool" ? text === "true" : text;
+    ((filters.where ??= Object.create(null))[name.value] ??= {})[sign.value] = sign.value === "null" || (
+      sign.value === "in" ? value.split(",").map(text => typed(text.trim())) : typed(value));
+  }
+  if (filters.recordType?.length === 1) [filters.recordType] = filters.recordType;
+  return {format: $("format").value, filters, gzip: $("gzip").checked, excelSafe: $("excel").checked,
+    ...fields.length && {fields},
+    ...$("order").value && {orderBy: ($("descending").checked ? "-" : "") + $("order").value},
+    ...$("limit").value && {limit: Number($("limit").value)}};
+}
+
+// ---- Records: a look at a sample of each type, and at how its values are spread ----
+
+const SAMPLE = 1000, PIECES = 25, ROWS = 20;
+let drawn = "", from = 0;
+
+async function sampled({recordType, count}, jobId = "") {  // pieces from all over a large type, not its oldest records
+  const pieces = jobId || count <= SAMPLE ? 1 : PIECES, items = [];
+  let first, next = 0;
+  for (let piece = 0; piece < pieces && next !== null; piece++) {
+    const after = piece ? Math.max(next, first + Math.floor(count * piece / pieces)) : 0;
+    const query = new URLSearchParams({limit: SAMPLE / pieces, after, ...jobId && {jobId}});
+    const page = await api("GET", `records/${recordType}?${query}`);
+    items.push(...page.items);
+    next = page.next && Number(page.next);
+    first ??= next - SAMPLE / pieces;
+  }
+  return items;
+}
+async function drawRecords(name, jobId) {
+  const type = types.find(({recordType}) => recordType === name), place = $("records");
+  const which = `${name} ${jobId} `, key = which + type?.count;
+  $("record-types").replaceChildren(...types.map(({recordType, count}) => el("a", {href: `#records/${recordType}`,
+    ...recordType === name && {"aria-current": "page"}}, `${recordType} `, el("b", {}, amount(count)))));
+  if (key === drawn || from && drawn.startsWith(which)) return;  // nobody loses the page that they read
+  drawn = key;
+  from = 0;
+  place.replaceChildren(el("p", {className: "dim"}, !types.length ? "No records yet. Generate some, or upload a file."
+    : "Choose a record type to see its records and how their values are spread."));
+  const items = type && await sampled(type, jobId).catch(error => { drawn = ""; place.textContent = error.message; });
+  if (!items || drawn !== key) return;
+  const rows = el("div"), position = el("span", {className: "dim", role: "status"});
+  const whole = items.length === type.count || jobId && items.length < SAMPLE;
+  const turnTo = start => {
+    if (start < 0 || start && start >= items.length) return;
+    from = start;
+    rows.replaceChildren(table(items.slice(from, from + ROWS), `Records of ${name}`));
+    position.textContent = `${amount(from + 1)} to ${amount(Math.min(from + ROWS, items.length))} of ${
+      whole ? "" : "a sample of "}${amount(items.length)}`;
+  };
+  const away = button(`Export ${name}`, () => {
+    for (const box of $("export-types").querySelectorAll("input")) box.checked = box.value === name;
+    exportChoices();
+    location.hash = "#export";
+  });
+  const plots = Object.entries(type.fields).map(([field, kind]) =>
+    plot(field, kind, items.map(item => item[field] ?? null)));
+  place.replaceChildren(el("div", {className: "row"}, button("Previous", () => turnTo(from - ROWS)),
+    button("Next", () => turnTo(from + ROWS)), position, away,
+    jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, el("h3", {}, "Values"),
+  el("div", {className: "plots"}, plots));
+  turnTo(0);
+}
+function plot(name, kind, values) {  // numbers and dates as a histogram, choices as bars, of other texts examples
+  const present = values.filter(value => value !== null), nulls = values.length - present.length, counts = new Map();
+  const numbers = /^(int|float|decimal|date|datetime)$/.test(kind) ? present.map(value => kind.startsWith("date")
+    ? Date.parse(value) : Number(value)).filter(Number.isFinite) : [];
+  for (const value of present) counts.set(shown(value), (counts.get(shown(value)) ?? 0) + 1);
+  const few = counts.size && (counts.size <= 12 || counts.size < present.length / 20);
+  return el("figure", {}, el("figcaption", {}, el("b", {}, name), " ", el("span", {className: "dim"}, joined([kind,
+    nulls && `${(100 * nulls / values.length).toFixed(nulls * 10 < values.length ? 1 : 0)} % null`,
+    !numbers.length && !few && `${amount(counts.size)} different`]))),
+  ...numbers.length ? histogram(name, kind, numbers) : few ? bars(name, counts, present.length)
+    : [...counts.keys()].slice(0, 4).map(text => el("div", {className: "example"}, text.slice(0, 200))));
+}
+function drawing(height, about, parts) {
+  return el("svg", {viewBox: `0 0 240 ${height}`, role: "img", "aria-label": about}, parts);
+}
+function histogram(name, kind, numbers) {
+  const low = numbers.reduce((a, b) => Math.min(a, b)), high = numbers.reduce((a, b) => Math.max(a, b));
+  const mean = numbers.reduce((sum, number) => sum + number / numbers.length, 0);
+  const each = kind === "int" && high - low < 30, length = each ? high - low + 1 : 24;
+  const bins = Array.from({length}, () => 0), step = each ? 1 : (high - low) / length || 1, wide = 240 / length;
+  for (const number of numbers) bins[Math.min(length - 1, Math.floor((number - low) / step))]++;
+  const digits = {date: 10, datetime: 16}[kind], tall = 68 / bins.reduce((a, b) => Math.max(a, b));
+  const text = value => digits ? new Date(value).toISOString().slice(0, digits).replace("T", " ") : amount(value);
+  const bin = at => text(low + at * step) + (each ? "" : ` to ${text(low + (at + 1) * step)}`);
+  const ends = [text(low), digits ? "" : `mean ${text(mean)}`, text(high)];
+  return [drawing(70, `${name}: ${text(low)} to ${text(high)}, mean ${text(mean)}`, bins.map((count, at) =>
+    el("rect", {x: at * wide, width: wide - 1, y: 70 - tall * count, height: tall * count},
+      el("title", {}, `${bin(at)}: ${amount(count)}`)))),
+  el("div", {className: "head dim"}, ends.map(end => el("span", {}, end)))];
+}
+function bars(name, counts, total) {
+  const top = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8), others = counts.size - top.length;
+  const percent = count => `${(100 * count / total).toFixed(count * 10 < total ? 1 : 0)} %`;
+  return [drawing(16 * top.length, `${name}: ${joined(top.map(([text, count]) => `${text} ${percent(count)}`))}`,
+    top.flatMap(([text, count], at) => [
+      el("text", {x: 0, y: 16 * at + 11}, text.length > 15 ? `${text.slice(0, 14)}…` : text || "(empty)",
+        el("title", {}, text)),
+      el("rect", {x: 92, y: 16 * at + 2, width: 105 * count / top[0][1], height: 11}),
+      el("text", {x: 201, y: 16 * at + 11}, percent(count))])),
+  others ? el("div", {className: "dim"}, `and ${amount(others)} more`) : ""];
+}
+
+// ---- The page ----
+
+function navigate() {
+  const [view, ...rest] = location.hash.slice(1).split("/"), known = $(`view-${view}`) ? view : "generate";
+  document.body.dataset.view = known;
+  for (const link of document.querySelectorAll("nav a"))
+    if (link.hash === `#${known}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
+  if (known === "records") drawRecords(...rest);
+}
+function drags(event, on) {
+  if (!event.dataTransfer?.types.includes("Files")) return false;
+  event.preventDefault();
+  document.body.classList.toggle("dragging", on);
+  return true;
+}
+addEventListener("hashchange", () => { navigate(); scrollTo(0, 0); });
+addEventListener("dragover", event => drags(event, true));
+addEventListener("dragleave", event => { if (!event.relatedTarget) drags(event, false); });
+addEventListener("drop", event => { if (drags(event, false)) uploadAll(event.dataTransfer.files); });
+$("files").onchange = async event => { await uploadAll(event.target.files); event.target.value = ""; };
+$("upload-form").onsubmit = event => event.preventDefault();
+$("upload-form").onchange = () => { $("upload-more").hidden = $("upload-form").elements.mode.value === "keep"; };
+for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"]])
+  $(id).oninput = event => { request[name] = parsed(event.target.value, name === "recordType"); previewSoon(); };
+$("reseed").onclick = () => { request.seed = shuffled(); draw(); };
+$("locale").onchange = event => {
+  const names = event.target.value.split(",").map(name => name.trim()).filter(Boolean);
+  request.locale = names.length > 1 ? names : names[0];
+  loadFields();
+};
+$("json").oninput = ({target: json}) => {
+  json.setCustomValidity("");
+  try {
+    const fresh = JSON.parse(json.value);
+    if (fresh?.constructor !== Object) throw new Error("The request has to be an object.");
+    request = fresh;
+    draw();
+  } catch (error) {  // what was right before is neither shown nor sent meanwhile
+    json.setCustomValidity(error.message);
+    clearTimeout(timer);
+    asked?.abort();
+    showProblem(error);
+  }
+};
+$("search").oninput = search;
+$("search").onkeydown = event => {
+  if (event.key !== "Enter") return;
+  event.preventDefault();
+  $("palette").firstElementChild?.click();
+};
+$("as-fields").onclick = () => editAs(false);
+$("as-json").onclick = () => editAs(true);
+$("generate-form").onsubmit = event => submit(event, "generate", request, $("generate-problem"), $("generate-said"));
+$("generate-curl").onclick = () => copyCurl("generate", request, $("generate-said"));
+$("add-where").onclick = addCondition;
+$("export-form").onsubmit = event => submit(event, "export", exportRequest(), $("export-problem"), $("export-said"));
+$("export-curl").onclick = () => copyCurl("export", exportRequest(), $("export-said"));
+$("by-type").onchange = $("by-status").onchange = refresh;
+$("more").onclick = () => { listed = Math.min(listed + 250, 1000); refresh(); };
+loadFields();
+loadTypes();
+watch();
+"""
+
+_ICON = "data:image/svg+xml," + quote(
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><rect width='16' height='16' rx='4' "
+    "fill='#2453d4'/><path d='M3 5h10M3 8h7M3 11h4' stroke='#fff' stroke-width='1.6'/></svg>")
+
+
+@route("GET", "/ui", {200: "text/html"})
+def get_ui(call: Call) -> Any:
+    """The page: jobs, records, and forms to generate, upload and export."""
+    style = _STYLE + _UI_STYLE
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>taskapi</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{_ICON}">'
+            f"<style>{style}</style></head><body>{_UI_BODY}<script>{_UI_SCRIPT}</script></body></html>")
+    return _page_reply(page, style, _UI_SCRIPT)
+
+
+BROWSER_PAGES["/"] = get_ui
 
 
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import csv
 import ctypes
@@ -17,6 +18,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -37,6 +39,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 from symtable import SymbolTable, symtable
@@ -3358,6 +3361,398 @@ def test_a_damaged_database_is_not_started_on_and_not_touched(tmp_path: Path) ->
     assert (tmp_path / "data" / "taskapi.db").read_bytes() == b"noise" * 5000
 
 
+# ==== 10 Page ====
+
+UI = "".join(getattr(taskapi, name) for name in ("_UI_BODY", "_UI_SCRIPT"))
+
+
+class Outline(HTMLParser):
+    """What a page is made of: its ids, what refers to an id, its form controls without a name, tags left open."""
+
+    VOID = frozenset({"meta", "link", "input", "br", "option"})  # an option ends by itself
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.refers: set[str] = set()
+        self.nameless: list[Any] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"]] if "id" in given else []
+        self.refers |= {given[name] for name in ("for", "list", "aria-labelledby", "aria-controls") if name in given}
+        if tag in ("input", "select", "textarea") and "label" not in self.open and "aria-label" not in given:
+            self.nameless.append(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+
+def test_the_page_needs_nothing_from_outside_and_may_run_only_itself(url: str) -> None:
+    """No other host, no handler in markup, no way for a string to become markup; hashes of its own two parts."""
+    answer = ask(url, "GET", "/ui")
+    page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xhtml"}
+    assert not re.search(r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function)\b|\son\w+=\"", page)
+    for part in ("style", "script"):
+        [text] = re.findall(rf"<{part}>(.*?)</{part}>", page, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{part}-src 'sha256-{digest}';" in policy
+    assert "unsafe" not in policy
+    assert "default-src 'none'; " in policy
+    assert "require-trusted-types-for 'script'" in policy
+
+
+def test_the_page_is_whole_html_in_which_every_reference_has_its_end(url: str) -> None:
+    """Tags closed, ids unique, each control named; each id, section and part that the script asks for is there."""
+    outline = Outline(ask(url, "GET", "/ui").body.decode())
+    assert outline.open == []
+    assert outline.nameless == []
+    assert len(outline.ids) == len({*outline.ids})
+    asked = set(re.findall(r'(?:\$|ticked)\("([\w-]+)"\)', UI)) | {f"view-{name}" for name in re.findall(
+        r'(?:href="|hash = ")#(\w+)"', UI)} | {f"by-{name}" for name in ("type", "status")}
+    assert len(asked) > 40
+    assert asked | outline.refers <= {*outline.ids}
+
+
+def test_every_path_that_the_page_asks_for_is_a_route() -> None:
+    """With the method it uses."""
+    def plain_path(text: str) -> str:
+        return re.sub(r"\$?{[\w.]+}", "{}", text.partition("?")[0]).removeprefix("./").removeprefix("/")
+
+    calls = set(re.findall(r'(?:api|act)\("(\w+)", [`"]([^`"]+)[`"]', UI))
+    calls |= {("POST", path) for path in [*re.findall(r'submit\(event, "(\w+)"', UI), *re.search(
+        r'send\(.* \? "(\w+)" : "(\w+)"', UI).groups()]}
+    calls |= {("GET", path) for path in re.findall(r'href[=:] ?[`"]((?!#)[^`"]+)[`"]', UI)}
+    routes = {(entry.method, plain_path(entry.path)) for entry in taskapi.all_routes()}
+    asked = {(method, plain_path(path)) for method, path in calls if path}
+    assert len(asked) > 14
+    assert asked <= routes
+
+
+BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+
+
+@pytest.mark.parametrize(("accept", "page"), [
+    (None, False), ("*/*", False), ("application/json", False), ("", False), ("application/*", False), (BROWSERS, True),
+    ("text/html", True), ("TEXT/HTML; charset=utf-8", True), ("text/*", True), ("text/html, application/json", False),
+    ("application/json;q=0.5, text/html;q=0.4", False), ("application/json;q=0.4, text/html;q=0.5", True),
+    ("text/html;q=0", False), ("text/html;q=0, */*", False), ("text/html;q=0.9, */*", False),
+    ("text/html;q=nan", False), ("application/json;q=0, */*", True), ("image/png", False),
+    ("text/html ; q=0.3, application/json; Q=0.2", True)])
+def test_a_browser_that_opens_the_root_gets_the_page_and_others_json(url: str, accept: str | None, page: bool) -> None:
+    """By the weights of the Accept header; caches are told."""
+    answer = ask(url, "GET", "/", headers={} if accept is None else {"Accept": accept})
+    assert (answer.status, answer.headers["Vary"]) == (200, "Accept")
+    assert answer.headers["Content-Type"].startswith("text/html" if page else "application/json")
+    assert (answer.body == ask(url, "GET", "/ui").body) is page
+
+
+def test_a_preview_is_bounded_also_for_related_types(url: str) -> None:
+    """It is made while the client waits."""
+    many = {"records": {"thing": {"count": 10_001, "schema": {"id": "sequence"}}}}
+    refused(ask(url, "POST", "/preview", many), 400, "at most 10000 in a preview")
+    assert len(ask(url, "POST", "/preview", {"recordType": "shop", "count": 100}).json["records"]["customer"]) == 100
+
+
+def test_the_records_link_of_a_preset_of_several_types_leads_to_records(url: str) -> None:
+    """To the first of them."""
+    made = ask(url, "POST", "/generate", {"recordType": "shop", "count": 2}).json
+    assert len(ask(url, "GET", made["links"]["records"]).json["items"]) == 2
+
+
+CHROMIUM = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"))), "")
+browsing = pytest.mark.skipif(not CHROMIUM or os.name != "posix",
+                              reason="needs Chromium, which is driven over file descriptors 3 and 4 as POSIX has them")
+
+
+class Tab:
+    """A tab of a headless Chromium of its own, driven over its debugging pipe: no driver, no port.
+
+    What the page complains about (exceptions, errors on the console, violations of its policy) is kept.
+    """
+
+    LAUNCH = "import os, sys; [os.dup2(int(sys.argv[n]), n + 2) for n in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
+
+    def __init__(self, folder: Path):
+        import fcntl
+
+        pipes = [*os.pipe(), *os.pipe()]
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in pipes]  # out of the way of 3 and 4
+        for end in pipes:
+            os.close(end)
+        theirs, self._out, self._in, ours = ends
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.LAUNCH, str(theirs), str(ours), CHROMIUM, "--headless", "--no-sandbox",
+             "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage",
+             f"--user-data-dir={folder}", "--window-size=1280,900", "--remote-debugging-pipe", "about:blank"],
+            pass_fds=(theirs, ours), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(theirs)
+        os.close(ours)
+        self._buffer, self._number, self._session = b"", 0, {}
+        self.complaints: list[Any] = []
+        self.downloads = folder / "downloads"
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Audits", "DOM"):
+            self.call(f"{domain}.enable")
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], 60)[0], "the browser is silent"
+            self._buffer += (data := os.read(self._in, 1 << 20))
+            assert data, "the browser has ended"
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method: str, **params: Any) -> Any:
+        """One call of the DevTools protocol."""
+        self._number += 1
+        call = {"id": self._number, "method": method, "params": params, **self._session}
+        data = memoryview(json.dumps(call).encode() + b"\0")
+        while data:
+            data = data[os.write(self._out, data):]
+        while (message := self._next()).get("id") != self._number:
+            kind, about = message["method"], message["params"]
+            if (kind == "Runtime.exceptionThrown"
+                    or (kind == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert"))
+                    or (kind == "Audits.issueAdded" and about["issue"]["code"] != "GenericIssue")  # autofill's advice
+                    or (kind == "Log.entryAdded" and about["entry"]["source"] != "network")):  # a 400 is no fault here
+                self.complaints.append(message)
+        assert "error" not in message, (method, message["error"])
+        return message["result"]
+
+    def js(self, expression: str) -> Any:
+        """The value of an expression, or of its promise."""
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
+        return answer["result"].get("value")
+
+    def until(self, expression: str) -> None:
+        """Returns once an expression is true."""
+        try:
+            until(lambda: self.js(f"Boolean({expression})"), 30)
+        except AssertionError:
+            raise AssertionError(f"{expression} has not come true in\n{self.text('body')}") from None
+
+    def text(self, selector: str) -> str:
+        """All that a person can read there."""
+        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(n => n.innerText).join('\\n')")
+
+    def open(self, url: str) -> None:
+        """Goes there, and waits for the first preview."""
+        self.call("Page.navigate", url=url)
+        self.until("document.readyState === 'complete' && document.querySelectorAll('#preview td').length")
+
+    def click(self, selector: str, words: str = "") -> None:
+        """A click of the mouse on what is there and says these words."""
+        found = (f"[...document.querySelectorAll({json.dumps(selector)})].find(n => n.checkVisibility() && "
+                 f"n.textContent.includes({json.dumps(words)}))")
+        self.until(found)
+        self.js(f"{found}.scrollIntoView({{block: 'center'}})")
+        x, y = self.js(f"{{const {{x, y, width, height}} = {found}.getBoundingClientRect(); "
+                       "[x + width / 2, y + height / 2]}")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """A key."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                      **({"text": text} if text and kind == "keyDown" else {}))
+
+    def type(self, selector: str, text: str) -> None:
+        """Replaces what a field holds, as typing does."""
+        self.js(f"document.querySelector({json.dumps(selector)}).select()")
+        self.js(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.call("Input.insertText", text=text)
+
+    def drop(self, *files: Path) -> None:
+        """Drags files into the window and lets go."""
+        data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=200, y=300, data=data)
+
+    def shot(self, file: Path, width: int, height: int, scheme: str = "light") -> None:
+        """A picture of the window at this size."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=features)
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self.call("Browser.close")
+        self._process.wait(30)
+        os.close(self._in)
+        os.close(self._out)
+
+
+@pytest.fixture
+def tab(tmp_path: Path) -> Iterator[Tab]:
+    """A tab whose page must not complain."""
+    if subprocess.run([CHROMIUM, "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("there is a Chromium by name, but it does not run")  # such as one that wants to be installed first
+    tab = Tab(tmp_path / "browser")
+    try:
+        yield tab
+        assert tab.complaints == []
+    finally:
+        tab.close()
+
+
+@pytest.fixture
+def at_work(tmp_path: Path) -> Iterator[tuple[taskapi.Service, str]]:
+    """A service with workers, served."""
+    with taskapi.open_service(tmp_path / "data") as service, service.serving(port=0) as url:
+        yield service, url
+
+
+@browsing
+def test_in_a_browser_from_a_preset_to_a_downloaded_file(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
+    """Generate, watch, look, export with a filter, download."""
+    service, url = at_work
+    tab.open(url)
+    assert "No jobs yet" in tab.text("#no-jobs")
+    tab.click("#presets button", "company")
+    tab.type("#count", "120")
+    tab.until("document.querySelector('#go').textContent === 'Generate 120 records'")
+    tab.until("document.querySelector('#preview th:nth-child(3)').textContent === 'domain'")
+    promised = tab.js("[...document.querySelectorAll('#preview tbody td:nth-child(2)')].map(cell => cell.textContent)")
+    tab.click("#go")
+    tab.until("document.querySelector('#jobs .completed')")
+    assert "120 records" in tab.text("#jobs")
+    made = plain(service.folder.root, "SELECT name FROM company ORDER BY _id")
+    assert (len(made), made[:8]) == (120, promised)
+    tab.click("#jobs a", "Look at the records")
+    tab.until("document.querySelectorAll('figure').length === 13")
+    assert "1 to 20 of 120" in tab.text("#records")
+    drawn = tab.js("[...document.querySelectorAll('figure svg')].map(drawing => drawing.ariaLabel)")
+    assert [text.partition(":")[0] for text in drawn] == ["id", "industry", "employees", "revenue", "founded"]
+    assert re.fullmatch(r"employees: \d+ to [\d,]+, mean [\d,.]+", drawn[2])
+    tab.click("#records button", "Export company")
+    tab.click("#add-where")
+    tab.js("{const [name, sign, value] = document.querySelector('#where .row').children; name.value = 'industry';"
+           "sign.value = 'in'; value.value = 'retail, energy'}")
+    tab.click("#export-form .primary")
+    tab.click("#export-said a", "Download company.csv")
+    expected = plain(service.folder.root, "SELECT name FROM company WHERE industry IN ('retail', 'energy')")
+    file = tab.downloads / "company.csv"
+    until(file.exists)
+    with file.open(newline="", encoding="utf-8") as lines:
+        assert [row["name"] for row in csv.DictReader(lines)] == expected
+
+
+EVIL = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>"""
+
+
+@browsing
+def test_in_a_browser_what_others_named_is_only_ever_text(at_work: tuple[taskapi.Service, str], tab: Tab,
+                                                          tmp_path: Path) -> None:
+    """File names, fields, values and errors that are markup; dropped on the window, and chosen."""
+    _, url = at_work
+    good, bad = tmp_path / "good<b>&'.json", tmp_path / f"bad {EVIL.replace('/', '')}.csv"
+    good.write_text(json.dumps([{EVIL[:60]: EVIL, "n": 2**60 + 1}] * 3), encoding="utf-8")
+    bad.write_text(f'a,b\n1,2\n{EVIL.replace(",", "")},"', encoding="utf-8")
+    tab.open(f"{url}/ui#upload")
+    tab.drop(good)
+    tab.until("document.querySelector('#jobs .completed')")
+    chosen = tab.call("Runtime.evaluate", expression="document.querySelector('#files')")["result"]["objectId"]
+    tab.call("DOM.setFileInputFiles", files=[str(bad)], objectId=chosen)
+    tab.until("document.querySelector('#jobs .failed .problem')?.textContent")
+    assert "line 3" in tab.text("#jobs .failed .problem")
+    assert f"bad {EVIL.replace('/', '')}.csv" in tab.text("#jobs")
+    tab.click("#jobs .completed a", "Look at the records")
+    tab.until("document.querySelector('#records td')")
+    assert EVIL in tab.text("#records td")
+    assert str(2**60 + 1) in tab.text("#records td")
+    assert EVIL[:60] in tab.text("#records th")
+    assert tab.js("document.querySelectorAll('img, main script, main b b').length") == 0
+    assert tab.js("document.title") == "taskapi"
+    assert "TypeError" in tab.js("{try { document.body.innerHTML = '<p>'; 'open' } catch (error) { String(error) }}")
+    tab.complaints = [entry for entry in tab.complaints if "TrustedTypes" not in json.dumps(entry)
+                      and "TrustedHTML" not in json.dumps(entry)]  # of the line above
+    tab.click("#jobs .failed button", "Delete")
+    tab.click("#jobs .failed button", "Delete for good?")
+    tab.until("!document.querySelector('#jobs .failed')")
+
+
+@browsing
+def test_in_a_browser_a_running_job_is_canceled_and_tried_again(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
+    """With a progress bar on the way; the filter shows what it says; what is wrong is said at the field."""
+    service, url = at_work
+    tab.open(url)
+    job = service.enqueue("generate", BUSY)
+    tab.until("document.querySelector('#jobs .in-progress progress')?.value > 0")
+    tab.until(r"/ of 2,000,000, \d+ %, about .+ left/.test(document.querySelector('#jobs .in-progress').textContent)")
+    tab.click("#jobs button", "Cancel")
+    tab.until("document.querySelector('#jobs .canceled')")
+    assert service.queue.jobs.get(job.job_id).status == "canceled"
+    tab.click("#jobs button", "Retry")
+    tab.until("document.querySelector('#jobs .in-progress')")
+    tab.click("#jobs button", "Cancel")
+    tab.until("document.querySelector('#jobs .canceled')")
+    tab.js("{const status = document.querySelector('#by-status'); status.value = 'failed'; status.onchange()}")
+    tab.until("document.querySelector('#no-jobs').textContent === 'No job is like that.'")
+    tab.type(".field input[list]", "sequenc")
+    tab.until("document.querySelector('.field .problem').textContent.includes('sequence')")
+
+
+@browsing
+def test_in_a_browser_the_keyboard_is_enough(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
+    """Related types of a preset, a field added from the list, and a request that is edited as JSON."""
+    service, url = at_work
+    tab.open(url)
+    tab.js("document.querySelector('#presets button:last-child').focus()")
+    tab.press("Enter", 13, "\r")
+    tab.until("document.querySelectorAll('#preview table').length === 3")
+    tab.js("document.querySelector('#as-json').focus()")
+    tab.press("Enter", 13, "\r")
+    shown = json.loads(tab.js("document.querySelector('#json').value"))
+    assert [*shown["records"]] == ["customer", "order", "item"]
+    tab.type("#json", "[1]")
+    tab.until("document.querySelector('#generate-problem').textContent === 'The request has to be an object.'")
+    tab.click("#go")
+    tab.type("#json", json.dumps({"recordType": "thing", "count": 3, "seed": 5, "schema": {"id": "sequence"}}))
+    tab.until("document.querySelectorAll('#preview th').length === 1")
+    tab.js("document.querySelector('#as-fields').focus()")
+    tab.press("Enter", 13, "\r")
+    tab.js("document.querySelector('#adding').open = true")
+    tab.type("#search", "ipv6")
+    tab.press("Enter", 13, "\r")
+    tab.until("document.querySelectorAll('#preview th').length === 2")
+    tab.press("Tab", 9)
+    assert tab.js("document.activeElement.textContent").startswith("ipv6")
+    tab.js("document.querySelector('#count').focus()")
+    tab.press("Enter", 13, "\r")
+    tab.until("document.querySelector('#jobs .completed')")
+    assert [*map(len, plain(service.folder.root, "SELECT * FROM thing"))] == [5] * 3
+
+
+@browsing
+def test_in_a_browser_the_page_outlives_the_server(tmp_path: Path, tab: Tab) -> None:
+    """It says that the server is gone, keeps what was typed, and goes on by itself."""
+    with Live(tmp_path / "data") as live:
+        tab.open(live.url)
+        tab.type("#count", "7")
+        live.end()
+        tab.until("document.querySelector('#offline').checkVisibility()")
+        with Live(tmp_path / "data", "--port", str(urlsplit(live.url).port)) as again:
+            tab.until("!document.querySelector('#offline').checkVisibility()")
+            tab.click("#go", "Generate 7 records")
+            tab.until("document.querySelector('#jobs .completed')")
+            assert [job["progress"]["done"] for job in again.ask("GET", "/jobs").json["items"]] == [7]
+
+
 # ==== 11 Server ====
 
 
@@ -5189,3 +5584,35 @@ def test_bench_responsive_while_working(tmp_path: Path) -> None:
           f"({eight_busy.rate:.0f} a second)")
     print(f"generation: {polled / alone:.2f} of its own speed beside 20 polls a second (goal 0.6), "
           f"{saturated / alone:.2f} under saturation (goal 0.15) ({alone:.0f} records/s)")
+
+
+@browsing
+@pytest.mark.bench
+def test_bench_page(tmp_path: Path, tab: Tab) -> None:
+    """A thousand jobs in the list, and a look at a type of 100,000 records, against what the server takes to answer."""
+    with taskapi.open_service(tmp_path / "data", inline=True) as service, service.serving(port=0) as url:
+        store(service, {"n": "int", "t": "text"}, [[number, f"text {number % 9}"] for number in range(100_000)])
+        for number in range(1000):
+            store(service, {"n": "int"}, [[number]], "small")
+        tab.open(url)
+        for _ in range(5):
+            tab.until("!$('more').hidden || listed === 1000")
+            tab.js("$('more').click()")
+        tab.until("document.querySelectorAll('#jobs > li').length === 1000")
+        answered, filled, renewed = tab.js("""(async () => {
+            const timed = async work => {
+                const begun = performance.now();
+                await work();
+                return performance.now() - begun; };
+            let page;
+            const answered = await timed(async () => { page = await api("GET", "jobs?limit=1000"); });
+            cards.clear();
+            $("jobs").replaceChildren();
+            const show = () => { showJobs(page); return document.body.offsetHeight; };
+            return [answered, await timed(show), await timed(show)]; })()""")
+        sampled = tab.js("""(async () => { const begun = performance.now();
+            const items = await sampled(types.find(type => type.recordType === "thing"));
+            if (items.length !== 1000 || items.at(-1).n < 90000) throw new Error(items.length);
+            return performance.now() - begun; })()""")
+    print(f"\npage, 1,000 jobs, in the time that the server takes to answer them: shown first {answered / filled:.1f} "
+          f"times, renewed {answered / renewed:.0f} times, 100,000 records sampled {answered / sampled:.1f} times")
