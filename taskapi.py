@@ -395,6 +395,8 @@ def _read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo],
 
 def _flag_value(kinds: Container[str | None], text: str) -> Json:
     """A flag's text as JSON would have it; what does not fit stays text, for the request's model to refuse."""
+    if text is argparse.SUPPRESS:  # a positional one that was not given
+        return text
     if "array" in kinds and ("," in text or "string" not in kinds):
         return [part.strip() for part in text.split(",")]
     if "integer" in kinds and re.fullmatch(r"[-+]?\d+", text, re.ASCII):
@@ -6954,10 +6956,16 @@ def _job_line(job: Mapping[str, Json]) -> str:
 
 
 class _Bar:
-    """Progress on a terminal; silent elsewhere."""
+    """Progress on a terminal, gone when the block ends; silent elsewhere."""
 
     def __init__(self, stream: TextIO):
         self._stream, self.shown = stream, stream.isatty()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.line("", "\r")
 
     def show(self, what: str, done: int, total: int | None, left: float | None) -> None:
         """Draws the bar anew; `left` is in seconds."""
@@ -6977,10 +6985,11 @@ class _Bar:
 class Client:
     """What the commands work with: requests to one end, and the flags that were given."""
 
-    def __init__(self, end: End, flags: Mapping[str, Json], interrupted: Callable[[], bool] = lambda: False):
-        self._end, self.flags, self._interrupted = end, flags, interrupted
+    def __init__(self, end: End, flags: Mapping[str, Json], interrupted: Callable[[], bool] = lambda: False,
+                 url: str | None = None):
+        self._end, self.flags, self._interrupted, self.url = end, flags, interrupted, url
         self._bar = _Bar(sys.stderr)
-        self.job_id: str | None = None  # what is being waited for, should it be interrupted
+        self.job_id: str | None = None  # what is waited for or written out, to be told if that is interrupted
 
     def body(self, *keys: str) -> dict[str, Json]:
         """Those of the flags that were given."""
@@ -7025,23 +7034,27 @@ class Client:
                 self._bar.show(f"send {name}", done, length, (monotonic() - begun) / max(done, 1) * (length - done))
 
             body = cast(BinaryIO, _Joined([io.BytesIO(head.encode()), stream, io.BytesIO(tail)], on_read))
-            blocks = self.send("POST", path, {"Content-Type": f"multipart/form-data; boundary={mark}"}, body, length)
-            return json.loads(b"".join(blocks))
+            headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
+            with self._bar:
+                return json.loads(b"".join(self.send("POST", path, headers, body, length)))
 
     def follow(self, job_id: str) -> Json:
         """The completed job, after showing how it, and the one it comes after, went; StartupError if it failed."""
         self.job_id = job_id
+        with self._bar:
+            job = self._watch(job_id)
+        self._bar.line(_job_line(job), "\n")
+        return job
+
+    def _watch(self, job_id: str) -> Json:
         job = self.ask("GET", f"/status/{job_id}")
         if job["status"] == JobStatus.PENDING and job["after"]:
-            self.follow(job["after"])
-            self.job_id = job_id
+            self._watch(job["after"])
         while not JobStatus(job["status"]).finished:
             self._bar.show(job["type"], job["progress"]["done"], job["progress"]["total"], job["eta"])
             job = self.ask("GET", f"/status/{job_id}?wait={0.2 if self._bar.shown else 1}")
         if job["status"] != JobStatus.COMPLETED:
             raise StartupError(f"{job['type']} job {job_id} {job['status']}: {_printable(job['error'])}")
-        self._bar.line(_job_line(job), "\n")
-        self.job_id = None
         return job
 
     def save(self, job: Mapping[str, Json], out: str) -> None:
@@ -7172,8 +7185,12 @@ def _print_job(client: Client, job: Mapping[str, Json]) -> None:
 
 def _hand_over(client: Client, job: Mapping[str, Json]) -> None:
     """Waits for an export, and writes its file to --out; the copy in the data folder goes."""
-    out = client.flags["out"]
-    client.save(client.follow(job["jobId"]), out)
+    done = client.follow(job["jobId"])
+    try:
+        client.save(done, client.flags["out"])
+    except BrokenPipeError:
+        client.ask("DELETE", f"/jobs/{job['jobId']}")
+        raise
     client.ask("DELETE", f"/jobs/{job['jobId']}")
     if client.flags.get("discard") and job["after"]:
         client.ask("DELETE", f"/jobs/{job['after']}")
@@ -7423,7 +7440,7 @@ def _client(needs: str, settings: Settings, flags: Mapping[str, Json], ended: li
             raise StartupError(f"there is no data folder {local.data_dir.absolute()}; --data-dir names another")
         opened = _open_or_url(local, None if needs == "workers" else _NoWork())
         if isinstance(opened, str):
-            client = Client(_http_end(opened), flags)
+            client = Client(_http_end(opened), flags, url=opened)
             if (client.ask("GET", "/") or {}).get("service") != "taskapi":
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
@@ -7441,6 +7458,8 @@ def _goes_on(client: Client, chosen: Sequence[str]) -> str:
     out = [f"--out={client.flags['out']}"] if "out" in client.flags else []
     out += ["--discard"] if client.flags.get("discard") else []
     again = shlex.join([*program, "resume", client.job_id, *chosen, *out])
+    if client.url:
+        return f"interrupted; the server at {client.url} goes on with job {client.job_id}. To wait for it:\n  {again}"
     return f"interrupted; job {client.job_id} is kept. To go on with it:\n  {again}"
 
 
