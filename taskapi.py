@@ -29,6 +29,8 @@ The file reads top-down; a room uses only the rooms above it.
  9 HTTP       thin handlers, one way for bodies and errors
 10 Page       the documentation page, with no outside asset
 11 Server     the service as a whole, the Waitress channel, the command line
+
+(PYTEST_DONT_REWRITE: as a pytest plugin it is imported early, and its asserts are to stay as they are.)
 """
 from __future__ import annotations
 
@@ -6913,23 +6915,26 @@ def _http_end(url: str) -> End:
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compares, binds nothing
     gone = StartupError(f"the server at {url} does not answer; has it just been stopped? Try again")
 
-    def blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-        try:
-            yield from iter(lambda: response.read(_BLOCK), b"")
-        except (OSError, http.client.HTTPException):
-            raise gone from None
+    def blocks(connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        with closing(connection), closing(response):
+            try:
+                yield from iter(lambda: response.read(_BLOCK), b"")
+            except (OSError, http.client.HTTPException):
+                raise gone from None
 
     def request(method: str, path: str, headers: Mapping[str, str], body: BinaryIO,
                 length: int) -> tuple[int, Iterator[bytes]]:
         connection = http.client.HTTPConnection(address, urlsplit(url).port, timeout=60)
         try:
+            connection.connect()
             with suppress(ConnectionError):  # it may refuse, and say why, before it has read all
                 connection.request(method, path, body if length else None,
                                    {"Host": "localhost", **headers, "Content-Length": str(length)})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException):
+            connection.close()
             raise gone from None
-        return response.status, blocks(response)
+        return response.status, blocks(connection, response)
 
     return request
 
