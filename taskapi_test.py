@@ -3243,7 +3243,8 @@ def test_a_file_as_large_as_you_like_is_ingested_by_its_owner_but_not_through_a_
 def test_infer_gives_a_schema_that_generate_takes(
         tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     """From stdin, from a file, and as a bare schema; --discard leaves the data folder as it was."""
-    (tmp_path / "sample.csv").write_text("id,plan\n" + "".join(f"{n},{'pro' if n % 3 else 'free'}\n" for n in range(1, 61)))
+    rows = "".join(f"{number},{'pro' if number % 3 else 'free'}\n" for number in range(1, 61))
+    (tmp_path / "sample.csv").write_text(f"id,plan\n{rows}")
     inferred = run("infer", "sample.csv")
     assert inferred.code == 0
     assert not (tmp_path / "data").exists()
