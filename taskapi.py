@@ -7468,6 +7468,13 @@ def _goes_on(client: Client, chosen: Sequence[str]) -> str:
     return f"interrupted; job {client.job_id} is kept. To go on with it:\n  {again}"
 
 
+def _leave(code: int, ended: bool) -> None:
+    """Ends the process if a job came to no pause: the next start takes it up, but Python would wait for its thread."""
+    if not ended:
+        logging.shutdown()
+        os._exit(code)
+
+
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Runs a command with its flags, and returns its exit code."""
     commands = all_commands()
@@ -7498,13 +7505,6 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         print(f"taskapi: {error.filename or 'stdout'}: {error.strerror}", file=sys.stderr)
     _leave(1, all(ended) or chosen_one.needs != "workers")
     return 1
-
-
-def _leave(code: int, ended: bool) -> None:
-    """Ends the process if a job came to no pause: the next start takes it up, but Python would wait for its thread."""
-    if not ended:
-        logging.shutdown()
-        os._exit(code)
 
 
 def serve(argv: Sequence[str]) -> int:

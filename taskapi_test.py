@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -4082,8 +4083,15 @@ def types_table() -> str:
     return "\n".join(f"| `{name}` | {text} |" for name, text in about.items())
 
 
-def test_the_readme_lists_every_setting_and_every_type() -> None:
-    """Both tables are made from the models; to renew them, paste what these calls return."""
+def commands_table() -> str:
+    """The commands as the README lists them."""
+    return "\n".join(f"| `{' '.join([name, *(f'[{key}]' for key in entry.positional)])}` | {entry.run.__doc__} |"
+                     for name, entry in taskapi.COMMANDS.items())
+
+
+def test_the_readme_lists_every_setting_type_and_command() -> None:
+    """The tables are made from the models; to renew them, paste what these calls return."""
+    assert between("commands", "/commands") == commands_table()
     assert between("settings", "/settings") == taskapi.Settings.table()
     assert between("types", "/types") == types_table()
 
@@ -4132,17 +4140,56 @@ def test_the_readmes_schemas_work_as_they_stand(service: taskapi.Service, text: 
             assert Decimal(total) == sum(map(Decimal, amounts.split(",")))
 
 
+@pytest.mark.skipif(not shutil.which("bash"), reason="the README's commands stand among others of a shell")
+def test_the_readmes_commands_print_what_it_says(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Ours are run in this process, the others in a shell; ... stands for anything."""
+    (tmp_path / "signup.json").write_text('{"id": "sequence", "plan": {"type": "choice", "values": ["free"]}}')
+    (tmp_path / "customers.csv").write_text("name,age\nAda,41\nGrace,45\nAlan,39\n")
+    told = "\n".join(re.findall(r"<!-- command -->\n```console\n(.*?)```", README, re.S))
+    commands = re.findall(r"^\$ (.*)\n((?:[^$\n].*\n)*)", told, re.M)
+    assert len(commands) >= 7
+    for command, expected in commands:
+        first, own, rest = command.partition(".venv/bin/python taskapi.py ")
+        if own:
+            assert not first
+            ran = run(*shlex.split(rest))
+            assert ran[::2] == (0, ""), (command, ran)
+        else:
+            ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+            ran = Ran(0, ended.stdout, "")
+        pattern = ".*".join(map(re.escape, re.sub(r"[0-9a-f-]{36}", "...", expected).strip().split("...")))
+        assert re.fullmatch(pattern, ran.out.strip().replace("\r", ""), re.S), (command, ran.out)
+
+
+def test_the_readmes_contents_lead_to_its_headings() -> None:
+    """Each link within it, by the anchor that a heading gets; and each heading is in the table of contents."""
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+               for title in re.findall(r"^##+ (.+)$", README, re.M)}
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links <= anchors
+    assert anchors - links <= {"records"}
+
+
 def test_the_readmes_python_works_as_it_stands(tmp_path: Path) -> None:
     """All blocks, in order, in one module; what they leave is looked at."""
-    space: dict[str, Any] = {"tmp_path": tmp_path, "urllib": urllib, "faker": faker}
+    space: dict[str, Any] = {"tmp_path": tmp_path, "urllib": urllib, "faker": faker, "json": json, "wsgiref": wsgiref}
     for number, block in enumerate(blocks("python")):
         space["tmp_path"] = tmp_path / str(number)
         exec(block, space)
     assert len(space["people"]) == 10
-    with taskapi.open_service(tmp_path / "count", inline=True) as service:
+    assert space["towns"] == [100, 100]
+    with closing(space["service"]), taskapi.open_service(tmp_path / "own", inline=True) as service:
         job = webtest.TestApp(service.app).post_json("/count", {"to": 3}, status=202).json
         assert (job["status"], job["result"]) == ("completed", {"counted": 3})
-    del taskapi.JOB_TYPES["count"]
+        assert service.enqueue("generate", {"recordType": "player", "count": 50}).status == "completed"
+        assert {*plain(tmp_path / "own", "SELECT strength FROM player")} <= {*range(1, 21)}
+        site = webtest.TestApp(space["site"], extra_environ={"HTTP_HOST": "shop.example"})
+        assert site.get("/").text == "The shop itself."
+        made = site.post_json("/data/generate", PERSONS, status=202).json
+        assert site.get(made["links"]["self"]).json["jobId"] == made["jobId"]
+        with service.serving(port=0) as url:
+            space["test_the_client_reads_every_page"](url)
+    del taskapi.JOB_TYPES["count"], taskapi.FIELD_TYPES["die"], taskapi.PRESETS["player"]
 
 
 # ==== Benchmarks: ratios within one run; pytest -m bench -s ====
