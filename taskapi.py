@@ -7179,7 +7179,8 @@ def _print_table(client: Client, items: Sequence[Json], cells: Callable[[Json], 
 
 def _job_cells(job: Mapping[str, Json]) -> list[object]:
     request = job["request"]
-    about = request.get("recordType") or request.get("filename") or request.get("format") or ""
+    about = request.get("recordType") or request.get("filename") or request.get("format") or (
+        json.dumps(job["result"], ensure_ascii=False) if job["result"] else "")
     return [job["jobId"], job["type"], job["status"], f"{job['progress']['done']:,}", job["createdAt"], about,
             job["error"] or ""]
 

@@ -3160,6 +3160,9 @@ def test_a_wrong_setting_in_python_is_a_setting_error(tmp_path: Path) -> None:
 # ==== 11, more: command line, fixtures, embedding ====
 
 
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals, pipes and rights to make links")
+
+
 class Terminal(io.StringIO):
     """A stderr that says it is a terminal."""
 
@@ -3303,6 +3306,7 @@ def test_a_wrong_command_says_what_is_wrong_in_one_line_on_stderr(
     assert ran.err.count("\n") == 1
 
 
+@POSIX
 def test_an_existing_out_file_is_replaced_only_by_a_whole_one(tmp_path: Path, run: Callable[..., Ran]) -> None:
     """A job that fails leaves it, and nothing beside it; a link stays a link."""
     (tmp_path / "real.csv").write_text("old")
@@ -3343,6 +3347,14 @@ def program(tmp_path: Path, *argv: str, **kwargs: Any) -> subprocess.Popen[bytes
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
+def suppressed(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, or None while the database has no such table yet."""
+    with suppress(sqlite3.Error):
+        return ask()
+    return None
+
+
+@POSIX
 def test_an_interrupted_command_leaves_a_job_that_goes_on_where_it_was(
         tmp_path: Path, run: Callable[..., Ran]) -> None:
     """It says how; the file is then the same as without the interruption."""
@@ -3363,14 +3375,23 @@ def test_an_interrupted_command_leaves_a_job_that_goes_on_where_it_was(
     assert (tmp_path / "people.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def suppressed(ask: Callable[[], Any]) -> Any:
-    """What `ask` returns, or None while the database has no such table yet."""
-    with suppress(sqlite3.Error):
-        return ask()
-    return None
+def test_who_stops_waiting_for_a_server_is_told_that_it_goes_on(
+        tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And how to wait again; the job is not canceled."""
+    def interrupted(self: taskapi.Client, job_id: str) -> None:
+        raise KeyboardInterrupt
+
+    with taskapi.open_service(tmp_path / "data") as service, service.serving(port=0) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(taskapi.Client, "_watch", interrupted)
+            ran = run("generate", "person", "--count", "50", "--out", "a.ndjson")
+        assert ran[:2] == (1, "")
+        assert f"the server at {url} goes on with job" in ran.err
+        assert run(*re.search(r"resume \S+ --out=\S+", ran.err)[0].split()) == (0, "", "")
+    assert len((tmp_path / "a.ndjson").read_text().splitlines()) == 50
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows reports a broken pipe in another way")
+@POSIX
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path: Path, run: Callable[..., Ran]) -> None:
     """As in `taskapi export | head -1`; the export leaves nothing behind."""
     assert run("generate", "person", "--count", "3000").code == 0
