@@ -3522,10 +3522,11 @@ def test_server(taskapi_server, taskapi_service):
 @pytest.mark.parametrize("how", ["import", "installed"])
 def test_the_fixtures_work_vendored_and_installed(tmp_path: Path, how: str) -> None:
     """By one import line, and by the entry point of the package; without a warning."""
-    text = FIXTURES_IN_USE
-    shutil.copy(taskapi.__file__, tmp_path)
+    text, path = FIXTURES_IN_USE, f"{tmp_path}{os.pathsep}{Path(taskapi.__file__).parent}"
+    environ = os.environ | {"PYTHONPATH": path}
     if how == "import":
         text = "from taskapi import taskapi_server, taskapi_service\n" + text
+        environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     else:
         found = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
         info = tmp_path / "taskapi-1.0.dist-info"
@@ -3538,7 +3539,7 @@ def test_the_fixtures_work_vendored_and_installed(tmp_path: Path, how: str) -> N
     ended = subprocess.run(
         [sys.executable, "-c", load + "import pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-W", "error",
          "-p", "no:hypothesispytest", "-p", "no:faker", "-p", "no:cacheprovider", "test_theirs.py"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+        cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 passed" in ended.stdout
     assert "warning" not in ended.stdout
