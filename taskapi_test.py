@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.metadata
 import io
 import itertools
 import json
@@ -3523,10 +3524,10 @@ def test_server(taskapi_server, taskapi_service):
 def test_the_fixtures_work_vendored_and_installed(tmp_path: Path, how: str) -> None:
     """By one import line, and by the entry point of the package; without a warning."""
     text, path = FIXTURES_IN_USE, f"{tmp_path}{os.pathsep}{Path(taskapi.__file__).parent}"
-    environ = os.environ | {"PYTHONPATH": path}
+    others = {entry.name for entry in importlib.metadata.entry_points(group="pytest11")} - {"taskapi"}
+    without = [word for name in [*others, "cacheprovider"] for word in ("-p", f"no:{name}")]
     if how == "import":
-        text = "from taskapi import taskapi_server, taskapi_service\n" + text
-        environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        text, without = f"from taskapi import taskapi_server, taskapi_service\n{text}", [*without, "-p", "no:taskapi"]
     else:
         found = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
         info = tmp_path / "taskapi-1.0.dist-info"
@@ -3538,8 +3539,8 @@ def test_the_fixtures_work_vendored_and_installed(tmp_path: Path, how: str) -> N
     load = "import sys, taskapi; " if how == "installed" else "import sys; "  # before pytest: it is not to mind
     ended = subprocess.run(
         [sys.executable, "-c", load + "import pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-W", "error",
-         "-p", "no:hypothesispytest", "-p", "no:faker", "-p", "no:cacheprovider", "test_theirs.py"],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+         *without, "test_theirs.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 passed" in ended.stdout
     assert "warning" not in ended.stdout
