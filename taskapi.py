@@ -29,6 +29,8 @@ The file reads top-down; a room uses only the rooms above it.
  9 HTTP       thin handlers, one way for bodies and errors
 10 Page       the pages for people, with no outside asset
 11 Server     the service as a whole, the Waitress channel, the command line
+
+(PYTEST_DONT_REWRITE: as a pytest plugin it is imported early, and its asserts are to stay as they are.)
 """
 from __future__ import annotations
 
@@ -41,6 +43,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import http.client
 import inspect
 import io
 import itertools
@@ -53,6 +56,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -70,13 +74,14 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from email.utils import format_datetime
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
@@ -92,13 +97,15 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
+    NoReturn,
     Protocol,
     Self,
+    TextIO,
     TypeVar,
     cast,
     get_origin,
 )
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from uuid import UUID
 
 import bottle
@@ -258,9 +265,17 @@ class JobFailed(TaskError):
 
 
 class StartupError(TaskError):
-    """The program cannot start; `exit_code` is what it ends with."""
+    """The program cannot do what it was started for; `exit_code` is what it ends with."""
 
     exit_code = 1
+
+
+class InUse(StartupError):
+    """Another process has the data folder; `holder` is what that tells of itself: pid, host, url."""
+
+    def __init__(self, message: str, holder: Mapping[str, Json]):
+        super().__init__(message)
+        self.holder = dict(holder)
 
 
 class SettingError(StartupError):
@@ -311,10 +326,15 @@ def _comma_list(value: Json) -> Json:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _flag(name: str) -> str:
+    """How the flag of a setting or of a key on the wire is written: --max-records, --order-by."""
+    return "--" + re.sub(r"([A-Z])", r"-\1", name).lower().replace("_", "-")
+
+
 def _spelled_like(source: str, name: str) -> str:
     """A setting's name in the way its source writes names: --max-records, TASKAPI_MAX_RECORDS or max_records."""
     if source.startswith("--"):
-        return "--" + name.replace("_", "-")
+        return _flag(name)
     return f"TASKAPI_{name.upper()}" if source.startswith("TASKAPI_") else name
 
 
@@ -329,33 +349,97 @@ def _read_config(path: Path, required: bool) -> dict[str, tuple[str, Json]]:
     return {key.lower(): (key, value) for key, value in entries.items()}
 
 
-def _flag_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="taskapi", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="A data task server: generates records, takes uploads and writes exports in the background.",
-        epilog="Each flag can be set as a variable too (--max-records: TASKAPI_MAX_RECORDS) or as a key of "
-               "taskapi.toml (max_records); flags win over variables, variables over the file.")
-    parser.add_argument("--version", action="version", version=f"taskapi {__version__}")
+class _FlagParser(argparse.ArgumentParser):
+    """Refuses with a SettingError instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(message)
+
+
+def _add_settings(parser: argparse._ActionsContainer, fields: Mapping[str, FieldInfo],
+                  shown: Container[str] | None = None) -> None:
     for name, field in fields.items():
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         note = f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS,
-                            help=f"{field.description}{note}")
+        parser.add_argument(_flag(name), metavar="VALUE", default=argparse.SUPPRESS, dest=f"setting {name}",
+                            help=argparse.SUPPRESS if shown and name not in shown else f"{field.description}{note}")
+
+
+def _flag_parser(fields: Mapping[str, FieldInfo], more: str = "") -> argparse.ArgumentParser:
+    parser = _FlagParser(
+        prog="taskapi", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A data task server: generates records, takes uploads and writes exports in the background.",
+        epilog="Each flag can be set as a variable too (--max-records: TASKAPI_MAX_RECORDS) or as a key of\n"
+               f"taskapi.toml (max_records); flags win over variables, variables over the file.\n{more}")
+    parser.add_argument("--version", action="version", version=f"taskapi {__version__}")
+    _add_settings(parser, fields)
     return parser
 
 
-def _read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo]) -> dict[str, tuple[str, Json]]:
+def _read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo],
+                more: str) -> dict[str, tuple[str, Json]]:
     """Flags as {setting: (name to show, value)}; an unknown flag is kept so that the caller can name the nearest."""
-    parsed, unknown = _flag_parser(fields).parse_known_args(argv)
-    flags: dict[str, tuple[str, Json]] = {name: (f"--{name.replace('_', '-')}", value)
-                                          for name, value in vars(parsed).items()}
+    parsed, unknown = _flag_parser(fields, more).parse_known_args(argv)
+    flags: dict[str, tuple[str, Json]] = {}
+    for dest, value in vars(parsed).items():
+        name = dest.removeprefix("setting ")
+        flags[name] = (_flag(name), value)
     for word in unknown:
         if not word.startswith("--"):
-            raise SettingError(f"unexpected argument {word!r}")
+            raise SettingError(f"unexpected argument {word!r}; a command stands before all flags")
         name = word.split("=")[0]
         flags[name.removeprefix("--").replace("-", "_")] = (name, None)
         break  # what follows an unknown flag may be its value
     return flags
+
+
+def _flag_value(kinds: Container[str | None], text: str) -> Json:
+    """A flag's text as JSON would have it; what does not fit stays text, for the request's model to refuse."""
+    if text is argparse.SUPPRESS:  # a positional one that was not given
+        return text
+    if "array" in kinds and ("," in text or "string" not in kinds):
+        return [part.strip() for part in text.split(",")]
+    if "integer" in kinds and re.fullmatch(r"[-+]?\d+", text, re.ASCII):
+        return int(text)
+    with suppress(ValueError):
+        return float(text) if "number" in kinds else text
+    return text
+
+
+def read_command(name: str, about: str, argv: Sequence[str], flags: Mapping[str, Json], positional: Sequence[str],
+                 settings: Mapping[str, FieldInfo]) -> tuple[dict[str, Json], list[str]]:
+    """The flags that were given to a command, and those that are settings, as `Settings.load` takes them.
+
+    flags: JSON schemas by name, such as the properties of a request's model. positional: those of them that need no
+    flag, in order. Raises SettingError.
+    """
+    parser = _FlagParser(prog=f"taskapi {name}", description=about, allow_abbrev=False, conflict_handler="resolve")
+    _add_settings(parser.add_argument_group("settings (the server's others too; taskapi --help lists them)"), settings,
+                  ("data_dir", "database"))
+    known = [*map(_flag, [*settings, *flags])]
+    for key, schema in flags.items():
+        kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
+        options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS,
+                                   "help": schema.get("description", "").replace("%", "%%")}
+        if "boolean" in kinds:
+            options["action"] = "store_true"
+        else:
+            options |= {"type": partial(_flag_value, kinds), "metavar": "|".join(schema.get("enum", ())) or (
+                "N" if "integer" in kinds else "A,B" if "array" in kinds else "TEXT")}
+        if "object" in kinds:
+            options["action"] = "append"
+        if key in positional:
+            parser.add_argument(nargs="?", **options | {"metavar": key})
+        parser.add_argument(_flag(key), **options)
+    joined = re.sub(r"((?:^|\0)--[^=\0]+)\0(?=-[^-\0])", r"\1=", "\0".join(argv))  # --order-by -name is no two flags
+    parsed, unknown = parser.parse_known_args(joined.split("\0") if argv else [])
+    for word in unknown:
+        flag = word.split("=")[0]
+        raise SettingError(f"unknown flag {flag}{did_you_mean(flag, known)}" if word.startswith("-") else
+                           f"unexpected argument {word!r}")
+    given = vars(parsed)
+    chosen = [f"{_flag(key.removeprefix('setting '))}={value}" for key, value in given.items() if " " in key]
+    return {key: value for key, value in given.items() if " " not in key}, chosen
 
 
 class Settings(BaseModel):
@@ -378,6 +462,8 @@ class Settings(BaseModel):
     max_pending: int = Field(10_000, ge=1, le=10**9, description="Most jobs that may wait; then 503.")
     max_attempts: int = Field(3, ge=1, le=100, description="Times a job is started before it fails as interrupted.")
     retention_days: float = Field(0, ge=0, le=36500, description="Days to keep finished jobs; 0 keeps them.")
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Seed of the requests that name none (default: "
+                                                                    "another one each time).")
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
         (), description="Host names, beside the loopback ones, that requests may be addressed to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
@@ -396,17 +482,18 @@ class Settings(BaseModel):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str], environ: Mapping[str, str], folder: Path) -> Settings:
+    def load(cls, argv: Sequence[str], environ: Mapping[str, str], folder: Path, more: str = "") -> Settings:
         """Settings from flags over environment over file over defaults.
 
-        `argv` holds flags only; the file is TASKAPI_CONFIG, or taskapi.toml in `folder` where there is one.
+        `argv` holds flags only; the file is TASKAPI_CONFIG, or taskapi.toml in `folder` where there is one. `more`
+        stands at the end of --help.
         Raises SettingError that names the source and the nearest right name.
         """
         from_environment = {name.removeprefix("TASKAPI_").lower(): (name, value)
                             for name, value in environ.items() if name.startswith("TASKAPI_")}
         config = from_environment.pop("config", None)
         sources = _read_config(Path(config[1]) if config else folder / "taskapi.toml", required=bool(config))
-        sources |= from_environment | _read_flags(argv, cls.model_fields)
+        sources |= from_environment | _read_flags(argv, cls.model_fields, more)
         for key, (source, _) in sources.items():
             if key not in cls.model_fields:
                 near = nearest(key, cls.model_fields, 1)
@@ -426,7 +513,7 @@ class Settings(BaseModel):
         for name, field in cls.model_fields.items():
             default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             shown = f"`{default}`" if default not in (None, "") else ""
-            rows.append(f"| `TASKAPI_{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |")
+            rows.append(f"| `TASKAPI_{name.upper()}` | `{_flag(name)}` | {shown} | {field.description} |")
         return "\n".join(rows)
 
 
@@ -473,6 +560,9 @@ class JobIds:
         tail = secrets.randbits(74)
         text = f"{stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1:032x}"
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+MOUNT: ContextVar[str] = ContextVar("MOUNT", default="")  # path, in another program, under which this call came in
 
 
 class JobStatus(StrEnum):
@@ -595,11 +685,11 @@ class Job(Shape):
     @property
     def links(self) -> dict[str, str]:
         """Root-relative paths: `self`, and `records` and `download` where there are any."""
-        links = {"self": f"/status/{self.job_id}"}
+        links = {"self": f"{MOUNT.get()}/status/{self.job_id}"}
         if self.record_type:
-            links["records"] = f"/records/{self.record_type}?jobId={self.job_id}"
+            links["records"] = f"{MOUNT.get()}/records/{self.record_type}?jobId={self.job_id}"
         if self.file:
-            links["download"] = f"/download/{self.job_id}"
+            links["download"] = f"{MOUNT.get()}/download/{self.job_id}"
         return links
 
 
@@ -1085,47 +1175,49 @@ class Database:
 class FolderLock:
     """Lets one process alone use a data folder: a write transaction held open on a small database beside it.
 
-    SQLite's locks work on Linux, macOS and Windows and end with the process, however it ends. While it is held,
-    others can still read who holds it.
+    SQLite's locks work on Linux, macOS and Windows and end with the process, however it ends. Who holds the lock
+    stands in a file of its own, since to commit it here would let go of the lock for a moment.
     """
 
     def __init__(self, path: Path, what: str, holder: Mapping[str, Json]):
+        self._path, self._holder = path.with_name(f"{path.name}.json"), dict(holder)
         self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        self._holder = dict(holder)
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute("CREATE TABLE IF NOT EXISTS holder(id INTEGER PRIMARY KEY, about TEXT)")
-            self.unclean = not self._about().get("clean", True)  # the last holder ended without letting go
+            self.unclean = self._path.exists() and not self._about().get("clean")  # the last one did not let go
             self.describe(clean=False)
-        except sqlite3.Error as error:
-            message = self._refusal(what, error)
+        except (sqlite3.Error, OSError) as error:
+            refusal = self._refusal(what, error)
             self._connection.close()
-            raise StartupError(message) from None
+            raise refusal from None
 
-    def _refusal(self, what: str, error: sqlite3.Error) -> str:
+    def _refusal(self, what: str, error: Exception) -> StartupError:
         if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY":
-            return f"cannot use {what}: {error}"
+            return StartupError(f"cannot use {what}: {error}")
         about = self._about()
         who = f"process {about['pid']} on {about['host']}" if about else "another process"
         at = f", serving {about['url']}" if about.get("url") else ""
-        return f"{what} is in use by {who}{at}"
+        return InUse(f"{what} is in use by {who}{at}", about)
 
     def _about(self) -> dict[str, Json]:
-        with suppress(sqlite3.Error, TypeError, ValueError):
-            return dict(json.loads(self._connection.execute("SELECT about FROM holder").fetchone()[0]))
+        """What the holder tells; nothing while it is writing that."""
+        with suppress(OSError, TypeError, ValueError):
+            about = dict(json.loads(self._path.read_bytes()))
+            return about if about.keys() >= {"pid", "host"} else {}
         return {}
 
     def describe(self, **more: Json) -> None:
-        """Tells others more about who holds the lock. Committing lets go for a moment, so the lock is taken anew."""
+        """Tells others more about who holds the lock."""
         self._holder |= more
-        self._connection.execute("INSERT OR REPLACE INTO holder VALUES (1, ?)", (json.dumps(self._holder),))
-        self._connection.execute("COMMIT")
-        self._connection.execute("BEGIN IMMEDIATE")
+        with self._path.open("w", encoding="utf-8") as file:
+            json.dump(self._holder, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def release(self) -> None:
         """Lets the next process in."""
-        with suppress(sqlite3.Error):
-            self.describe(clean=True)
+        with suppress(OSError):
+            self.describe(clean=True, url=None)
         self._connection.close()
 
 
@@ -2124,7 +2216,7 @@ def _template(generator: FakerGenerator, stock: Callable[[str], str], text: str)
     draws: list[Any] = [getattr(generator, token, None) for token in pieces[1::3]]
     form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
     if any(pieces[2::3]) or not all(draws):
-        return functools.partial(stock, text)
+        return partial(stock, text)
     if len(draws) == 1:  # the usual numbers need no list
         (a,) = draws
         return lambda: form % (a(),)
@@ -2299,7 +2391,7 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
     stock.__use_weighting__ = True
     worlds = _Worlds(_stand_ins(rng, now))
     # bounded, since some methods make up a text for each value
-    template = functools.lru_cache(4096)(functools.partial(_template, generator, generator.parse))
+    template = functools.lru_cache(4096)(partial(_template, generator, generator.parse))
     classes = {base for provider in generator.providers for base in type(provider).__mro__}
     tables = {id(value): value for base in classes for value in vars(base).values() if type(value) is OrderedDict}
     primitives = _primitives(rng, stock, tables)
@@ -2723,7 +2815,7 @@ class FakerField(FieldType):
         call = self._call(scope)
         kind = self._tried(scope, call)
         plain = kind == "text" and signature.return_annotation is str and not self.holes()
-        return (call if plain else _mapped(call, functools.partial(self._held, kind))), kind
+        return (call if plain else _mapped(call, partial(self._held, kind))), kind
 
     def _check_names(self, scope: Scope, signature: inspect.Signature) -> None:
         known = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -2742,7 +2834,7 @@ class FakerField(FieldType):
         fixed = {n: _argument(scope.at("args", n), n, value) for n, value in self.args.items() if n not in reads}
         if reads:
             return lambda: method(**fixed, **{name: _dated(name, read()) for name, read in reads.items()})
-        return functools.partial(method, **fixed) if fixed else method
+        return partial(method, **fixed) if fixed else method
 
     def _tried(self, scope: Scope, call: Draw) -> Kind:
         """The kind that a few values have: the same ones again from the same state."""
@@ -3409,7 +3501,7 @@ class _RecordType(_Stream):
         if model.redraws is None or self.kinds[name] not in ("text", "float"):
             raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
         self.seen[name] = _Seen(1, 1)
-        return functools.partial(self._new, name, draw, model.redraws)
+        return partial(self._new, name, draw, model.redraws)
 
     def _new(self, name: str, draw: Draw, redraws: int) -> Any:
         """Draw until a value is new, a few times at most; then give it a number, before the @ or at its end.
@@ -3539,7 +3631,7 @@ class Plan:
             for _, tree in itertools.groupby(self.streams.values(), key=lambda s: s.root):
                 scopes = {}
                 for stream in tree:
-                    faker = functools.cache(functools.partial(fast_faker, locale, stream.rng, self.now))
+                    faker = functools.cache(partial(fast_faker, locale, stream.rng, self.now))
                     scopes[stream] = scope = Scope(stream, self.streams, faker, several, self.now, stream.at("schema"))
                     stream.draws.append({})
                     problems += stream.compile(scope, late=False)
@@ -4814,8 +4906,9 @@ class GenerateRequest(JobRequest):
 
     def accepted(self, settings: Settings, clock: Clock) -> GenerateRequest:
         """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
+        seeds = (self.seed, settings.seed, secrets.randbelow(2**31))
         filled = self.model_copy(update={
-            "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
+            "seed": next(seed for seed in seeds if seed is not None),
             "now": instant(clock()) if self.now is None else self.now,
             "locale": self.locale or "en_US",
             "record_type": None if self.records else self.record_type or "person"})
@@ -6042,10 +6135,11 @@ class Engine:
             self.checks["integrity"] = str(error)
             _LOG.error("check integrity: %s", error)
 
-    def announce(self, url: str) -> None:
-        """Tells other processes where this one serves."""
-        for lock in self._locks:
-            lock.describe(url=url)
+    def announce(self, url: str | None) -> None:
+        """Tells other processes where this one serves, or that it does no more."""
+        with suppress(OSError):  # then they are told less
+            for lock in self._locks:
+                lock.describe(url=url)
 
     def gauges(self) -> dict[str, float]:
         """The metrics of this moment."""
@@ -6100,7 +6194,7 @@ class Engine:
             "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
             "in_progress": in_progress, "workers": self.settings.workers,
             "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": self.checks,
-            "links": LINKS})
+            "links": {name: MOUNT.get() + path for name, path in LINKS.items()}})
 
     def close(self, seconds: float = 2.0) -> bool:
         """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time.
@@ -6302,7 +6396,7 @@ def get_health(call: Call) -> bottle.HTTPResponse:
 
 def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
     job, _ = answer
-    return reply(job, status, Location=f"/status/{job.job_id}")
+    return reply(job, status, Location=job.links["self"])
 
 
 def _idempotency_key(call: Call) -> str | None:
@@ -6681,17 +6775,24 @@ class _Gate:
     def answer(self, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
         """What the handler answers, or the answer to what it raises."""
         call = Call(self._engine)
+        mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
         try:
-            check_path(call.environ.get("bottle.raw_path", ""))
+            raw_path = call.environ.get("bottle.raw_path", "")
+            check_path(raw_path)
             check_head(call.method, call.path, call.header, call.length, self._engine.settings,
                        self._engine.allowed_hosts)
-            response = handler(call, **arguments)
+            if MOUNT.get() and not raw_path:  # relative links would miss the mount
+                response = bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
+            else:
+                response = handler(call, **arguments)
         except TaskError as error:
             if isinstance(error, StorageError):
                 _LOG.error("%s %s: %s", call.method, call.path, error)
             response = error_reply(error)
         except Exception:
             response = error_reply(bug_report(f"{call.method} {call.path}"))
+        finally:
+            MOUNT.reset(mount)
         for name, value in _STANDARD_HEADERS.items():
             if name not in response.headers:
                 response.set_header(name, value)
@@ -6791,7 +6892,8 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
             entry, lambda shape: schemas[shape.__name__])
-    return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": schemas},
+    return {"openapi": "3.1.0", "servers": [{"url": MOUNT.get() or "/"}], "paths": paths,
+            "components": {"schemas": schemas},
             "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
                      "description": "A data task server: generates records, takes uploads, writes exports."}}
 
@@ -8176,7 +8278,7 @@ class Service(Engine):
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
                  runner: Runner | None = None):
         super().__init__(settings, clock, make_id, runner)
-        self.app = build_app(self)
+        self.app = build_app(self).wsgi  # not the Bottle itself: another Bottle's `mount` would take it apart
 
     def __enter__(self) -> Service:
         return self
@@ -8194,6 +8296,7 @@ class Service(Engine):
         try:
             yield server.url
         finally:
+            self.announce(None)
             server.stop()
             thread.join()
 
@@ -8218,6 +8321,11 @@ def open_service(data_dir: Path | str | None = None, *, inline: bool = False, se
     return Service(chosen, clock, make_id, InlineRunner() if inline else runner)
 
 
+def _printable(text: str) -> str:
+    """Text from elsewhere as one harmless line: control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class _LogFormat(logging.Formatter):
     """One line an event, as text or as JSON; control characters are escaped, so that nobody can forge a line."""
 
@@ -8233,45 +8341,710 @@ class _LogFormat(logging.Formatter):
             message += "\n" + self.formatException(record.exc_info)
         if self._json:
             return json.dumps({"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message})
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        return f"{at} {record.levelname:<7} {shown}"
+        return f"{at} {record.levelname:<7} {_printable(message)}"
+
+
+def _set_up_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormat(settings.log_format))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
 
 
 def _set_up_process(settings: Settings) -> None:
     """What only a process of our own may change: logging, and where temporary files go."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_LogFormat(settings.log_format))
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    _set_up_logging(settings)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
     _descriptors(wanted=4096)
     sys.setswitchinterval(0.0005)  # a request waits for the interpreter lock a few times: let that be short
     tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # large bodies wait on the disk they go to
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: starts the server, and returns the exit code once it has stopped."""
+# ---- The command line: every command is a client, of the application in this process or of a running server ----
+
+# Where requests go: method, path, headers, body and its length in; status and the body's blocks out.
+End = Callable[[str, str, Mapping[str, str], BinaryIO, int], tuple[int, Iterator[bytes]]]
+
+
+def _app_end(app: Callable[..., Iterable[bytes]]) -> End:
+    """Calls an application of this process."""
+    def request(method: str, path: str, headers: Mapping[str, str], body: BinaryIO,
+                length: int) -> tuple[int, Iterator[bytes]]:
+        parts, status = urlsplit(path), [""]
+        environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": unquote(parts.path, "latin-1"),
+                   "QUERY_STRING": parts.query, "SERVER_NAME": "localhost", "SERVER_PORT": "0",
+                   "SERVER_PROTOCOL": "HTTP/1.1", "CONTENT_LENGTH": str(length),
+                   "CONTENT_TYPE": headers.get("Content-Type", ""), "wsgi.input": body, "wsgi.url_scheme": "http"}
+        blocks = app(environ, lambda line, _headers, _error=None: status.append(line))
+        return int(status[-1][:3]), iter(blocks)
+
+    return request
+
+
+def _http_end(url: str) -> End:
+    """Sends requests to a server, each on a connection of its own; StartupError if it does not answer."""
+    host = urlsplit(url).hostname or ""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compares, binds nothing
+    gone = StartupError(f"the server at {url} does not answer; has it just been stopped? Try again")
+
+    def blocks(connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        with closing(connection), closing(response):
+            try:
+                yield from iter(lambda: response.read(_BLOCK), b"")
+            except (OSError, http.client.HTTPException):
+                raise gone from None
+
+    def request(method: str, path: str, headers: Mapping[str, str], body: BinaryIO,
+                length: int) -> tuple[int, Iterator[bytes]]:
+        connection = http.client.HTTPConnection(address, urlsplit(url).port, timeout=60)
+        try:
+            connection.connect()
+            with suppress(ConnectionError):  # it may refuse, and say why, before it has read all
+                connection.request(method, path, body if length else None,
+                                   {"Host": "localhost", **headers, "Content-Length": str(length)})
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise gone from None
+        return response.status, blocks(connection, response)
+
+    return request
+
+
+class _Joined(io.RawIOBase):
+    """Several streams as one, which tells how much of it was read."""
+
+    def __init__(self, streams: Iterable[BinaryIO], on_read: Callable[[int], None]):
+        self._streams, self._on_read, self._done = [*streams], on_read, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Some bytes; none at the end."""
+        block = b""
+        while self._streams and not (block := self._streams[0].read(size)):
+            self._streams.pop(0)
+        self._done += len(block)
+        self._on_read(self._done)
+        return block
+
+
+def _job_line(job: Mapping[str, Json]) -> str:
+    took = datetime.fromisoformat(job["finishedAt"]) - datetime.fromisoformat(job["startedAt"])
+    return f"{job['type']} {job['jobId']}: {job['progress']['done']:,} in {took.total_seconds():.1f} s"
+
+
+class _Bar:
+    """Progress on a terminal, gone when the block ends; silent elsewhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self.shown = stream, stream.isatty()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.line("", "\r")
+
+    def show(self, what: str, done: int, total: int | None, left: float | None) -> None:
+        """Draws the bar anew; `left` is in seconds."""
+        share = min(1.0, done / total) if total else 0.0
+        rate = f"  {(total - done) / left:,.0f}/s  {left:,.0f} s left" if total and left else ""
+        amount = f"{share:4.0%}  {done:,} of {total:,}{rate}" if total else f"{done:,}" if done else "waiting"
+        self.line(f"{what} [{'#' * int(share * 24):.<24}] {amount}")
+
+    def line(self, text: str, end: str = "") -> None:
+        """Writes over what the line held."""
+        if self.shown:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r{text[:width]:<{width}}{end}")
+            self._stream.flush()
+
+
+class Client:
+    """What the commands work with: requests to one end, and the flags that were given."""
+
+    def __init__(self, end: End, flags: Mapping[str, Json], interrupted: Callable[[], bool] = lambda: False,
+                 url: str | None = None):
+        self._end, self.flags, self._interrupted, self.url = end, flags, interrupted, url
+        self._bar = _Bar(sys.stderr)
+        self.job_id: str | None = None  # what is waited for or written out, to be told if that is interrupted
+
+    def body(self, *keys: str) -> dict[str, Json]:
+        """Those of the flags that were given."""
+        return {key: self.flags[key] for key in keys if key in self.flags}
+
+    def _pause(self) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: BinaryIO, length: int) -> Iterator[bytes]:
+        """The body of the answer, in blocks; StartupError with the message of a refusal, exit code 2 for a 400."""
+        self._pause()
+        status, blocks = self._end(method, path, headers, body, length)
+        if status < 400 or (status == Unavailable.http_status and path == "/"):
+            return blocks
+        text = b"".join(blocks)
+        try:
+            message = json.loads(text)["error"]
+        except (ValueError, KeyError, TypeError):
+            message = f"{method} {path} was answered with {status}, and not by taskapi"
+        raise (SettingError if status == BadRequest.http_status else StartupError)(message)
+
+    def ask(self, method: str, path: str, body: Json = None) -> Json:
+        """The answer to a request, from and as JSON."""
+        data = b"" if body is None else json.dumps(body).encode()
+        blocks = self.send(method, path, {"Content-Type": _JSON_TYPE} if data else {}, io.BytesIO(data), len(data))
+        return json.loads(b"".join(blocks) or b"null")
+
+    def post_file(self, path: str, file: Path, texts: Mapping[str, str]) -> Json:
+        """Sends a file as multipart/form-data, with text parts before it."""
+        mark, begun = secrets.token_hex(16), monotonic()
+        name = file_label(file.name).replace('"', "%22")
+        head = "".join(f'--{mark}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{text}\r\n'
+                       for key, text in texts.items())
+        head += f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+        tail = f"\r\n--{mark}--\r\n".encode()
+        with file.open("rb") as stream:
+            length = len(head.encode()) + os.fstat(stream.fileno()).st_size + len(tail)
+
+            def on_read(done: int) -> None:
+                self._pause()
+                self._bar.show(f"send {name}", done, length, (monotonic() - begun) / max(done, 1) * (length - done))
+
+            body = cast(BinaryIO, _Joined([io.BytesIO(head.encode()), stream, io.BytesIO(tail)], on_read))
+            headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
+            with self._bar:
+                return json.loads(b"".join(self.send("POST", path, headers, body, length)))
+
+    def follow(self, job_id: str) -> Json:
+        """The completed job, after showing how it, and the one it comes after, went; StartupError if it failed."""
+        self.job_id = job_id
+        with self._bar:
+            job = self._watch(job_id)
+        self._bar.line(_job_line(job), "\n")
+        return job
+
+    def _watch(self, job_id: str) -> Json:
+        job = self.ask("GET", f"/status/{job_id}")
+        if job["status"] == JobStatus.PENDING and job["after"]:
+            self._watch(job["after"])
+        while not JobStatus(job["status"]).finished:
+            self._bar.show(job["type"], job["progress"]["done"], job["progress"]["total"], job["eta"])
+            job = self.ask("GET", f"/status/{job_id}?wait={0.2 if self._bar.shown else 1}")
+        if job["status"] != JobStatus.COMPLETED:
+            raise StartupError(f"{job['type']} job {job_id} {job['status']}: {_printable(job['error'])}")
+        return job
+
+    def save(self, job: Mapping[str, Json], out: str) -> None:
+        """Writes a job's file to `out`: to stdout for -, otherwise whole or not at all."""
+        blocks = self.send("GET", f"/download/{job['jobId']}", {}, io.BytesIO(), 0)
+        if out == "-":
+            for block in blocks:
+                self._pause()
+                sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+            return
+        target = Path(os.path.realpath(out))
+        special = target.exists() and not target.is_file()  # a pipe or a device takes no rename
+        draft = target if special else target.with_name(f".{target.name}.{job['jobId']}.part")
+        try:
+            with draft.open("wb") as file:
+                for block in blocks:
+                    self._pause()
+                    file.write(block)
+                if not special:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if not special:
+                os.replace(draft, target)
+        finally:
+            if not special:
+                draft.unlink(missing_ok=True)
+
+
+class Command(NamedTuple):
+    """A command: what it does with a client, the flags it takes as JSON schemas, and those that need no flag.
+
+    `needs`: `workers` that do jobs, only the `data` that is there, or `nothing` of a data folder.
+    """
+
+    run: Callable[[Client], object]
+    flags: Callable[[], Mapping[str, Json]]
+    positional: Sequence[str]
+    needs: Literal["workers", "data", "nothing"]
+
+
+COMMANDS: dict[str, Command] = {}
+_JSON_FLAG: Mapping[str, Json] = {"json": {"type": "boolean", "description": "Print JSON instead of a table."}}
+_OUT_FLAG: Mapping[str, Json] = {"out": {"type": "string", "description": "File to write; - is stdout. It is replaced "
+                                                                           "once it is whole."}}
+_ID_FLAG: Mapping[str, Json] = {"id": {"type": "string", "description": "A job's id."}}
+
+
+def _flags_of(model: type[BaseModel], *without: str) -> dict[str, Json]:
+    """The properties of a model as flags."""
+    return {key: schema for key, schema in model.model_json_schema()["properties"].items() if key not in without}
+
+
+def command(flags: Callable[[], Mapping[str, Json]], positional: str = "",
+            needs: Literal["workers", "data", "nothing"] = "workers") -> Callable[
+                [Callable[[Client], object]], Callable[[Client], object]]:
+    """Registers a function as the command of its name, and returns it unchanged."""
+    def register(run: Callable[[Client], object]) -> Callable[[Client], object]:
+        COMMANDS[run.__name__.removeprefix("do_")] = Command(run, flags, positional.split(), needs)
+        return run
+
+    return register
+
+
+def _output(client: Client) -> dict[str, Json]:
+    """The export that the flags ask for; SettingError if they do not fit, before any job is made."""
+    request, out = client.body(*_flags_of(ExportRequest, "filters", "after")), str(client.flags["out"])
+    name = Path(out).name.lower()
+    if name.endswith(".gz"):
+        name, request["gzip"] = name.removesuffix(".gz"), True
+    by_suffix = {**{name: name for name in EXPORT_FORMATS}, "jsonl": "ndjson", "db": "sqlite"}
+    told = "csv" if out == "-" else by_suffix.get(name.rpartition(".")[2] if "." in name else "")
+    if "format" not in request and not told:
+        raise SettingError(f"--format is needed, since {out!r} does not tell: {', '.join(EXPORT_FORMATS)}")
+    request.setdefault("format", told)
+    if out == "-" and sys.stdout.isatty() and (request["format"] == "sqlite" or request.get("gzip")):
+        raise SettingError("a terminal cannot show such a file; --out names one")
+    folder = Path(os.path.realpath(out)).parent
+    if out != "-" and (Path(out).is_dir() or not folder.is_dir()):
+        raise SettingError(f"--out: {f'{out} is a folder' if Path(out).is_dir() else f'there is no folder {folder}'}")
+    return request
+
+
+def _types_of(request: Mapping[str, Json]) -> dict[str, Json]:
+    """The filter on the record types that a /generate request makes."""
+    name = str(request.get("recordType") or "")
+    related = request.get("records") or ("schema" not in request and PRESETS.get(name, {}).get("records"))
+    return {"recordType": [*related] if related else name or None}
+
+
+def _recipe(client: Client) -> dict[str, Json]:
+    """What the file of --schema holds: a schema, or a whole /generate request."""
+    path = client.flags.get("schema")
+    if path is None:
+        return {}
     try:
-        settings = Settings.load(sys.argv[1:] if argv is None else argv, os.environ, Path.cwd())
-        _set_up_process(settings)
-        with Service(settings) as service:
-            server = HttpServer(service, service.app, settings.host, settings.port)
-            service.announce(server.url)
-            for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-                if hasattr(signal, name):
-                    signal.signal(getattr(signal, name), lambda *_: server.stop())
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        recipe = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingError(f"--schema {path}: {error}") from None
+    if not isinstance(recipe, dict):
+        raise SettingError(f"--schema {path}: is not a JSON object")
+    whole = recipe.keys() & {"schema", "records"} and recipe.keys() <= _flags_of(GenerateRequest).keys()
+    return recipe if whole else {"recordType": _type_named_like(Path(path).name), "schema": recipe}
+
+
+def _print_table(client: Client, items: Sequence[Json], cells: Callable[[Json], Sequence[object]]) -> None:
+    """Prints items as columns, or as JSON where that was asked for."""
+    if client.flags.get("json"):
+        print(json.dumps(items, indent=1, ensure_ascii=False))
+        return
+    rows = [[_printable(str(cell)) for cell in cells(item)] for item in items]
+    widths = [min(60, max(map(len, column))) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _job_cells(job: Mapping[str, Json]) -> list[object]:
+    request = job["request"]
+    about = request.get("recordType") or request.get("filename") or request.get("format") or (
+        json.dumps(job["result"], ensure_ascii=False) if job["result"] else "")
+    return [job["jobId"], job["type"], job["status"], f"{job['progress']['done']:,}", job["createdAt"], about,
+            job["error"] or ""]
+
+
+def _print_job(client: Client, job: Mapping[str, Json]) -> None:
+    _print_table(client, [job], _job_cells)
+
+
+def _hand_over(client: Client, job: Mapping[str, Json]) -> None:
+    """Waits for an export, and writes its file to --out; the copy in the data folder goes."""
+    done = client.follow(job["jobId"])
+    try:
+        client.save(done, client.flags["out"])
+    except BrokenPipeError:
+        client.ask("DELETE", f"/jobs/{job['jobId']}")
+        raise
+    client.ask("DELETE", f"/jobs/{job['jobId']}")
+    if client.flags.get("discard") and job["after"]:
+        client.ask("DELETE", f"/jobs/{job['after']}")
+
+
+def _finish(client: Client, job: Mapping[str, Json], output: Mapping[str, Json] | None) -> None:
+    """Waits for a job, and writes its records or its file to --out, if that was asked for."""
+    if output is not None and "records" in job["links"]:
+        filters = {"jobId": job["jobId"], **_types_of(job["request"])}
+        _hand_over(client, client.ask("POST", "/export", {**output, "filters": filters, "after": job["jobId"]}))
+        return
+    job = client.follow(job["jobId"])
+    if output is None:
+        _print_job(client, job)
+    elif "download" in job["links"]:
+        client.save(job, client.flags["out"])
+    else:
+        raise StartupError(f"{job['type']} jobs make neither records nor a file for --out")
+
+
+def _making_flags() -> dict[str, Json]:
+    return {**_OUT_FLAG, **_flags_of(ExportRequest, "filters", "after"), **_JSON_FLAG,
+            "discard": {"type": "boolean", "description": "Delete the records from the data folder after --out."}}
+
+
+@command(lambda: {
+    "type": {"type": "string", "description": "A preset, or a name for the records of a schema."},
+    **_flags_of(GenerateRequest, "recordType", "records"),
+    "schema": {"type": "string", "description": "JSON file: a schema, or a whole /generate request; - is stdin."},
+    **_making_flags()}, "type")
+def do_generate(client: Client) -> None:
+    """Makes records, of a preset or by a schema, and writes them to --out."""
+    output = _output(client) if "out" in client.flags else None
+    chosen = client.body(*_flags_of(GenerateRequest, "recordType", "records", "schema"))
+    if "type" in client.flags:
+        chosen["recordType"] = client.flags["type"]
+    _finish(client, client.ask("POST", "/generate", {**_recipe(client), **chosen}), output)
+
+
+def _condition(text: str) -> tuple[str, str, Json]:
+    """Field, operator and value of a --where, such as age.gte=18; without an operator it means eq."""
+    name, equals, value = text.partition("=")
+    operators = [field.alias or name for name, field in Condition.model_fields.items()]
+    field, _, operator = name.rpartition(".")
+    if not equals:
+        raise SettingError(f"--where {text}: should be FIELD=VALUE or FIELD.OPERATOR=VALUE; the operators are "
+                           f"{' '.join(operators)}")
+    if operator not in operators:
+        field, operator = name, "eq"
+    words: dict[str, Json] = {"true": True, "false": False}
+    return field, operator, value.split(",") if operator == "in" else words.get(value, value)
+
+
+@command(lambda: {
+    "type": {"type": "array", "description": "Record types; all if none is named."},
+    **_flags_of(Filters, "recordType"), **_OUT_FLAG, **_flags_of(ExportRequest, "filters"),
+    "where": {"type": "object", "description": "FIELD=VALUE or FIELD.OPERATOR=VALUE, such as age.gte=18 or "
+                                               "plan.in=pro,team; may be repeated."}}, "type")
+def do_export(client: Client) -> None:
+    """Writes records to --out, by default to stdout."""
+    client.flags = {"out": "-", **client.flags}
+    filters = client.body(*_flags_of(Filters, "recordType", "where"))
+    if "type" in client.flags:
+        types = client.flags["type"]
+        filters["recordType"] = types if len(types) > 1 else types[0]
+    for field, test, value in map(_condition, client.flags.get("where", ())):
+        filters.setdefault("where", {}).setdefault(field, {})[test] = value
+    request = {**_output(client), **client.body("after"), "filters": filters}
+    _hand_over(client, {**client.ask("POST", "/export", request), "after": None})
+
+
+def _reading_flags() -> dict[str, Json]:
+    return {"file": {"type": "string", "description": f"File to read: {', '.join(INGEST_FORMATS)}, or .gz of these."},
+            "type": {"type": "string", "description": "Type of the records (default: named like the file)."},
+            **_flags_of(IngestRequest, "filename", "recordType", "after")}
+
+
+def _send(client: Client, path: str) -> Json:
+    if "file" not in client.flags:
+        raise SettingError("name a file")
+    file = Path(client.flags["file"])
+    record_type = client.flags.get("type", _type_named_like(file.name))
+    return client.post_file(path, file, {"recordType": record_type, **client.body("delimiter", "encoding")})
+
+
+@command(lambda: {**_reading_flags(), **_JSON_FLAG}, "file")
+def do_ingest(client: Client) -> None:
+    """Makes records of a file."""
+    _print_job(client, client.follow(_send(client, "/upload")["jobId"]))
+
+
+@command(_reading_flags, "file", "nothing")
+def do_infer(client: Client) -> None:
+    """Prints a request that makes records like those of a file, for generate --schema."""
+    print(json.dumps(_send(client, "/infer"), indent=1, ensure_ascii=False))
+
+
+def _get(client: Client, path: str, *keys: str) -> Json:
+    return client.ask("GET", f"{path}?{urlencode(client.body(*keys))}")
+
+
+@command(lambda: {**_flags_of(FieldsQuery), **_JSON_FLAG}, "q", "nothing")
+def do_fields(client: Client) -> None:
+    """Lists the types that a schema may use, those with a word in them, with a sample and their arguments."""
+    answer = _get(client, "/fields", "q", "locale")
+    _print_table(client, answer["items"], lambda entry: (
+        entry["type"], entry["kind"], json.dumps(entry["sample"], ensure_ascii=False)[:60],
+        " ".join(arg["name"] for arg in entry["args"])))
+    if answer.get("presets") and not client.flags.get("json"):
+        print(f"presets: {' '.join(answer['presets'])}")
+
+
+@command(lambda: {**_flags_of(JobsQuery), **_JSON_FLAG}, "", "data")
+def do_jobs(client: Client) -> None:
+    """Lists the jobs, newest first."""
+    _print_table(client, _get(client, "/jobs", *_flags_of(JobsQuery))["items"], _job_cells)
+
+
+@command(lambda: _JSON_FLAG, "", "data")
+def do_records(client: Client) -> None:
+    """Lists the record types, with counts and fields."""
+    _print_table(client, client.ask("GET", "/records")["items"], lambda entry: (
+        entry["recordType"], f"{entry['count']:,}", " ".join(entry["fields"])))
+
+
+def _job_path(client: Client, form: str) -> str:
+    if "id" not in client.flags:
+        raise SettingError("name a job by its id; the command jobs lists them")
+    return form.format(quote(client.flags["id"], safe=""))
+
+
+@command(lambda: _ID_FLAG, "id", "data")
+def do_status(client: Client) -> None:
+    """Prints a job, as JSON."""
+    print(json.dumps(client.ask("GET", _job_path(client, "/status/{}")), indent=1, ensure_ascii=False))
+
+
+@command(lambda: {**_ID_FLAG, **_JSON_FLAG}, "id", "data")
+def do_cancel(client: Client) -> None:
+    """Cancels a job that waits or runs."""
+    _print_job(client, client.ask("POST", _job_path(client, "/jobs/{}/cancel")))
+
+
+@command(lambda: _ID_FLAG, "id", "data")
+def do_delete(client: Client) -> None:
+    """Deletes a finished job, its file and its records."""
+    client.ask("DELETE", _job_path(client, "/jobs/{}"))
+
+
+def _again(client: Client, job_id: str) -> Json:
+    """A job, which waits again if it had failed; so does the one that it comes after."""
+    job = client.ask("GET", f"/status/{job_id}")
+    if job["status"] == JobStatus.COMPLETED:
+        return job
+    if job["after"]:
+        _again(client, job["after"])
+    return client.ask("POST", f"/jobs/{job_id}/retry") if JobStatus(job["status"]).finished else job
+
+
+@command(lambda: {**_ID_FLAG, **_making_flags()}, "id")
+def do_resume(client: Client) -> None:
+    """Goes on with a job that was interrupted, failed or canceled, and writes its file or records to --out."""
+    output = _output(client) if "out" in client.flags else None
+    job = _again(client, _job_path(client, "{}"))
+    if output is not None and job["type"] == "export":
+        _hand_over(client, job)
+    else:
+        _finish(client, job, output)
+
+
+def all_commands() -> dict[str, Command]:
+    """The commands above, and one for each other job type whose request is JSON, with the fields of that as flags."""
+    def poster(kind: JobType) -> Callable[[Client], None]:
+        def post_job(client: Client) -> None:
+            job = client.ask("POST", f"/{kind.name}", client.body(*_flags_of(kind.model)))
+            _finish(client, job, _output(client) if "out" in client.flags else None)
+
+        post_job.__doc__ = kind.run.__doc__
+        return post_job
+
+    def flags(kind: JobType) -> dict[str, Json]:
+        return {**_making_flags(), **_flags_of(kind.model)}
+
+    own = {kind.name: Command(poster(kind), partial(flags, kind), (), "workers")
+           for kind in JOB_TYPES.values() if kind.posted and kind.name not in COMMANDS}
+    return {**COMMANDS, **own}
+
+
+class _NoWork:
+    """A runner for commands that only look: jobs stay as they are."""
+
+    def submit(self, call: Callable[[], None], /) -> None:
+        """Leaves it undone."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Nothing runs."""
+
+
+_PATIENCE_SECONDS = 3.0  # for a server that has the folder and is about to say where it serves, or is just leaving
+
+
+def _open_or_url(settings: Settings, runner: Runner | None) -> Service | str:
+    """The data folder, opened; or where the server is that has it. StartupError if another process just keeps it."""
+    until = monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return Service(settings, runner=runner)
+        except InUse as held:
+            about = held.holder
+            if about and about["host"] != socket.gethostname():
+                raise StartupError(f"{held}; run this on {about['host']}") from None
+            if about.get("url"):
+                return str(about["url"])
+            if monotonic() > until:
+                raise StartupError(f"{held}, which is no server; try again when it has ended") from None
+            threading.Event().wait(0.05)
+
+
+@contextmanager
+def _signals(names: Sequence[str], handler: Callable[[], object]) -> Iterator[None]:
+    """Calls `handler` on these signals, for as long as the block lasts."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda *_: handler()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _client(needs: str, settings: Settings, flags: Mapping[str, Json], ended: list[bool]) -> Iterator[Client]:
+    """A client of the data folder, or of the server that has it; `ended` gets False if a job came to no pause."""
+    stopped = threading.Event()
+
+    def stop() -> None:
+        if stopped.is_set():  # asked twice
+            raise KeyboardInterrupt
+        stopped.set()  # raising here could leave the database's lock taken, so the client raises at its next request
+
+    with ExitStack() as stack:
+        local = settings.model_copy(update={"max_upload_bytes": 2**50})  # the limit is for clients from elsewhere
+        if needs == "nothing":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskapi")))
+            local = local.model_copy(update={"data_dir": folder, "database": None})
+        elif needs == "data" and not local.database_path.exists():
+            raise StartupError(f"there is no data folder {local.data_dir.absolute()}; --data-dir names another")
+        opened = _open_or_url(local, None if needs == "workers" else _NoWork())
+        if isinstance(opened, str):
+            client = Client(_http_end(opened), flags, url=opened)
+            if (client.ask("GET", "/") or {}).get("service") != "taskapi":
+                raise StartupError(f"what answers at {opened} is not taskapi")
+            yield client
+            return
+        stack.enter_context(_signals(["SIGINT", "SIGTERM"], stop))
+        stack.callback(lambda: ended.append(opened.close(_DRAIN_SECONDS if needs == "workers" else 0)))
+        yield Client(_app_end(opened.app), flags, stopped.is_set)
+
+
+def _goes_on(client: Client, chosen: Sequence[str]) -> str:
+    """What to tell somebody who has interrupted a command."""
+    if client.job_id is None:
+        return "interrupted"
+    program = [sys.executable, sys.argv[0]] if sys.argv[0].endswith(".py") else ["taskapi"]
+    out = [f"--out={client.flags['out']}"] if "out" in client.flags else []
+    out += ["--discard"] if client.flags.get("discard") else []
+    again = shlex.join([*program, "resume", client.job_id, *chosen, *out])
+    if client.url:
+        return f"interrupted; the server at {client.url} goes on with job {client.job_id}. To wait for it:\n  {again}"
+    return f"interrupted; job {client.job_id} is kept. To go on with it:\n  {again}"
+
+
+def _leave(code: int, ended: bool) -> None:
+    """Ends the process if a job came to no pause: the next start takes it up, but Python would wait for its thread."""
+    if not ended:
+        logging.shutdown()
+        os._exit(code)
+
+
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """Runs a command with its flags, and returns its exit code."""
+    commands = all_commands()
+    if name not in commands:
+        raise SettingError(f"there is no command {name!r}{did_you_mean(name, commands)}; there are: "
+                           f"{', '.join(commands)}; without one, the server starts")
+    chosen_one = commands[name]
+    flags, chosen = read_command(name, (chosen_one.run.__doc__ or ""), argv, chosen_one.flags(), chosen_one.positional,
+                                 Settings.model_fields)
+    settings = Settings.load(["--log-level=warning", *chosen], os.environ, Path.cwd())
+    _set_up_logging(settings)
+    ended: list[bool] = []
+    note = ""
+    try:
+        with _client(chosen_one.needs, settings, flags, ended) as client:
+            try:
+                chosen_one.run(client)
+                sys.stdout.flush()
+            except KeyboardInterrupt:
+                note = _goes_on(client, chosen)
+                raise
+        return 0
+    except KeyboardInterrupt:
+        print(f"taskapi: {note or 'interrupted'}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read stdout has seen enough; Python would complain when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"taskapi: {error.filename or 'stdout'}: {error.strerror}", file=sys.stderr)
+    _leave(1, all(ended) or chosen_one.needs != "workers")
+    return 1
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Starts the server, and returns the exit code once it has stopped."""
+    commands = "\n".join(f"  {name:<9} {' '.join((entry.run.__doc__ or '').split())}"
+                         for name, entry in all_commands().items())
+    more = f"\nCommands, which work without a server and beside one (taskapi COMMAND --help):\n{commands}"
+    settings = Settings.load(argv, os.environ, Path.cwd(), more)
+    _set_up_process(settings)
+    with Service(settings) as service:
+        server = HttpServer(service, service.app, settings.host, settings.port)
+        service.announce(server.url)
+        with _signals(["SIGINT", "SIGTERM", "SIGBREAK"], server.stop):
             print(f"taskapi {__version__} at {server.url} with data in {service.folder.root} (Ctrl-C stops it)",
                   flush=True)
             server.run(leave=service.queue.halt)
             ended = service.close(_DRAIN_SECONDS)
+    _leave(0, ended)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: runs a command, or without one the server; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return run_command(words[0], words[1:]) if words and not words[0].startswith("-") else serve(words)
     except StartupError as error:
         print(f"taskapi: {error}", file=sys.stderr)
         return error.exit_code
-    if not ended:
-        # A job does not come to a pause. It is in progress in the table, so the next start takes it up; Python would
-        # tear the interpreter down under its thread.
-        logging.shutdown()
-        os._exit(0)
-    return 0
+
+
+# ---- pytest: fixtures, as a plugin where the package is installed, by import where this file is copied ----
+
+
+@lru_cache(maxsize=1)
+def _fixtures() -> types.ModuleType:
+    """The fixtures, in a module of their own, since pytest must not be imported with this one."""
+    import pytest
+
+    clock = partial(datetime, 2026, 1, 1, tzinfo=UTC)
+    fixtures = types.ModuleType("taskapi_fixtures")
+
+    @pytest.fixture
+    def taskapi_service(tmp_path: Path) -> Iterator[Service]:
+        """A service in a temporary folder whose jobs run at once; the same requests make the same records."""
+        with open_service(tmp_path / "taskapi", inline=True, clock=clock, seed=1) as service:
+            yield service
+
+    @pytest.fixture
+    def taskapi_server(tmp_path: Path) -> Iterator[str]:
+        """The URL of a live server in this process, on a free port, with its data in a temporary folder."""
+        with open_service(tmp_path / "taskapi-server", clock=clock, seed=1) as service, service.serving(port=0) as url:
+            yield url
+
+    vars(fixtures).update(taskapi_service=taskapi_service, taskapi_server=taskapi_server)
+    return fixtures
+
+
+def pytest_configure(config: Any) -> None:
+    """Makes this module a pytest plugin."""
+    config.pluginmanager.register(_fixtures(), "taskapi_fixtures")
+
+
+def __getattr__(name: str) -> Any:
+    """Lets a test module or conftest.py import the fixtures by name."""
+    if name in ("taskapi_service", "taskapi_server"):
+        return getattr(_fixtures(), name)
+    raise AttributeError(f"module 'taskapi' has no attribute {name!r}")
 
 
 if __name__ == "__main__":

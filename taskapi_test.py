@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.metadata
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -29,10 +31,12 @@ import tempfile
 import textwrap
 import threading
 import time
+import tomllib
 import types
 import urllib
 import urllib.request
 import warnings
+import wsgiref.util
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -46,6 +50,7 @@ from symtable import SymbolTable, symtable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import bottle
 import faker
 import hypothesis.stateful as stateful
 import hypothesis.strategies as st
@@ -4318,6 +4323,420 @@ def test_a_page_of_another_site_can_neither_read_nor_cause_anything(tmp_path: Pa
         assert not [*(tmp_path / "data" / "uploads").iterdir()]
 
 
+# ==== 11, more: command line, fixtures, embedding ====
+
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals, pipes and rights to make links")
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Ran(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs a command in this process, in `tmp_path`; its data folder is `data` there."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("TASKAPI_")]:
+        monkeypatch.delenv(name)
+
+    def run(*argv: str) -> Ran:
+        capsys.readouterr()
+        return Ran(taskapi.main(argv), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(params=["folder", "server"])
+def either(request: pytest.FixtureRequest, tmp_path: Path, run: Callable[..., Ran]) -> Iterator[Callable[..., Ran]]:
+    """`run`, once with the data folder to itself, once with a server that has it."""
+    if request.param == "folder":
+        yield run
+        return
+    with taskapi.open_service(tmp_path / "data") as service, service.serving(port=0):
+        yield run
+
+
+def test_each_command_does_the_same_in_the_folder_and_through_the_server_that_has_it(
+        either: Callable[..., Ran], tmp_path: Path) -> None:
+    """From generate to delete; stdout holds data alone, and a pipe sees no progress."""
+    ran = either("generate", "person", "--count", "300", "--seed", "1", "--now", "2026-01-01", "--out", "people.csv")
+    assert ran == (0, "", "")
+    with (tmp_path / "people.csv").open(newline="", encoding="utf-8") as file:
+        people = [*csv.DictReader(file)]
+    stored = plain(tmp_path / "data", "SELECT name, email FROM person ORDER BY _id")
+    assert [(person["name"], person["email"]) for person in people] == stored
+    assert len(stored) == 300
+    ran = either("export", "person", "--where", "id.lte=20", "--where", "id.in=2,3,400", "--fields", "id,name",
+                 "--order-by", "-id", "--format", "ndjson")
+    assert [json.loads(line)["id"] for line in ran.out.splitlines()] == [3, 2]
+    assert ran[::2] == (0, "")
+    ran = either("ingest", "people.csv", "--type", "customer", "--json")
+    assert json.loads(ran.out)[0]["result"]["records"] == 300
+    assert plain(tmp_path / "data", "SELECT name, email FROM customer ORDER BY _id") == stored
+    assert [line.split()[:2] for line in either("records").out.splitlines()] == [["customer", "300"], ["person", "300"]]
+    jobs = json.loads(either("jobs", "--json").out)
+    assert [job["type"] for job in jobs] == ["ingest", "generate"], "exports that were handed over are gone"
+    assert [line.split()[:3] for line in either("jobs", "--type", "generate").out.splitlines()] == [
+        [jobs[1]["jobId"], "generate", "completed"]]
+    assert json.loads(either("status", jobs[0]["jobId"]).out) == jobs[0]
+    assert either("cancel", jobs[0]["jobId"])[:2] == (1, "")
+    assert either("delete", jobs[0]["jobId"]) == (0, "", "")
+    assert either("records").out.split()[:2] == ["customer", "0"]
+    assert "no job" in either("status", jobs[0]["jobId"]).err
+    assert_sound(tmp_path / "data")
+
+
+def test_a_file_as_large_as_you_like_is_ingested_by_its_owner_but_not_through_a_server(
+        tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """The limit is for clients from elsewhere; a refusal in the middle of the body is still read."""
+    (tmp_path / "long.csv").write_text("a\n" + f"{'x' * 9999}\n" * 400)
+    with taskapi.open_service(tmp_path / "data", max_upload_bytes=1000) as service, service.serving(port=0):
+        code, out, err = run("ingest", "long.csv")
+        assert (code, out) == (2, "")
+        assert "larger than 1000 bytes" in err
+    assert run("ingest", "long.csv", "--max-upload-bytes", "1000").code == 0
+    assert plain(tmp_path / "data", "SELECT count(*), max(length(a)) FROM long") == [(400, 9999)]
+
+
+def test_infer_gives_a_schema_that_generate_takes(
+        tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From stdin, from a file, and as a bare schema; --discard leaves the data folder as it was."""
+    rows = "".join(f"{number},{'pro' if number % 3 else 'free'}\n" for number in range(1, 61))
+    (tmp_path / "sample.csv").write_text(f"id,plan\n{rows}")
+    inferred = run("infer", "sample.csv")
+    assert inferred.code == 0
+    assert not (tmp_path / "data").exists()
+    monkeypatch.setattr("sys.stdin", io.StringIO(inferred.out))
+    ran = run("generate", "--schema", "-", "--count", "30", "--out", "-", "--format", "json", "--discard")
+    assert {record["plan"] for record in json.loads(ran.out)} == {"pro", "free"}
+    assert len(json.loads(ran.out)) == 30
+    assert plain(tmp_path / "data", "SELECT count(*) FROM jobs") == [0]
+    (tmp_path / "signup.json").write_text(json.dumps(json.loads(inferred.out)["schema"]))
+    ran = run("generate", "--schema", "signup.json", "--count", "2", "--json")
+    assert json.loads(ran.out)[0]["request"]["recordType"] == "signup"
+
+
+@pytest.mark.parametrize(("out", "begins"), [
+    ("a.csv", b'"recordType",'), ("a.csv.gz", b"\x1f\x8b"), ("a.json", b"[\n"), ("a.jsonl", b"{"),
+    ("a.db", b"SQLite format 3")])
+def test_the_name_of_the_out_file_tells_its_format(
+        tmp_path: Path, run: Callable[..., Ran], out: str, begins: bytes) -> None:
+    """As --format would."""
+    assert run("generate", "shop", "--count", "3", "--out", out).code == 0
+    assert (tmp_path / out).read_bytes().startswith(begins)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out, "data"])
+
+
+@pytest.mark.parametrize(("argv", "code", "words"), [
+    (["genrate"], 2, ["genrate", "'generate'", "without one, the server starts"]),
+    (["generate", "--cuont", "3"], 2, ["--cuont", "'--count'"]),
+    (["generate", "--count"], 2, ["--count", "one argument"]),
+    (["generate", "person", "3"], 2, ["'3'"]),
+    (["generate", "persn", "--count", "3"], 2, ["'person'"]),
+    (["generate", "person"], 2, ["count", "required"]),
+    (["generate", "person", "--count", "many"], 2, ["count", "integer"]),
+    (["generate", "--schema", "no.json"], 2, ["no.json"]),
+    (["generate", "person", "--count", "3", "--workers", "0"], 2, ["--workers"]),
+    (["generate", "person", "--count", "3", "--out", "a.xyz"], 2, ["--format", "ndjson"]),
+    (["generate", "person", "--count", "3", "--out", "no/a.csv"], 2, ["no folder"]),
+    (["generate", "person", "--count", "3", "--out", "."], 2, ["--format"]),
+    (["export", "nobody"], 1, ["nobody"]),
+    (["export", "--where", "age"], 2, ["FIELD=VALUE", "gte"]),
+    (["export", "--format", "xlsx"], 2, ["xlsx", "ndjson"]),
+    (["ingest", "no.csv"], 1, ["no.csv"]),
+    (["ingest"], 2, ["name a file"]),
+    (["resume"], 2, ["id", "jobs lists them"]),
+    (["jobs"], 1, ["no data folder", "--data-dir"]),
+    (["jobs", "--status", "done"], 1, ["no data folder"]),
+    (["fields", "--locale", "xx"], 2, ["xx"]),
+    (["--port", "1", "generate"], 2, ["'generate'", "before all flags"])], ids=lambda value: "_".join(value)[:40] if (
+        isinstance(value, list)) else "")
+def test_a_wrong_command_says_what_is_wrong_in_one_line_on_stderr(
+        run: Callable[..., Ran], argv: list[str], code: int, words: list[str]) -> None:
+    """Exit code 2 if it was used wrongly, 1 if it could not be done."""
+    ran = run(*argv)
+    assert ran[:2] == (code, "")
+    assert not [word for word in words if word not in ran.err], ran.err
+    assert ran.err.count("\n") == 1
+
+
+@POSIX
+def test_an_existing_out_file_is_replaced_only_by_a_whole_one(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """A job that fails leaves it, and nothing beside it; a link stays a link."""
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    assert run("export", "nobody", "--out", "link.csv").code == 1
+    assert (tmp_path / "real.csv").read_text() == "old"
+    assert run("generate", "person", "--count", "2", "--out", "link.csv").code == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert len((tmp_path / "real.csv").read_text().splitlines()) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "link.csv", "real.csv"]
+
+
+def test_a_terminal_sees_a_bar_with_rate_and_time_left(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any) -> None:
+    """It is drawn over itself, and gone in the end; binary data is kept from a terminal."""
+    stream = Terminal()
+    bar = taskapi._Bar(stream)
+    with bar:
+        bar.show("generate", 0, None, None)
+        bar.show("generate", 25_000, 100_000, 5.0)
+    waiting, half, cleared = (line.strip() for line in stream.getvalue().split("\r")[1:4])
+    assert waiting.endswith("waiting")
+    assert half == "generate [######..................]  25%  25,000 of 100,000  15,000/s  5 s left"
+    assert cleared == ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert taskapi.main(["generate", "person", "--count", "20", "--json"]) == 0
+    assert re.search(r"generate \S+: 20 in \d+\.\d s", stream.getvalue())
+    assert taskapi.main(["export", "person", "--format", "sqlite"]) == 2
+    assert "a terminal cannot show such a file" in stream.getvalue()
+
+
+def program(tmp_path: Path, *argv: str, **kwargs: Any) -> subprocess.Popen[bytes]:
+    """A command in a process of its own."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TASKAPI_")}
+    return subprocess.Popen([sys.executable, taskapi.__file__, *argv], cwd=tmp_path, env=environ,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def suppressed(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, or None while the database has no such table yet."""
+    with suppress(sqlite3.Error):
+        return ask()
+    return None
+
+
+@POSIX
+def test_an_interrupted_command_leaves_a_job_that_goes_on_where_it_was(
+        tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """It says how; the file is then the same as without the interruption."""
+    flags = ["generate", "person", "--count", "9000", "--seed", "1", "--now", "2026-01-01", "--discard"]
+    with program(tmp_path, *flags, "--out", "people.csv") as process:
+        until(lambda: (tmp_path / "data/taskapi.db").exists() and suppressed(
+            lambda: plain(tmp_path / "data", "SELECT 1 FROM _progress WHERE done > 0")), 60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, b"")
+    assert "Traceback" not in err.decode()
+    again = re.search(r"resume (\S+) --out=people.csv --discard$", err.decode(), re.M)
+    assert plain(tmp_path / "data", "SELECT status, attempt FROM jobs") == [("pending", 0), ("pending", 0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert run(*again[0].split()) == (0, "", "")
+    assert plain(tmp_path / "data", "SELECT count(*) FROM jobs") == [0]
+    assert run(*flags, "--out", "whole.csv").code == 0
+    assert (tmp_path / "people.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_who_stops_waiting_for_a_server_is_told_that_it_goes_on(
+        tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And how to wait again; the job is not canceled."""
+    def interrupted(self: taskapi.Client, job_id: str) -> None:
+        raise KeyboardInterrupt
+
+    with taskapi.open_service(tmp_path / "data") as service, service.serving(port=0) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(taskapi.Client, "_watch", interrupted)
+            ran = run("generate", "person", "--count", "50", "--out", "a.ndjson")
+        assert ran[:2] == (1, "")
+        assert f"the server at {url} goes on with job" in ran.err
+        assert run(*re.search(r"resume \S+ --out=\S+", ran.err)[0].split()) == (0, "", "")
+    assert len((tmp_path / "a.ndjson").read_text().splitlines()) == 50
+
+
+@POSIX
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """As in `taskapi export | head -1`; the export leaves nothing behind."""
+    assert run("generate", "person", "--count", "3000").code == 0
+    with program(tmp_path, "export", "person") as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 1
+    assert plain(tmp_path / "data", "SELECT type FROM jobs") == ["generate"]
+    assert_sound(tmp_path / "data")
+
+
+def test_resume_starts_what_failed_or_was_canceled_again(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """And first the job that it comes after."""
+    with held(tmp_path / "data") as (service, _):
+        made = service.enqueue("generate", PERSONS)
+        export = service.enqueue("export", {"format": "csv", "after": made.job_id})
+        service.queue.cancel(made.job_id)
+        service.queue.cancel(export.job_id)
+    assert run("resume", export.job_id, "--out", "a.csv") == (0, "", "")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 11
+    assert run("resume", made.job_id, "--out", "b.ndjson") == (0, "", "")
+    assert len((tmp_path / "b.ndjson").read_text().splitlines()) == 10
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """The URL of a server that is not taskapi."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"hello": 1}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_holder_that_is_no_server_of_ours_is_named(
+        tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
+    """One that serves nothing, one that is gone, one on another machine, and something else at its address."""
+    monkeypatch.setattr(taskapi, "_PATIENCE_SECONDS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    here, holder = tmp_path / "data", {"pid": 123456, "host": socket.gethostname(), "url": None}
+    here.mkdir()
+    cases = [(holder, "123456 .*is no server"), ({**holder, "url": gone}, "does not answer"),
+             ({**holder, "url": stranger}, "is not taskapi"),
+             ({**holder, "host": "far", "url": gone}, "run this on far")]
+    for about, words in cases:
+        lock = taskapi.FolderLock(here / "taskapi.lock", "the folder", about)
+        ran = run("generate", "person", "--count", "1")
+        assert ran[:2] == (1, "")
+        assert re.search(words, ran.err), ran.err
+        assert ran.err.count("\n") == 1
+        lock.release()
+    assert run("generate", "person", "--count", "1").code == 0
+
+
+def test_a_holder_keeps_its_lock_while_it_tells_about_itself(tmp_path: Path) -> None:
+    """Whoever tries all the time never gets in; and what a killed holder left is told as unclean."""
+    lock = taskapi.FolderLock(tmp_path / "a.lock", "the folder", {"pid": 1, "host": "here"})
+    assert not lock.unclean
+    stop, got = threading.Event(), []
+
+    def try_on() -> None:
+        while not stop.is_set():
+            with suppress(taskapi.InUse):
+                got.append(taskapi.FolderLock(tmp_path / "a.lock", "the folder", {}))
+
+    thread = threading.Thread(target=try_on)
+    thread.start()
+    for number in range(200):
+        lock.describe(url=f"http://{number}")
+    stop.set()
+    thread.join()
+    assert not got
+    lock._connection.close()  # as the end of a process does
+    lock = taskapi.FolderLock(tmp_path / "a.lock", "the folder", {"pid": 2, "host": "here"})
+    assert lock.unclean
+    lock.release()
+    lock = taskapi.FolderLock(tmp_path / "a.lock", "the folder", {"pid": 3, "host": "here"})
+    assert not lock.unclean
+    lock.release()
+
+
+def test_a_job_type_of_ones_own_is_a_command_with_its_fields_as_flags(
+        run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
+    """--help shows them, as it does those of every command."""
+    ran = run("rows", "--record-type", "thing", "--columns", "{}", "--rows", "1")
+    assert ran.code == 2
+    assert "columns" in ran.err
+    for name, entry in taskapi.all_commands().items():
+        with pytest.raises(SystemExit):
+            taskapi.main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert not [key for key in entry.flags() if taskapi._flag(key) not in shown]
+        assert "--data-dir" in shown
+        assert entry.run.__doc__.split()[0] in shown
+
+
+def test_the_setting_seed_is_for_requests_that_name_none(tmp_path: Path) -> None:
+    """The same records each time."""
+    with taskapi.open_service(tmp_path, inline=True, seed=7) as service:
+        seeds = [service.enqueue("generate", body).request["seed"] for body in ({"count": 1}, {"count": 1, "seed": 3})]
+    assert seeds == [7, 3]
+
+
+FIXTURES_IN_USE = """
+import json, urllib.request
+
+def test_service(taskapi_service):
+    job = taskapi_service.enqueue("generate", {"count": 3})
+    assert (job.status, job.request["seed"], job.created_at) == ("completed", 1, "2026-01-01T00:00:00.000Z")
+
+def test_server(taskapi_server, taskapi_service):
+    assert json.load(urllib.request.urlopen(taskapi_server))["status"] == "ok"
+"""
+
+
+@pytest.mark.parametrize("how", ["import", "installed"])
+def test_the_fixtures_work_vendored_and_installed(tmp_path: Path, how: str) -> None:
+    """By one import line, and by the entry point of the package; without a warning."""
+    text, path = FIXTURES_IN_USE, f"{tmp_path}{os.pathsep}{Path(taskapi.__file__).parent}"
+    others = {entry.name for entry in importlib.metadata.entry_points(group="pytest11")} - {"taskapi"}
+    without = [word for name in [*others, "cacheprovider"] for word in ("-p", f"no:{name}")]
+    if how == "import":
+        text, without = f"from taskapi import taskapi_server, taskapi_service\n{text}", [*without, "-p", "no:taskapi"]
+    else:
+        found = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+        info = tmp_path / "taskapi-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: taskapi\nVersion: 1.0\n")
+        (info / "RECORD").write_text("taskapi.py,,\n")
+        (info / "entry_points.txt").write_text(f"[pytest11]\ntaskapi = {found['taskapi']}\n")
+    (tmp_path / "test_theirs.py").write_text(text)
+    load = "import sys, taskapi; " if how == "installed" else "import sys; "  # before pytest: it is not to mind
+    ended = subprocess.run(
+        [sys.executable, "-c", load + "import pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-W", "error",
+         *without, "test_theirs.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 passed" in ended.stdout
+    assert "warning" not in ended.stdout
+
+
+def test_an_app_under_a_path_of_another_program_gives_links_that_work_there(service: taskapi.Service) -> None:
+    """Links, Location, downloads, the document and its page; the path alone leads to the one with a slash."""
+    def site(environ: dict[str, Any], start_response: Any) -> Any:
+        wsgiref.util.shift_path_info(environ)
+        return service.app(environ, start_response)
+
+    other = bottle.Bottle()
+    other.mount("/t%s/", service.app)
+    for app, mount in ((webtest.TestApp(site), "/a b"), (webtest.TestApp(other), "/t%25s")):
+        quoted = urllib.parse.quote(mount, safe="/%")
+        made = app.post_json(f"{quoted}/export", {"format": "json"}, status=202)
+        links = made.json["links"]
+        assert made.headers["Location"].endswith(links["self"])
+        assert links == {"self": f"{quoted}/status/{made.json['jobId']}",
+                         "download": f"{quoted}/download/{made.json['jobId']}"}
+        assert app.get(links["self"]).json == made.json
+        assert app.get(links["download"]).body == b"[]\n"
+        assert app.get(f"{quoted}/").json["links"]["jobs"] == f"{quoted}/jobs"
+        assert app.get(app.get(f"{quoted}/").json["links"]["openapi"]).json["servers"] == [{"url": quoted}]
+        assert 'href="/' not in app.get(f"{quoted}/docs").text
+        app.get(f"{quoted}/nothing", status=404)
+    moved = webtest.TestApp(site).get("/a%20b", status=308)
+    assert moved.headers["Location"].endswith("/a%20b/")
+    assert service.queue.jobs.get(made.json["jobId"]).links["self"] == f"/status/{made.json['jobId']}"
+
+
 # ==== Properties: the queue against a dict ====
 
 
@@ -4798,6 +5217,7 @@ def test_importing_does_nothing_but_define(tmp_path: Path) -> None:
         before = state()
         import taskapi
         assert state() == before, (before, state())
+        assert "pytest" not in sys.modules
         assert not logging.getLogger("taskapi").handlers"""
     ended = subprocess.run([sys.executable, "-B", "-W", "error", "-c", probe], cwd=tmp_path, text=True, check=False,
                            env=os.environ | {"PYTHONPATH": str(Path(taskapi.__file__).parent)}, capture_output=True)
@@ -5097,8 +5517,15 @@ def types_table() -> str:
     return "\n".join(f"| `{name}` | {text} |" for name, text in about.items())
 
 
-def test_the_readme_lists_every_setting_and_every_type() -> None:
-    """Both tables are made from the models; to renew them, paste what these calls return."""
+def commands_table() -> str:
+    """The commands as the README lists them."""
+    return "\n".join(f"| `{' '.join([name, *(f'[{key}]' for key in entry.positional)])}` | {entry.run.__doc__} |"
+                     for name, entry in taskapi.COMMANDS.items())
+
+
+def test_the_readme_lists_every_setting_type_and_command() -> None:
+    """The tables are made from the models; to renew them, paste what these calls return."""
+    assert between("commands", "/commands") == commands_table()
     assert between("settings", "/settings") == taskapi.Settings.table()
     assert between("types", "/types") == types_table()
 
@@ -5147,17 +5574,56 @@ def test_the_readmes_schemas_work_as_they_stand(service: taskapi.Service, text: 
             assert Decimal(total) == sum(map(Decimal, amounts.split(",")))
 
 
+@pytest.mark.skipif(not shutil.which("bash"), reason="the README's commands stand among others of a shell")
+def test_the_readmes_commands_print_what_it_says(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Ours are run in this process, the others in a shell; ... stands for anything."""
+    (tmp_path / "signup.json").write_text('{"id": "sequence", "plan": {"type": "choice", "values": ["free"]}}')
+    (tmp_path / "customers.csv").write_text("name,age\nAda,41\nGrace,45\nAlan,39\n")
+    told = "\n".join(re.findall(r"<!-- command -->\n```console\n(.*?)```", README, re.S))
+    commands = re.findall(r"^\$ (.*)\n((?:[^$\n].*\n)*)", told, re.M)
+    assert len(commands) >= 7
+    for command, expected in commands:
+        first, own, rest = command.partition(".venv/bin/python taskapi.py ")
+        if own:
+            assert not first
+            ran = run(*shlex.split(rest))
+            assert ran[::2] == (0, ""), (command, ran)
+        else:
+            ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+            ran = Ran(0, ended.stdout, "")
+        pattern = ".*".join(map(re.escape, re.sub(r"[0-9a-f-]{36}", "...", expected).strip().split("...")))
+        assert re.fullmatch(pattern, ran.out.strip().replace("\r", ""), re.S), (command, ran.out)
+
+
+def test_the_readmes_contents_lead_to_its_headings() -> None:
+    """Each link within it, by the anchor that a heading gets; and each heading is in the table of contents."""
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+               for title in re.findall(r"^##+ (.+)$", README, re.M)}
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links <= anchors
+    assert anchors - links <= {"records"}
+
+
 def test_the_readmes_python_works_as_it_stands(tmp_path: Path) -> None:
     """All blocks, in order, in one module; what they leave is looked at."""
-    space: dict[str, Any] = {"tmp_path": tmp_path, "urllib": urllib, "faker": faker}
+    space: dict[str, Any] = {"tmp_path": tmp_path, "urllib": urllib, "faker": faker, "json": json, "wsgiref": wsgiref}
     for number, block in enumerate(blocks("python")):
         space["tmp_path"] = tmp_path / str(number)
         exec(block, space)
     assert len(space["people"]) == 10
-    with taskapi.open_service(tmp_path / "count", inline=True) as service:
+    assert space["towns"] == [100, 100]
+    with closing(space["service"]), taskapi.open_service(tmp_path / "own", inline=True) as service:
         job = webtest.TestApp(service.app).post_json("/count", {"to": 3}, status=202).json
         assert (job["status"], job["result"]) == ("completed", {"counted": 3})
-    del taskapi.JOB_TYPES["count"]
+        assert service.enqueue("generate", {"recordType": "player", "count": 50}).status == "completed"
+        assert {*plain(tmp_path / "own", "SELECT strength FROM player")} <= {*range(1, 21)}
+        site = webtest.TestApp(space["site"], extra_environ={"HTTP_HOST": "shop.example"})
+        assert site.get("/").text == "The shop itself."
+        made = site.post_json("/data/generate", PERSONS, status=202).json
+        assert site.get(made["links"]["self"]).json["jobId"] == made["jobId"]
+        with service.serving(port=0) as url:
+            space["test_the_client_reads_every_page"](url)
+    del taskapi.JOB_TYPES["count"], taskapi.FIELD_TYPES["die"], taskapi.PRESETS["player"]
 
 
 # ==== Benchmarks: ratios within one run; pytest -m bench -s ====
