@@ -856,18 +856,18 @@ def _mended(text: bytes) -> bytes:
     return b"".join(parts)
 
 
+def _unescaped(text: bytes) -> bytes:
+    for escaped, plain in ((b'"', b'""'), (b"n", b"\n"), (b"r", b"\r"), (b"t", b"\t"), (b"b", b"\b"), (b"f", b"\f")):
+        text = text.replace(b"\\" + escaped, plain)
+    return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
+
+
 def _csv_of(arrays: bytes) -> bytes:
     """JSON arrays with CRLF between as CSV. A string of JSON holds no line end, and no quote but after a backslash."""
     text = arrays[1:-1].replace(f"]{_SEAM_MARK}[".encode(), b",").replace(b"]\r\n[", b"\r\n")
     text = text.replace(f'"{_NULL_MARK}"'.encode(), b"")
     # Where backslashes that stand for themselves are taken out, every other one begins an escape.
     return b"\\".join(map(_unescaped, text.split(b"\\\\"))) if b"\\" in text else text
-
-
-def _unescaped(text: bytes) -> bytes:
-    for escaped, plain in ((b'"', b'""'), (b"n", b"\n"), (b"r", b"\r"), (b"t", b"\t"), (b"b", b"\b"), (b"f", b"\f")):
-        text = text.replace(b"\\" + escaped, plain)
-    return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
 
 
 # Only what a spreadsheet would run as a formula: not a plain signed number.
