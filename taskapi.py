@@ -3857,6 +3857,7 @@ def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
+_LARGE_BLOCK, _BLOCKS_AHEAD, _SYNC_STEP = 2**16, 8, 2**25  # see Draft: bytes, blocks, bytes
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
@@ -3915,39 +3916,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-class _Digest:
-    """SHA-256 of blocks, worked out by a thread of its own once one is large: hashing is slower than all else that
-    becomes of a block, and does without the interpreter lock."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._worker: ThreadPoolExecutor | None = None
-        self._going: Future[None] | None = None  # one block at a time: in order, and in bounded memory
-
-    def update(self, block: bytes) -> None:
-        if self._worker is None and len(block) >= 2**16:
-            self._worker = ThreadPoolExecutor(1, "taskapi-digest")
-        if self._worker is None:
-            self._hash.update(block)
-            return
-        self.settle()
-        self._going = self._worker.submit(self._hash.update, block)
-
-    def settle(self) -> None:
-        if self._going:
-            self._going.result()
-
-    def hexdigest(self) -> str:
-        self.settle()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        if self._worker:
-            self._worker.shutdown()
-
-
 class Draft:
-    """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed."""
+    """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed.
+
+    Once a block is large, a thread of its own writes and hashes: that does without the interpreter lock, and whoever
+    makes the blocks need not wait for it.
+    """
 
     def __init__(self, root: Path):
         self._root = root
@@ -3955,23 +3929,46 @@ class Draft:
             descriptor, name = tempfile.mkstemp(dir=root / "tmp")
         self.path = Path(name)
         self._file = os.fdopen(descriptor, "wb")
-        self._digest = _Digest()
+        self._hash = hashlib.sha256()
+        self._writer: ThreadPoolExecutor | None = None
+        self._going: deque[Future[None]] = deque()
+        self._unsynced = 0
         self.bytes = 0
 
     def write(self, block: bytes) -> None:
-        """Appends; DiskFull or StorageError if that fails."""
+        """Appends; DiskFull or StorageError if that fails, or failed for an earlier block."""
+        self.bytes += len(block)
+        if self._writer is None and len(block) >= _LARGE_BLOCK:
+            self._writer = ThreadPoolExecutor(1, "taskapi-draft")
+        if self._writer is None:
+            self._append(block)
+            return
+        self._settle(_BLOCKS_AHEAD)
+        self._going.append(self._writer.submit(self._append, block))
+
+    def _append(self, block: bytes) -> None:
         with _disk_errors():
             self._file.write(block)
-        self._digest.update(block)
-        self.bytes += len(block)
+            self._unsynced += len(block)
+            if self._unsynced > _SYNC_STEP:  # so that the end has little left to wait for
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._unsynced = 0
+        self._hash.update(block)
+
+    def _settle(self, most: int = 0) -> None:
+        while len(self._going) > most:
+            self._going.popleft().result()
 
     @property
     def sha256(self) -> str:
         """Of what was written so far, in hexadecimal."""
-        return self._digest.hexdigest()
+        self._settle()
+        return self._hash.hexdigest()
 
     def flush(self) -> None:
         """Hands what was written to the operating system; DiskFull or StorageError if that fails."""
+        self._settle()
         with _disk_errors():
             self._file.flush()
 
@@ -3987,8 +3984,8 @@ class Draft:
     def keep(self, path: str, filename: str, content_type: str) -> StoredFile:
         """Moves the file to `path` (relative to the data folder), durably."""
         target = self._root / path
+        self.flush()
         with _disk_errors():
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self.path, target)
@@ -4001,7 +3998,8 @@ class Draft:
 
     def __exit__(self, *_: object) -> None:
         """Removes the file unless it was kept."""
-        self._digest.close()
+        if self._writer:
+            self._writer.shutdown(cancel_futures=True)
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
