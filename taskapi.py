@@ -759,6 +759,8 @@ _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _MIGRATIONS = Migrations("taskapi")
 _BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
 _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
+_LAST_ID, _NO_LIMIT = 2**62, 2**31 - 1
+_READERS = 2  # connections that make text at once; more of them wait for each other in SQLite's allocator
 _COPY_STEP = 20_000  # records that one statement copies into an exported database
 _STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, until it asks whether to go on
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
@@ -1100,6 +1102,16 @@ class Database:
                     connection.close()
                 else:
                     self._readers.append(connection)
+
+    @contextmanager
+    def snapshots(self, count: int) -> Iterator[list[sqlite3.Connection]]:
+        """Connections for reading that all see the same: while they begin, nothing is written."""
+        with ExitStack() as stack:
+            connections = [stack.enter_context(self.read()) for _ in range(count)]
+            with self._lock:
+                for connection in connections:
+                    connection.execute("SELECT 1 FROM _types").fetchone()
+            yield connections
 
     @contextmanager
     def copying(self, path: Path) -> Iterator[sqlite3.Connection]:
@@ -1589,7 +1601,7 @@ class RecordTypeInfo(Shape):
 
 
 class Block(NamedTuple):
-    """The text of some records in UTF-8, how many they are, and the place of the last."""
+    """The text of some records in UTF-8, how many they are, and the id of the last."""
 
     text: bytes
     records: int
@@ -1751,8 +1763,8 @@ class _Selection:
         # CROSS keeps the order of the loops: spans by their first id, and in each its records.
         return f"_spans CROSS JOIN jobs ON jobs.id = _spans.job WHERE {' AND '.join(conditions)}", list(values)
 
-    def _selected(self, record_type: str, after: str) -> tuple[str, list[Json]]:
-        """FROM and WHERE of the selected records of a type, as `r`, with an _id beyond `after`, an expression."""
+    def _selected(self, record_type: str, after: str, last: str) -> tuple[str, list[Json]]:
+        """FROM and WHERE of the selected records of a type, as `r`, from the _id beyond `after` to `last`, both SQL."""
         spans, values = self._visible_spans(record_type)
         tables, _, conditions = spans.partition(" WHERE ")
         more = [] if self._by_creation else [(f"{self._date_key(record_type)} {sign} ?", [bound])
@@ -1760,7 +1772,7 @@ class _Selection:
         more += [_compare(self._kind(record_type, field), field, name, getattr(condition, name))
                  for field, condition in self._filters.where.items() for name in condition.model_fields_set]
         rows = (f"{tables} CROSS JOIN {_quote(record_type)} AS r ON r._id >= max(_spans.first, {after} + 1) "
-                "AND r._id < _spans.first + _spans.rows")
+                f"AND r._id < min(_spans.first + _spans.rows, {last} + 1)")
         return (f"{rows} WHERE {' AND '.join([conditions, *(sql for sql, _ in more)])}",
                 [*values, *chain.from_iterable(bound for _, bound in more)])
 
@@ -1778,7 +1790,7 @@ class _Selection:
         """
         selects, parameters = [], []
         for number, record_type in enumerate(self.kinds):
-            rows, values = self._selected(record_type, "0")
+            rows, values = self._selected(record_type, "0", str(_LAST_ID))
             key = "NULL"
             if self._order_by and (kind := self._kind(record_type, self._order_by)):
                 key = KIND_SQL[kind].compare.format(c=_column(self._order_by))
@@ -1793,16 +1805,26 @@ class _Selection:
                 f"ORDER BY key {'DESC' if self._descending else 'ASC'}, type, id LIMIT ?",
                 [*parameters, -1 if limit is None else limit])
 
+    def chosen(self) -> int:
+        """How many records are noted."""
+        return int(self._connection.execute("SELECT count(*) FROM chosen").fetchone()[0])
+
     # Their text
 
     def block_sql(self, record_type: str, style: Style, between: str, excel_safe: bool) -> tuple[str, list[Json]]:
         """One row for some records of a type: their joined text, their number, the last id.
 
-        Its parameters are the id that they come after, the values that are returned, and the most records.
+        Its parameters are the id that they come after, the last one, the returned values, and the most records.
         """
-        rows, values = self._selected(record_type, "?")
+        rows, values = self._selected(record_type, "?", "?")
         return _block_sql(f"SELECT {self._line(record_type, style, excel_safe)} AS line, r._id AS place FROM {rows} "
                           "ORDER BY _spans.first, r._id LIMIT ?", between), values
+
+    def spans(self, record_type: str) -> list[tuple[int, int]]:
+        """The first id and the number of ids of each span that may hold selected records, in order."""
+        spans, values = self._visible_spans(record_type)
+        query = f"SELECT first, rows FROM {spans} AND rows > 0 ORDER BY first"
+        return self._connection.execute(query, values).fetchall()
 
     def chosen_sql(self, style: Style, between: str, excel_safe: bool) -> str:
         """As `block_sql`, of the chosen records in their order; a place is a number in `chosen`."""
@@ -1810,7 +1832,8 @@ class _Selection:
                  f"FROM {_quote(record_type)} AS r WHERE r._id = chosen.id)"
                  for number, record_type in enumerate(self.kinds)]
         line = f"CASE chosen.type {' '.join(lines)} END" if lines else "''"
-        return _block_sql(f"SELECT {line} AS line, n AS place FROM chosen WHERE n > ? ORDER BY n LIMIT ?", between)
+        return _block_sql(f"SELECT {line} AS line, n AS place FROM chosen WHERE n > ? AND n <= ? ORDER BY n LIMIT ?",
+                          between)
 
     def _line(self, record_type: str, style: Style, excel_safe: bool) -> str:
         """The SQL expression that makes one record's JSON; of pieces, since a function has up to 127 arguments."""
@@ -1857,6 +1880,96 @@ class _Selection:
                 f"INSERT INTO {table} SELECT {', '.join(map(_column, fields))} FROM chosen CROSS JOIN "
                 f"main.{_quote(record_type)} AS r ON r._id = chosen.id "
                 f"WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {number} ORDER BY chosen.n")
+
+
+class _Query(NamedTuple):
+    """A query of `_block_sql`, its values, the ranges of places (first, how many) that it is for, and its style."""
+
+    sql: str
+    values: list[Json]
+    ranges: list[tuple[int, int]]
+    style: Style
+
+    def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, most_bytes: int) -> Block:
+        """The records from the place beyond `after` to `last`; raises sqlite3.DataError beyond `most_bytes`."""
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most_bytes)
+        try:
+            values = [after, last, *self.values, -1 if limit is None else limit]
+            text, records, place = connection.execute(self.sql, values).fetchone()
+        finally:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _NO_LIMIT)
+        if not records:
+            return Block(b"", 0, after)
+        return Block(_mended(_csv_of(text) if self.style == "csv" else text), records, place)
+
+
+class _Readers:
+    """Makes blocks of text on several connections at once, and gives them in order.
+
+    Many records a fetch: SQLite joins them, so that Python, and its lock, are asked for once a block.
+    """
+
+    def __init__(self, connections: Sequence[sqlite3.Connection]):
+        self._free = deque(connections)
+        self._count = len(connections)
+        self._size = 100  # records that the next block is to hold
+
+    def blocks(self, queries: Iterable[_Query], limit: int | None) -> Generator[Block, None, None]:
+        """The blocks of all the queries, one after the other; with a limit one is made at a time."""
+        ahead = self._count if limit is None else 0
+        with ThreadPoolExecutor(self._count, "taskapi-reader") as self._pool:
+            coming: deque[tuple[_Query, int, int, Future[Block]]] = deque()
+            for query, after, last in self._pieces(queries):
+                coming.append((query, after, last, self._pool.submit(self._read, query, after, last, limit)))
+                while len(coming) > ahead:
+                    for block in self._settled(*coming.popleft(), limit):
+                        yield block
+                        limit = None if limit is None else limit - block.records
+                if limit == 0:
+                    return
+            while coming:
+                yield from self._settled(*coming.popleft(), None)
+
+    def _pieces(self, queries: Iterable[_Query]) -> Iterator[tuple[_Query, int, int]]:
+        """(query, after, last) for about as many records as a block is to hold; small ranges are put together."""
+        for query in queries:
+            after = last = held = 0
+            for first, count in query.ranges:
+                while count:
+                    after = after if held else first - 1
+                    taken = min(count, max(1, self._size - held))
+                    first, count, held, last = first + taken, count - taken, held + taken, first + taken - 1
+                    if held >= self._size:
+                        yield query, after, last
+                        held = 0
+            if held:
+                yield query, after, last
+
+    def _read(self, query: _Query, after: int, last: int, limit: int | None) -> Block:
+        connection = self._free.popleft()
+        try:
+            return query.read(connection, after, last, limit, _BLOCK_LIMIT if last - after > 1 else _NO_LIMIT)
+        finally:
+            self._free.append(connection)
+
+    def _settled(self, query: _Query, after: int, last: int, reading: Future[Block],
+                 limit: int | None) -> Iterator[Block]:
+        """The block, or where that is too long those of its two halves, one after the other."""
+        try:
+            block = reading.result()
+        except sqlite3.DataError:
+            middle = (after + last) // 2
+            for half in ((after, middle), (middle, last)):
+                for block in self._settled(query, *half, self._pool.submit(self._read, query, *half, limit), limit):
+                    yield block
+                    limit = None if limit is None else limit - block.records
+                if limit == 0:
+                    return
+            return
+        if block.records:
+            fitting = block.records * _BLOCK_BYTES // (len(block.text) + 1)
+            self._size = max(1, min(_BLOCK_RECORDS, 8 * block.records, fitting))
+            yield block
 
 
 class Records:
@@ -2022,43 +2135,20 @@ class Records:
         `order_by` is a field, with a `-` before it for descending. `interrupted` is asked now and then; when it says
         True, Interrupted is raised. Raises JobFailed that names what exists when a type or field does not.
         """
-        with self._database.read() as connection:
-            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
-            selection = _Selection(connection, filters, fields, order_by, self._kinds)
-            queries: Iterable[tuple[str, list[Json]]]
+        with self._database.snapshots(1 if order_by or limit is not None else _READERS) as connections:
+            for connection in connections:
+                connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
+            selection = _Selection(connections[0], filters, fields, order_by, self._kinds)
             if order_by:
                 selection.choose(limit)
-                queries = [(selection.chosen_sql(style, between, excel_safe), [])]
+                query = selection.chosen_sql(style, between, excel_safe)
+                queries = [_Query(query, [], [(1, selection.chosen())], style)]
             else:
-                queries = (selection.block_sql(name, style, between, excel_safe) for name in selection.kinds)
-            yield Lines(selection.header, selection.total(limit), self._limited(connection, queries, style, limit))
-
-    def _limited(self, connection: sqlite3.Connection, queries: Iterable[tuple[str, list[Json]]], style: Style,
-                 limit: int | None) -> Iterator[Block]:
-        for query, values in queries:
-            for block in self._blocks(connection, query, values, style, limit):
-                yield block
-                limit = None if limit is None else limit - block.records
-
-    def _blocks(self, connection: sqlite3.Connection, query: str, values: list[Json], style: Style,
-                limit: int | None, after: int = 0) -> Iterator[Block]:
-        """Many records a fetch: SQLite joins them, so that Python, and its lock, are asked for once a block."""
-        size = 100
-        while limit is None or limit > 0:
-            most = size if limit is None else min(size, limit)
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _BLOCK_LIMIT if most > 1 else 2**31 - 1)
-            try:
-                text, records, last = connection.execute(query, [after, *values, most]).fetchone()
-            except sqlite3.DataError:  # longer than the limit
-                size = max(1, size // 8)
-                continue
-            finally:
-                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2**31 - 1)
-            if not records:
-                return
-            yield Block(_mended(_csv_of(text) if style == "csv" else text), records, last)
-            after, limit = last, None if limit is None else limit - records
-            size = max(1, min(_BLOCK_RECORDS, 8 * records, records * _BLOCK_BYTES // len(text)))
+                queries = [_Query(*selection.block_sql(name, style, between, excel_safe), selection.spans(name), style)
+                           for name in selection.kinds]
+            # What is chosen is limited already.
+            with closing(_Readers(connections).blocks(queries, None if order_by else limit)) as blocks:
+                yield Lines(selection.header, selection.total(limit), blocks)
 
     def copy_to(self, path: Path, filters: Filters, *, fields: Sequence[str] | None = None, order_by: str | None = None,
                 limit: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -2073,7 +2163,7 @@ class Records:
             copies = [copy for number, name in enumerate(selection.kinds) if (copy := selection.copy_sql(number, name))]
             for create, _ in copies:
                 connection.execute(create)
-            done, total = 0, connection.execute("SELECT count(*) FROM chosen").fetchone()[0]
+            done, total = 0, selection.chosen()
             for start in range(0, total, _COPY_STEP):
                 done += sum(connection.execute(insert, (start, start + _COPY_STEP)).rowcount for _, insert in copies)
                 yield Progress(done=done, total=total)
@@ -2085,11 +2175,10 @@ class Records:
         """
         with self._database.read() as connection:
             selection = _Selection(connection, filters, None, None, self._kinds)
-            query, values = selection.block_sql(str(filters.record_type), "json", ", ", excel_safe=False)
-            blocks = [*self._blocks(connection, query, values, "json", limit, after or 0)]
-            last = blocks[-1].last if blocks else 0
-            more = blocks and any(self._blocks(connection, query, values, "json", 1, last))
-            return b", ".join(block.text for block in blocks), last if more else None
+            query = _Query(*selection.block_sql(str(filters.record_type), "json", ", ", excel_safe=False), [], "json")
+            block = query.read(connection, after or 0, _LAST_ID, limit, _NO_LIMIT)
+            more = block.records and query.read(connection, block.last, _LAST_ID, 1, _NO_LIMIT).records
+            return block.text, block.last if more else None
 
 
 # ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
