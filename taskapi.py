@@ -108,7 +108,12 @@ from typing import (
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from uuid import UUID
 
-import bottle
+try:
+    import bottle
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit("taskapi's packages are not here: pip install . (beside taskapi.py) fetches them") from None
 import multipart
 import sqlite_utils
 import waitress
@@ -791,7 +796,8 @@ def first_tables(db: sqlite_utils.Database) -> None:
     db.table("_progress").create({"job": str, "done": int, "total": int, "done_before": int, "checkpoint": str},
                                  pk="job", strict=True)
     db.table("_types").create({"record_type": str, "next_id": int}, pk="record_type", strict=True)
-    db.table("_fields").create({"record_type": str, "field": str, "kind": str, "position": int},
+    # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
+    db.table("_fields").create({"record_type": str, "field": str, "kind": str, "position": int, "long": int},
                                pk=("record_type", "field"), strict=True)
     # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
     db.table("_spans").create({"record_type": str, "first": int, "size": int, "rows": int, "job": str},
@@ -822,6 +828,13 @@ _NULL_MARK, _SEAM_MARK, _BARE_MARK, _FLOAT_MARK = (f"{name}-{secrets.token_hex(8
 # A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints.
 _SHORT_FLOAT = ("({c} BETWEEN 1e-4 AND 1e9 OR {c} BETWEEN -1e9 AND -1e-4) AND {c} = round({c} * 1e6) / 1e6 "
                 "OR {c} = 0")
+
+
+def _is_short(value: Json) -> bool:
+    """Whether _SHORT_FLOAT holds for what a float field is to store."""
+    return value is None or value == 0 or (1e-4 <= abs(value) <= 1e9 and value == round(value * 1e6) / 1e6)
+
+
 # What SQLite prints of others is not exact, and calling Python for each would wait for the interpreter lock each time.
 # So they leave as whole numbers of 2**-power, which hold all bits of a float from 2**(limit - 10) up to 2**limit.
 _FLOAT_LIMITS = {-10: 72, 0: 62, 10: 52, 20: 42, 30: 32, 40: 22, 50: 12}
@@ -1692,6 +1705,7 @@ class _Selection:
             existing = self._types_of_job(filters.job_id)
         self._several = not isinstance(filters.record_type, str)
         self.kinds = {name: kinds_of(connection, name) for name in names or existing}
+        self._long = set(connection.execute("SELECT record_type, field FROM _fields WHERE long"))
         self._descending = bool(order_by) and str(order_by).startswith("-") and order_by not in self._all_fields()
         self._order_by = str(order_by)[1:] if self._descending else order_by
         for field in (*(fields or ()), *([] if self._order_by is None else [self._order_by]), *filters.where,
@@ -1851,14 +1865,17 @@ class _Selection:
         column = _column(field)
         if excel_safe and kind == "text":
             column = "(" + _SAFE_TEXT.format(c=column) + ")"
-        return f"coalesce({KIND_SQL[kind].json.format(c=column)}, '{_NULL_MARK}')"
+        return f"coalesce({self._json(record_type, field, kind).format(c=column)}, '{_NULL_MARK}')"
+
+    def _json(self, record_type: str, field: str, kind: Kind) -> str:
+        return KIND_SQL[kind].json if kind != "float" or (record_type, field) in self._long else "{c}"
 
     def _object(self, record_type: str) -> str:
         pieces, run = [], ["'recordType'", _literal(record_type)] if self._several else []
         for field in self.fields:
             if not (kind := self._kind(record_type, field)):
                 continue
-            value = KIND_SQL[kind].json.format(c=_column(field))
+            value = self._json(record_type, field, kind).format(c=_column(field))
             if run and (KIND_SQL[kind].raw or len(run) > 100):
                 pieces.append(f"json_object({', '.join(run)})")
                 run = []
@@ -2022,9 +2039,8 @@ class Records:
                 kind = "any" if KIND_SQL[kind].column != "TEXT" or KIND_SQL[known[field]].column != "TEXT" else "text"
             else:
                 kind = known[field]
-            connection.execute("INSERT OR REPLACE INTO _fields VALUES (?, ?, ?, coalesce((SELECT position FROM _fields "
-                               "WHERE record_type = ?1 AND field = ?2), (SELECT count(*) FROM _fields)))",
-                               (record_type, field, kind))
+            connection.execute("INSERT INTO _fields VALUES (?, ?, ?, (SELECT count(*) FROM _fields), 0) "
+                               "ON CONFLICT DO UPDATE SET kind = ?3", (record_type, field, kind))
 
     def _widen(self, table: sqlite_utils.db.Table, field: str, known: Kind, kind: Kind) -> None:
         """Lets a column hold the values of two kinds; texts of different kinds share a text column as it is."""
@@ -2051,6 +2067,11 @@ class Records:
                                [(number, *owner, *row) for number, row in enumerate(rows, first + used)])
         connection.execute("UPDATE _spans SET rows = rows + ? WHERE record_type = ? AND first = ?",
                            (len(rows), record_type, first))
+        short = {row[0] for row in connection.execute(
+            "SELECT field FROM _fields WHERE record_type = ? AND kind = 'float' AND NOT long", (record_type,))}
+        connection.executemany("UPDATE _fields SET long = 1 WHERE record_type = ? AND field = ?", [
+            (record_type, field) for place, field in enumerate(fields)
+            if field in short and not all(_is_short(row[place]) for row in rows)])
 
     def discard(self, job_id: str, *, orphaned: bool = False) -> None:
         """Deletes a job's records in short steps, from the end, so that it can stop anywhere and go on later.
@@ -5972,7 +5993,7 @@ class JobQueue:
         job = context.job
         kind = JOB_TYPES.get(job.type)
         if kind is None:
-            raise JobFailed(f"this program knows no job type {job.type!r}")
+            raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
         request = kind.model.model_validate_json(json.dumps(job.request))
         run = kind.run(context, request)
         outcome = (yield from run) if isinstance(run, Generator) else run
@@ -6052,7 +6073,7 @@ class JobQueue:
         except Exception:
             _LOG.exception("job %s %s did not end as it was asked to", job.job_id, job.type)
         if task.context.interruption == "stopped":
-            self._settle(job, lambda: self.jobs.release(job, "the server was stopped", charged=False))
+            self._settle(job, lambda: self.jobs.release(job, "the program was stopped", charged=False))
         else:
             self._settle(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, _CANCELED))
 
