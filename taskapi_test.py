@@ -4203,7 +4203,7 @@ def test_schemathesis_finds_no_answer_that_is_not_described(tmp_path: Path) -> N
     """No 5xx, no undocumented status, type or header, no answer that breaks its schema, nothing wrong accepted."""
     with Live(tmp_path / "data", "--max-records", "1000") as live:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", "--seed",
-                   "1", "--exclude-checks", "positive_data_acceptance", "--max-examples", "3", "--max-time", "12",
+                   "1", "--exclude-checks", "positive_data_acceptance", "--max-examples", "3", "--max-time", "7",
                    "--no-color", "--generation-database", "none", f"{live.url}/openapi.json"]
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         print(found.stdout[-1500:])
@@ -4524,7 +4524,7 @@ def suppressed(ask: Callable[[], Any]) -> Any:
 def test_an_interrupted_command_leaves_a_job_that_goes_on_where_it_was(
         tmp_path: Path, run: Callable[..., Ran]) -> None:
     """It says how; the file is then the same as without the interruption."""
-    flags = ["generate", "person", "--count", "25000", "--seed", "1", "--now", "2026-01-01", "--discard"]
+    flags = ["generate", "person", "--count", "15000", "--seed", "1", "--now", "2026-01-01", "--discard"]
     with program(tmp_path, *flags, "--out", "people.csv") as process:
         until(lambda: (tmp_path / "data/taskapi.db").exists() and suppressed(
             lambda: plain(tmp_path / "data", "SELECT 1 FROM _progress WHERE done > 0")), 60)
@@ -5025,7 +5025,7 @@ def assert_whole(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a crash at a step is made in a fork")
-@pytest.mark.parametrize("every", [19, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["generate", "ingest", "export", "upload", "delete", "cancel", "retention"])
 def test_a_crash_at_any_commit_rename_or_deletion_loses_and_doubles_nothing(
         tmp_path: Path, name: str, every: int) -> None:
@@ -5445,7 +5445,7 @@ def run_killed(folder: Path, kills: int) -> str:
     return dump(folder, job_id)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_ends_equal_to_an_uninterrupted_one(tmp_path: Path, kills: int) -> None:
     """Byte for byte in a dump: related types, two locales, unique fields, refs to earlier rows."""
     whole, killed = run_killed(tmp_path / "whole", 0), run_killed(tmp_path / "killed", kills)
