@@ -4812,6 +4812,20 @@ def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind]) -> list[Kind]:
     return [kind for kind in candidates if _all(_CSV_TESTS[kind], distinct)]
 
 
+def _is_writable_out(number: Json) -> bool:
+    """Whether a JSON number is of bearable length without its exponent."""
+    return abs(Decimal(str(number)).adjusted()) <= 400
+
+
+def _written_out(number: Json) -> str:
+    """A JSON number without an exponent, as CSV takes it back."""
+    text = str(number)
+    if "e" not in text.lower():
+        return text
+    plain = f"{Decimal(text):f}"
+    return plain if "." in plain else f"{plain}.0"
+
+
 def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind]) -> list[Kind]:
     """What differs in type has the kind json in common, and numbers that differ in form the kind decimal."""
     values = [cell for cell in cells if cell is not None]
@@ -4819,7 +4833,7 @@ def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind]) -> list[Kind]
     tests: Mapping[Kind, Callable[[], bool]] = {
         "int": lambda: types == {int} and min(values) >= -2**63 and max(values) < 2**63,
         "float": lambda: types == {_JsonNumber} and _all(_is_float, values),
-        "decimal": lambda: types <= {int, _JsonNumber},
+        "decimal": lambda: types <= {int, _JsonNumber} and _all(_is_writable_out, values),
         "bool": lambda: types == {bool},
         "date": lambda: types == {str} and _all(_is_date, values),
         "datetime": lambda: types == {str} and _all(_is_datetime, values),
@@ -4830,8 +4844,8 @@ def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind]) -> list[Kind]
 
 
 _TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
-    "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": str, "text": str,
-    "date": str, "datetime": str,
+    "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": _written_out,
+    "text": str, "date": str, "datetime": str,
 }
 
 
@@ -5495,6 +5509,7 @@ class Workers:
     def __init__(self, count: int):
         self._count = count
         self._threads: list[threading.Thread] = []
+        self._submitted: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._pools = [self._new_pool()]
 
     def _new_pool(self) -> ThreadPoolExecutor:
@@ -5503,14 +5518,20 @@ class Workers:
                                   initializer=lambda: threads.append(threading.current_thread()))
 
     def revive(self) -> int:
-        """How many threads had died, for which there is a new pool now; those that live end what they are at."""
+        """How many threads had died, for which there is a new pool now, which takes over what no thread had begun."""
         died = sum(not thread.is_alive() for thread in self._threads)
         if died:
             self._pools.append(self._new_pool())
+            for begun, call in [self._submitted.popleft() for _ in range(len(self._submitted))]:
+                if begun.cancel():
+                    self.submit(call)
         return died
 
     def submit(self, call: Callable[[], None], /) -> None:
-        self._pools[-1].submit(call)
+        self._submitted.append((self._pools[-1].submit(call), call))
+        with suppress(IndexError):
+            while self._submitted[0][0].done():
+                self._submitted.popleft()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads, each after what it is at."""
