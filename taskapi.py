@@ -1929,7 +1929,7 @@ class _Readers:
     def __init__(self, connections: Sequence[sqlite3.Connection]):
         self._free = deque(connections)
         self._count = len(connections)
-        self._size = 100  # records that the next block is to hold
+        self._size = 100  # records that the next block is made of
 
     def blocks(self, queries: Iterable[_Query], limit: int | None) -> Generator[Block, None, None]:
         """The blocks of all the queries, one after the other; with a limit one is made at a time."""
@@ -1948,7 +1948,7 @@ class _Readers:
                 yield from self._settled(*coming.popleft(), None)
 
     def _pieces(self, queries: Iterable[_Query]) -> Iterator[tuple[_Query, int, int]]:
-        """(query, after, last) for about as many records as a block is to hold; small ranges are put together."""
+        """(query, after, last) for about as many records as a block is made of; small ranges are put together."""
         for query in queries:
             after = last = held = 0
             for first, count in query.ranges:
@@ -1983,9 +1983,9 @@ class _Readers:
                 if limit == 0:
                     return
             return
+        looked_at = last - after  # however many of them fit the filters
+        self._size = max(1, min(_BLOCK_RECORDS, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block.text) + 1)))
         if block.records:
-            fitting = block.records * _BLOCK_BYTES // (len(block.text) + 1)
-            self._size = max(1, min(_BLOCK_RECORDS, 8 * block.records, fitting))
             yield block
 
 

@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import http.server
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -2567,6 +2568,19 @@ def test_the_text_that_is_made_at_a_time_is_bounded_in_bytes(
     assert all(len(block.text) <= 20_000 or block.records == 1 for block in blocks)
     records = [record for block in blocks for record in json.loads(b"[%b]" % block.text)]
     assert records[::-1 if order_by else 1] == [{"n": n, "t": "x" * size} for n, size in enumerate(sizes)]
+
+
+def test_a_filter_that_few_records_fit_is_not_read_in_small_steps(service: taskapi.Service) -> None:
+    """As many statements as blocks of all the records would need, and not one more for each record found."""
+    store(service, {"n": "int"}, [[n] for n in range(20_000)])
+    statements = []
+    with service.queue.records.lines(taskapi.Filters.model_validate({
+            "recordType": "thing", "where": {"n": {"in": [7, 9999, 19_000]}}}), "json", ",") as lines:
+        connection = next(iter(inspect.getgeneratorlocals(lines.blocks)["self"]._free))
+        connection.set_trace_callback(lambda sql: statements.append(sql) if "group_concat" in sql else None)
+        assert b",".join(block.text for block in lines.blocks) == b'{"n":7},{"n":9999},{"n":19000}'
+        connection.set_trace_callback(None)
+    assert len(statements) < 20
 
 
 def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Service) -> None:
