@@ -1324,10 +1324,9 @@ NOW = datetime(2026, 3, 15, 12, 30, 45, tzinfo=UTC)
 PERSON = ["name", "email", "address", "company", "job", "phone_number", "date"]
 MORE = pytest.mark.slow
 LOCALES = ["en_US", "ja_JP", "th_TH", *(pytest.param(locale, marks=MORE) for locale in ("de_DE", "es_ES", "hu_HU"))]
-THIRTY = [  # and one; all of them in the slow sweep
-    "ar_SA", "bg_BG", "cs_CZ", "da_DK", "de_DE", "el_GR", "en_GB", "en_IN", "en_US", "es_ES", "es_MX",
-    "et_EE", "fa_IR", "fi_FI", "fr_FR", "he_IL", "hi_IN", "hu_HU", "id_ID", "it_IT", "ja_JP", "ko_KR",
-    "nl_NL", "pl_PL", "pt_BR", "ru_RU", "sv_SE", "th_TH", "tr_TR", "uk_UA", "zh_CN"]
+SOME = [  # all of them in the slow sweep
+    "ar_SA", "cs_CZ", "de_DE", "el_GR", "en_GB", "en_IN", "en_US", "es_ES", "es_MX", "fa_IR", "fr_FR", "he_IL",
+    "it_IT", "ja_JP", "ko_KR", "pl_PL", "pt_BR", "ru_RU", "sv_SE", "th_TH", "uk_UA", "zh_CN"]
 
 
 def plan(schema: dict[str, Any], count: int = 10, **options: Any) -> Plan:
@@ -1473,7 +1472,7 @@ def compare(locale: str, times: int) -> tuple[int, list[str], list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("locale", THIRTY)
+@pytest.mark.parametrize("locale", SOME)
 def test_every_scalar_method_gives_stock_fakers_values_and_leaves_its_state(locale: str) -> None:
     """Values and random state are stock's; what ignores the seed there uses the global Random, and not here."""
     compared, different, ignoring = compare(locale, times=4)
@@ -5095,7 +5094,7 @@ def crash_round(folder: Path, random: Random, *, count: int) -> None:
         assert live.end() == 0
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_9_at_any_point_loses_nothing_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
     """After the restart: integrity, every job, exactly the count, whole files, no leftovers."""
     crash_round(tmp_path / "data", Random(seed), count=4000)
