@@ -5080,14 +5080,14 @@ class GenerateRequest(JobRequest):
                 if value is not None:
                     raise BadRequest.of(name, "cannot be given together with records")
             return self.records
-        if self.count is None:
-            raise BadRequest.of("count", "is required")
         record_type = self.record_type or "person"
-        if self.schema_ is not None:
-            return {record_type: RecordSpec(count=self.count, schema_=self.schema_)}
-        if record_type not in PRESETS:
+        if self.schema_ is None and record_type not in PRESETS:
             raise BadRequest.of("recordType", f"there is no preset {record_type!r}{did_you_mean(record_type, PRESETS)}"
                                               f"; give a schema, or one of: {', '.join(PRESETS)}")
+        if self.count is None:
+            raise BadRequest.of("count", "is required")
+        if self.schema_ is not None:
+            return {record_type: RecordSpec(count=self.count, schema_=self.schema_)}
         return preset_records(record_type, self.count)
 
 
@@ -8902,6 +8902,8 @@ def _get(client: Client, path: str, *keys: str) -> Json:
 def do_fields(client: Client) -> None:
     """Lists the types that a schema may use, those with a word in them, with a sample and their arguments."""
     answer = _get(client, "/fields", "q", "locale")
+    if not answer["items"]:
+        raise StartupError(f"no type has {client.flags['q']!r} in its name or its text")
     _print_table(client, answer["items"], lambda entry: (
         entry["type"], entry["kind"], json.dumps(entry["sample"], ensure_ascii=False)[:60],
         " ".join(arg["name"] for arg in entry["args"])))

@@ -4566,6 +4566,13 @@ def test_an_interrupted_command_leaves_a_job_that_goes_on_where_it_was(
     assert (tmp_path / "people.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+def test_a_search_that_finds_no_type_says_so(run: Callable[..., Ran]) -> None:
+    """On stderr, with exit code 1; an unknown preset is named before a missing count."""
+    assert run("fields", "zzzqq") == (1, "", "taskapi: no type has 'zzzqq' in its name or its text\n")
+    ran = run("generate", "persn")
+    assert (ran.code, "did you mean 'person'" in ran.err) == (2, True)
+
+
 def test_who_stops_waiting_for_a_server_is_told_that_it_goes_on(
         tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     """And how to wait again; the job is not canceled."""
