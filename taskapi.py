@@ -814,10 +814,8 @@ class KindSql(NamedTuple):
     raw: bool = False  # the argument is JSON text, not a string
 
 
-def _exact_float(value: float | None) -> str | None:
+def _exact_float(value: float) -> str:
     """A float as the shortest text that reads back equal; beyond the range of JSON it reads back as infinite."""
-    if value is None:
-        return None
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
