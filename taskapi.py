@@ -1687,6 +1687,10 @@ def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple
     return f"{column} {_OPERATORS[operator]} ?", [value if operator == "like" else _comparable(kind, field, value)]
 
 
+# CROSS keeps the order of the loops: spans by their first id, then, where they are joined to it, each one's records.
+_SPANS = "_spans CROSS JOIN jobs ON jobs.id = _spans.job"
+
+
 class _Selection:
     """Checks filters against what exists, and turns them into SQL with every value bound."""
 
@@ -1748,8 +1752,9 @@ class _Selection:
         return min(count, limit) if limit is not None else count
 
     def _spans_total(self, record_type: str) -> int:
-        spans, values = self._visible_spans(record_type)
-        return int(self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {spans}", values).fetchone()[0])
+        visible, values = self._visible_spans(record_type)
+        query = f"SELECT coalesce(sum(rows), 0) FROM {_SPANS} WHERE {visible}"
+        return int(self._connection.execute(query, values).fetchone()[0])
 
     @property
     def _by_creation(self) -> bool:
@@ -1761,7 +1766,7 @@ class _Selection:
         return [(sign, _date_bound(end, last=sign == "<=")) for sign, end in ends if end is not None]
 
     def _visible_spans(self, record_type: str) -> tuple[str, list[Json]]:
-        """FROM and WHERE of the spans that may hold selected records: of completed jobs, as a job's come all at once.
+        """WHERE of the spans that may hold selected records: of completed jobs, since a job's come all at once.
 
         All records of a job say that they were created when the job was, which settles filters on that too.
         """
@@ -1772,20 +1777,18 @@ class _Selection:
         for sign, bound in self._bounds() if self._by_creation else ():
             conditions.append(f"jobs.created_at {sign} ?")
             values.append(bound)
-        # CROSS keeps the order of the loops: spans by their first id, and in each its records.
-        return f"_spans CROSS JOIN jobs ON jobs.id = _spans.job WHERE {' AND '.join(conditions)}", list(values)
+        return " AND ".join(conditions), list(values)
 
     def _selected(self, record_type: str, after: str, last: str) -> tuple[str, list[Json]]:
         """FROM and WHERE of the selected records of a type, as `r`, from the _id beyond `after` to `last`, both SQL."""
-        spans, values = self._visible_spans(record_type)
-        tables, _, conditions = spans.partition(" WHERE ")
+        visible, values = self._visible_spans(record_type)
         more = [] if self._by_creation else [(f"{self._date_key(record_type)} {sign} ?", [bound])
                                              for sign, bound in self._bounds()]
         more += [_compare(self._kind(record_type, field), field, name, getattr(condition, name))
                  for field, condition in self._filters.where.items() for name in condition.model_fields_set]
-        rows = (f"{tables} CROSS JOIN {_quote(record_type)} AS r ON r._id >= max(_spans.first, {after} + 1) "
+        rows = (f"{_SPANS} CROSS JOIN {_quote(record_type)} AS r ON r._id >= max(_spans.first, {after} + 1) "
                 f"AND r._id < min(_spans.first + _spans.rows, {last} + 1)")
-        return (f"{rows} WHERE {' AND '.join([conditions, *(sql for sql, _ in more)])}",
+        return (f"{rows} WHERE {' AND '.join([visible, *(sql for sql, _ in more)])}",
                 [*values, *chain.from_iterable(bound for _, bound in more)])
 
     def _date_key(self, record_type: str) -> str:
@@ -1834,8 +1837,8 @@ class _Selection:
 
     def spans(self, record_type: str) -> list[tuple[int, int]]:
         """The first id and the number of ids of each span that may hold selected records, in order."""
-        spans, values = self._visible_spans(record_type)
-        query = f"SELECT first, rows FROM {spans} AND rows > 0 ORDER BY first"
+        visible, values = self._visible_spans(record_type)
+        query = f"SELECT first, rows FROM {_SPANS} WHERE {visible} AND rows > 0 ORDER BY first"
         return self._connection.execute(query, values).fetchall()
 
     def chosen_sql(self, style: Style, between: str, excel_safe: bool) -> str:
