@@ -903,8 +903,8 @@ def _literal(text: str) -> str:
 class _Ticket(Generic[T]):
     """One piece of work that waits to be written, and what became of it."""
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool):
-        self.work, self.durable = work, durable
+    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool, atomic: bool):
+        self.work, self.durable, self.atomic = work, durable, atomic
         self.called = threading.Lock()  # let go of when the work is done, or its thread is to write the next batch
         self.called.acquire()
         self.done = False
@@ -922,6 +922,7 @@ class Database:
 
     def __init__(self, path: Path):
         self.path = path
+        self._file = str(path)
         self._lock = threading.Lock()
         self._line = threading.Lock()  # guards the next two
         self._waiting: deque[_Ticket[Any]] = deque()
@@ -930,6 +931,7 @@ class Database:
         self._identity: tuple[int, int] | None = None
         self._writer: sqlite3.Connection | None = None
         self._durable = False
+        self._commits = self._synced = 0  # transactions so far, and those of them that a loss of power cannot undo
         self._closed = False
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
         if sqlite3.sqlite_version_info < (3, 37):
@@ -962,7 +964,7 @@ class Database:
         return connection
 
     def _stat(self) -> tuple[int, int]:
-        status = os.stat(self.path)
+        status = os.stat(self._file)
         return status.st_dev, status.st_ino
 
     def _current(self) -> bool:
@@ -993,13 +995,14 @@ class Database:
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
 
-    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False, atomic: bool = False) -> T:
         """Runs `work` in one transaction and returns its result; `durable` means fsynced when this returns.
 
         Works that wait at the same time share one transaction and so one fsync (group commit); each has a savepoint
-        of its own, so that one that raises undoes only itself. Raises StorageError when the database cannot be used.
+        of its own, so that one that raises undoes only itself. An `atomic` one needs none: it changes the database by
+        one statement, after which nothing can raise. Raises StorageError when the database cannot be used.
         """
-        ticket = _Ticket(work, durable)
+        ticket = _Ticket(work, durable, atomic)
         with self._line:
             self._waiting.append(ticket)
             leads, self._led = not self._led, True
@@ -1023,9 +1026,10 @@ class Database:
         locked = self._lock.acquire(timeout=_BUSY_SECONDS)
         try:
             with self._line:
-                batch = list(self._waiting) if locked else batch
-                for ticket in batch:
-                    self._waiting.remove(ticket)
+                if locked:
+                    batch, self._waiting = list(self._waiting), deque()
+                else:
+                    self._waiting.remove(own)
             if locked:
                 self._write_batch(batch)
             else:
@@ -1055,6 +1059,8 @@ class Database:
                         for ticket in batch:
                             self._work_one(connection, ticket)
                     connection.execute("COMMIT")
+                    self._commits += 1
+                    self._synced = self._commits if self._durable else self._synced
                 except BaseException:
                     # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
                     if connection.in_transaction:
@@ -1070,7 +1076,8 @@ class Database:
                 ticket.done = True
 
     def _work_one(self, connection: sqlite3.Connection, ticket: _Ticket[Any]) -> None:
-        connection.execute("SAVEPOINT ticket")
+        if not ticket.atomic:
+            connection.execute("SAVEPOINT ticket")
         try:
             with self._storage_errors():
                 ticket.result = ticket.work(connection)
@@ -1078,8 +1085,21 @@ class Database:
             if not connection.in_transaction:
                 raise
             ticket.error = error
-            connection.execute("ROLLBACK TO ticket")
-        connection.execute("RELEASE ticket")
+            if not ticket.atomic:
+                connection.execute("ROLLBACK TO ticket")
+        if not ticket.atomic:
+            connection.execute("RELEASE ticket")
+
+    @property
+    def transaction(self) -> int:
+        """Within `write`: the number of this transaction, for `sync`."""
+        return self._commits + 1
+
+    def sync(self, transaction: int) -> None:
+        """Returns once this transaction, which was not `durable`, is fsynced, be it along with a later one."""
+        if self._synced < transaction:
+            self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (2, NULL)"),
+                       durable=True)
 
     def _set_durable(self, connection: sqlite3.Connection, durable: bool) -> None:
         if durable != self._durable:
@@ -1252,28 +1272,31 @@ def sqlite_check() -> str:
     return f"{sqlite3.sqlite_version}{note}"
 
 
-_JOB_QUERY = "SELECT jobs.*, done, total, done_before FROM jobs LEFT JOIN _progress ON job = id"
+_JOB_COLUMNS = ("id, type, status, created_at, started_at, finished_at, attempt, request, result, error, after, "
+                "interruptions, record_type, cancel_requested, file")  # as _job takes them, and then done and total
+_JOB_QUERY = f"SELECT {_JOB_COLUMNS}, done, total, done_before FROM jobs LEFT JOIN _progress ON job = id"
 
 
-def _eta(row: sqlite3.Row, now: str) -> float | None:
-    """Seconds that a running job still needs, at the pace of this attempt so far."""
-    made = (row["done"] or 0) - (row["done_before"] or 0)
-    if row["status"] != JobStatus.IN_PROGRESS or row["total"] is None or made <= 0:
-        return None
-    elapsed = datetime.fromisoformat(now) - datetime.fromisoformat(row["started_at"])
-    pace = max(0.0, elapsed.total_seconds()) / made
-    return round(float(pace * (row["total"] - row["done"])), 1)
-
-
-def _job(row: sqlite3.Row, now: str) -> Job:
+def _job(job_id: str, job_type: str, status: str, created_at: str, started_at: str | None, finished_at: str | None,
+         attempt: int, request: str, result: str | None, error: str | None, after: str | None,
+         interruptions: str | None, record_type: str | None, cancel_requested: int, file: str | None,
+         done: int | None, total: int | None) -> Job:
+    """A row of the job table."""
     return Job(
-        job_id=row["id"], type=row["type"], status=JobStatus(row["status"]), created_at=row["created_at"],
-        started_at=row["started_at"], finished_at=row["finished_at"], attempt=row["attempt"],
-        progress=Progress(done=row["done"] or 0, total=row["total"]), request=json.loads(row["request"]),
-        result=json.loads(row["result"]) if row["result"] else None, error=row["error"],
-        eta=_eta(row, now), after=row["after"], interruptions=json.loads(row["interruptions"] or "[]"),
-        record_type=row["record_type"], cancel_requested=bool(row["cancel_requested"]),
-        file=StoredFile(**json.loads(row["file"])) if row["file"] else None)
+        job_id=job_id, type=job_type, status=JobStatus(status), created_at=created_at, started_at=started_at,
+        finished_at=finished_at, attempt=attempt, progress=Progress(done=done or 0, total=total),
+        request=json.loads(request), result=json.loads(result) if result else None, error=error, after=after,
+        interruptions=json.loads(interruptions) if interruptions else [], record_type=record_type,
+        cancel_requested=bool(cancel_requested), file=StoredFile(**json.loads(file)) if file else None)
+
+
+def _eta(job: Job, done_before: int, now: str) -> float | None:
+    """Seconds that a running job still needs, at the pace of this attempt so far."""
+    made, total = job.progress.done - done_before, job.progress.total
+    if job.status is not JobStatus.IN_PROGRESS or not job.started_at or total is None or made <= 0:
+        return None
+    elapsed = datetime.fromisoformat(now) - datetime.fromisoformat(job.started_at)
+    return round(max(0.0, elapsed.total_seconds()) / made * (total - job.progress.done), 1)
 
 
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -1300,7 +1323,6 @@ class Claim(NamedTuple):
 
 
 _CANCELED = "canceled by a client"
-_ANY_PENDING = "SELECT EXISTS (SELECT 1 FROM jobs WHERE status = 'pending')"
 _DOOMED = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
            "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
 
@@ -1315,15 +1337,19 @@ class Jobs:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._make_id = make_id or JobIds(clock, last)
         self._pending_at_most: tuple[sqlite3.Connection | None, int] = None, 0  # counted on that connection
+        self._unsynced: dict[str, int] = {}  # jobs that were completed, and the transactions that did it
 
     def _now(self) -> str:
         return instant(self._clock())
 
     def _jobs(self, connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> list[Job]:
-        cursor = connection.cursor()
-        cursor.row_factory = sqlite3.Row
-        now = self._now()
-        return [_job(row, now) for row in cursor.execute(query, parameters).fetchall()]
+        """What a query that begins with _JOB_QUERY finds."""
+        jobs, now = [], self._now()
+        for *row, done_before in connection.execute(query, parameters).fetchall():
+            job = _job(*row)
+            eta = _eta(job, done_before or 0, now)
+            jobs.append(job if eta is None else job.model_copy(update={"eta": eta}))
+        return jobs
 
     def insert(self, job_type: str, request: Mapping[str, Json], *, record_type: str | None = None,
                after: str | None = None, key: str | None = None, key_hash: str | None = None,
@@ -1351,7 +1377,7 @@ class Jobs:
                  _file_text(file)))
             return job, True
 
-        return self._database.write(work, durable=True)
+        return self._database.write(work, durable=True, atomic=True)
 
     def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
         """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
@@ -1400,7 +1426,23 @@ class Jobs:
     def get(self, job_id: str) -> Job:
         """The job; NotFound if there is none."""
         with self._database.read() as connection:
-            return self._get(connection, job_id)
+            job = self._get(connection, job_id)
+        self._sync([job])
+        return job
+
+    def _sync(self, jobs: Iterable[Job]) -> None:
+        """Sees to it that nobody is shown a job as completed that a loss of power could still take back.
+
+        So a worker need not wait for the disk, and what ends between two looks is fsynced once.
+        """
+        self._database.sync(max((self._unsynced.get(job.job_id, 0) for job in jobs if job.status.finished), default=0))
+
+    def sync(self) -> None:
+        """Makes durable what was completed and nobody has looked at yet."""
+        unsynced = dict(self._unsynced)
+        self._database.sync(max(unsynced.values(), default=0))
+        for job_id in unsynced:
+            del self._unsynced[job_id]
 
     def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
         """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
@@ -1411,6 +1453,7 @@ class Jobs:
         where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
         with self._database.read() as connection:
             jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
+        self._sync(jobs)
         return jobs[:limit], len(jobs) > limit
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
@@ -1431,21 +1474,22 @@ class Jobs:
         return self._database.write(self._claim)
 
     def _claim(self, connection: sqlite3.Connection) -> Claim | None:
-        claimed = self._jobs(
-            connection, "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
+        claimed = connection.execute(
+            "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
             "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR NOT EXISTS "
             "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) AND "
             "(after IS NULL OR EXISTS (SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND "
-            "before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING *, "
-            "(SELECT done FROM _progress WHERE job = id) AS done, NULL AS done_before, "
-            "(SELECT total FROM _progress WHERE job = id) AS total", (self._now(),))
+            f"before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING {_JOB_COLUMNS}, "
+            "(SELECT done FROM _progress WHERE job = id), (SELECT total FROM _progress WHERE job = id), "
+            "EXISTS (SELECT 1 FROM jobs AS later WHERE later.status = 'pending' AND later.id > jobs.id)",
+            (self._now(),)).fetchall()
         if not claimed:
             return None
-        job, state = claimed[0], None
+        (*row, more), = claimed
+        job, state = _job(*row), None
         if job.progress != Progress():
             (state,), = connection.execute("UPDATE _progress SET done_before = done WHERE job = ? RETURNING checkpoint",
                                            (job.job_id,)).fetchall()
-        more = connection.execute(_ANY_PENDING).fetchone()[0]
         return Claim(job, json.loads(state) if state else None, bool(more))
 
     def any_doomed(self) -> bool:
@@ -1492,15 +1536,17 @@ class Jobs:
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
-        """Ends a running job, durably. Raises Fenced if it is not this attempt's any more."""
+        """Ends a running job. Raises Fenced if it is not this attempt's any more.
+
+        It is durable when this returns; a completed job, when somebody is told of it, by `get` or `page`.
+        """
         return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
-                                    durable=True)
+                                    durable=status is not JobStatus.COMPLETED)
 
     def complete(self, job: Job, result: Json, file: StoredFile | None) -> tuple[Job, Claim | None]:
         """Ends a running job as completed, like `finish`, and takes the next one, like `claim`, in one transaction."""
         return self._database.write(lambda connection: (
-            self._finish(connection, job, JobStatus.COMPLETED, result, None, file),
-            self._claim(connection)), durable=True)
+            self._finish(connection, job, JobStatus.COMPLETED, result, None, file), self._claim(connection)))
 
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
@@ -1508,6 +1554,8 @@ class Jobs:
         self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
                    (now, _json_text(result), error, _file_text(file)))
         connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
+        if status is JobStatus.COMPLETED:
+            self._unsynced[job.job_id] = self._database.transaction
         return job.model_copy(update={
             "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
 
@@ -5494,6 +5542,7 @@ _LOG = logging.getLogger("taskapi")
 _BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
+_PATIENCE_SECONDS = 0.001  # how long another run is held back while one takes job after job
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
@@ -5704,8 +5753,10 @@ class JobQueue:
         self.metrics, self.turns = Metrics(), Turns()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
-        self._looking = 0  # runs that look for work
+        self._looking = 0  # runs that look for work, or are about to
         self._wakes = 0  # counts wake-ups, so that one that comes while a run looks is not lost
+        self._answered = 0  # the wake-ups that had come before the last look that found nothing
+        self._moved = -math.inf  # when a run last took a job
         self._cancels = 0  # of running jobs that were not in `_running` yet, or not any more
         self._running: dict[str, JobContext] = {}  # jobs in progress here, parked ones too
         self._parked: deque[_Task] = deque()
@@ -5924,30 +5975,43 @@ class JobQueue:
             if self._looking or self._active >= self._settings.workers or self._stopping.is_set():
                 return
             self._active += 1
+            self._looking += 1
         self._runner.submit(self._run)
 
     # On the workers
 
     def _run(self) -> None:
         """Works on one job after the other; ends when there is nothing to do."""
-        task: _Task | None = None
-        while task := task or self._look():
+        self._hold_back()
+        task = self._look()
+        while task:
             try:
                 task = self._work(task)
             except BaseException:
                 _LOG.exception("a worker met a bug outside of any job")
                 task = None
+            if not task:
+                with self._state:
+                    self._looking += 1
+                task = self._look()
+
+    def _hold_back(self) -> None:
+        """Waits while another run takes job after job: threads that share the interpreter are slower than one."""
+        with self._state:
+            while self._crew and self._active > self._looking and not self._stopping.is_set() and (
+                    wait := self._moved + _PATIENCE_SECONDS - monotonic()) > 0:
+                self._state.wait(wait)
 
     def _look(self) -> _Task | None:
         """The next task; if there is none, this run has ended. Wake-ups that come meanwhile make it look again."""
         task, again = None, True
         while again and not task:
             with self._state:
-                self._looking += 1
                 seen = self._wakes
+                found_none = seen == self._answered and not self._parked
             failed = False
             try:
-                task = self._take()
+                task = None if found_none else self._take()
             except StorageError as error:
                 _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
                 failed = True
@@ -5955,9 +6019,12 @@ class JobQueue:
                 _LOG.exception("a worker met a bug outside of any job")
                 failed = True
             with self._state:
-                self._looking -= 1
                 again = self._wakes != seen and not failed and not self._stopping.is_set()
-                if not again and not task:
+                if not task and not failed:
+                    self._answered = max(self._answered, seen)
+                if task or not again:
+                    self._looking -= 1
+                if not task and not again:
                     self._active -= 1
                     self._state.notify_all()
         if task and again:
@@ -5998,6 +6065,7 @@ class JobQueue:
         context = self._context(job, claim.checkpoint)
         with self._state:
             self._running[job.job_id] = context
+            self._moved = monotonic()
             if self._stopping.is_set():
                 context.interruption = "stopped"
             unseen = self._cancels != cancels  # since the claim, when nobody could be told
@@ -6021,7 +6089,6 @@ class JobQueue:
         outcome = (yield from run) if isinstance(run, Generator) else run
         if not isinstance(outcome, Outcome):
             raise TypeError(f"the function of job type {job.type!r} returned no Outcome")
-        json.dumps(outcome.result)  # what cannot be written down has to fail here, while the job still can
         return outcome
 
     def _work(self, task: _Task) -> _Task | None:
@@ -6051,22 +6118,28 @@ class JobQueue:
     def _complete(self, job: Job, outcome: Outcome) -> _Task | None:
         """Writes down the result; takes the next job along, unless a parked one comes first or the end."""
         claim: Claim | None = None
+        looked = False
         cancels = self._cancels
 
         def write_down() -> Job:
-            nonlocal claim
+            nonlocal claim, looked
             if self._parked or self._stopping.is_set():
                 return self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result, file=outcome.file)
             ended, claim = self.jobs.complete(job, outcome.result, outcome.file)
+            looked = True
             return ended
 
         with self._state:
             self._looking += 1
             seen = self._wakes
         self._settle(job, write_down)
+        task = self._begin(claim, cancels) if claim else None
         with self._state:
             self._looking -= 1
-        task = self._begin(claim, cancels) if claim else None
+            if not looked:
+                self._wakes += 1
+            elif not claim:
+                self._answered = max(self._answered, seen)
         if task and self._wakes != seen:
             self.wake()
         return task
@@ -6143,7 +6216,9 @@ class JobQueue:
                 break  # it is still in progress in the table, so the next start takes it up
         with self._state:
             self._running.pop(job.job_id, None)
-            self._state.notify_all()
+            self._wakes += job.status is not JobStatus.COMPLETED  # others may run now: a completed job's run has looked
+            if not self._active:
+                self._state.notify_all()
         if job.status.finished:
             self._count(job)
             self._announce([job.job_id])
@@ -6168,6 +6243,7 @@ class JobQueue:
             try:
                 if self._crew and (died := self._crew.revive()):
                     _LOG.error("replaced %d worker threads that had died", died)
+                self.jobs.sync()
                 self._discard_orphans()
                 self._retire()
                 if self.jobs.any_doomed():
@@ -8453,6 +8529,8 @@ def open_service(data_dir: Path | str | None = None, *, inline: bool = False, se
 
 def _printable(text: str) -> str:
     """Text from elsewhere as one harmless line: control characters are escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -8470,7 +8548,10 @@ class _LogFormat(logging.Formatter):
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
         if self._json:
-            return json.dumps({"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message})
+            event = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message}
+            if isinstance(record.args, tuple) and record.msg.startswith("job %s"):
+                event["job"] = str(record.args[0])
+            return json.dumps(event)
         return f"{at} {record.levelname:<7} {_printable(message)}"
 
 
@@ -8478,6 +8559,9 @@ def _set_up_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormat(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    # Where a line was logged and by which thread costs more to find out than to write it, and is not shown.
+    logging._srcfile = None  # as "Optimization" in Python's logging HOWTO advises
+    logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
 
 
 def _set_up_process(settings: Settings) -> None:
