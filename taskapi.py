@@ -76,7 +76,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from datetime import time as time_of_day
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from email.utils import format_datetime
@@ -2055,14 +2055,16 @@ class Records:
 
         Anything that an earlier attempt without a checkpoint left is deleted first.
         """
-        self.discard(job.job_id)
-
-        def work(connection: sqlite3.Connection) -> None:
+        def work(connection: sqlite3.Connection) -> bool:
+            if connection.execute("SELECT 1 FROM _spans WHERE job = ?", (job.job_id,)).fetchone():
+                return False
             for record_type, kinds in columns.items():
                 self._ensure_table(connection, record_type, kinds)
                 self._reserve(connection, job, record_type, sizes[record_type])
+            return True
 
-        self._database.write(work)
+        while not self._database.write(work):
+            self.discard(job.job_id)
 
     def _kinds(self, connection: sqlite3.Connection, record_type: str) -> dict[str, Kind]:
         rows = connection.execute("SELECT field, kind FROM _fields WHERE record_type = ? ORDER BY position",
@@ -2070,9 +2072,11 @@ class Records:
         return dict(rows.fetchall())
 
     def _ensure_table(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> None:
-        table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
         known = self._kinds(connection, record_type)
+        if all(known.get(field) == kind for field, kind in kinds.items()):
+            return  # as in most jobs but the first
         by_lower = {field.lower(): field for field in known}
+        table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
         if not table.exists():
             table.create({"_id": int, "_job": str, "_created": str}, pk="_id", strict=True)
             connection.execute("INSERT INTO _types(record_type, next_id) VALUES (?, 1)", (record_type,))
@@ -2400,7 +2404,7 @@ class _Frozen(type):
         return isinstance(value, cls.real)
 
 
-def _stand_ins(rng: random.Random, now: datetime) -> dict[int, Any]:
+def _stand_ins(rng: random.Random, clock: Clock) -> dict[int, Any]:
     """What a provider's methods see in place of the clock, the global Random and two slow helpers, by identity."""
     import faker.decode
     import faker.generator
@@ -2415,14 +2419,17 @@ def _stand_ins(rng: random.Random, now: datetime) -> dict[int, Any]:
         return txt if txt.isascii() else stock_unidecode(txt)
 
     stock_slugify, stock_unidecode = faker.utils.text.slugify, faker.decode.unidecode
-    utc = now.astimezone(UTC).replace(tzinfo=None)
-    instants = _Frozen("datetime", (), {"real": datetime, "now": lambda tz=None: now.astimezone(tz) if tz else utc})
-    dates = _Frozen("date", (), {"real": date, "today": utc.date})
-    clock = sys.modules["datetime"]
+
+    def now(tz: tzinfo | None = None) -> datetime:
+        return clock().astimezone(tz or UTC).replace(tzinfo=tz)
+
+    instants = _Frozen("datetime", (), {"real": datetime, "now": now})
+    dates = _Frozen("date", (), {"real": date, "today": lambda: now().date()})
+    module = sys.modules["datetime"]
     names = ("choice", "choices", "randint", "random", "randrange", "sample", "shuffle", "uniform")
     pairs: list[tuple[Any, Any]] = [
         (datetime, instants), (date, dates), (random, rng), (faker.generator.random, rng),
-        (clock, types.SimpleNamespace(**{**vars(clock), "datetime": instants, "date": dates})),
+        (module, types.SimpleNamespace(**{**vars(module), "datetime": instants, "date": dates})),
         (faker.providers.date_time._get_local_timezone, lambda: UTC),
         *((getattr(random, name), getattr(rng, name)) for name in names),
         (faker.utils.text, types.SimpleNamespace(slugify=slugify)),
@@ -2512,14 +2519,15 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
     return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **numbers}
 
 
-def _date(rng: random.Random, now: datetime, stock: Callable[..., str]) -> Callable[..., str]:
+def _date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> Callable[..., str]:
     """Faker's `date`: a moment since 1970, of which only the day is told."""
-    uniform, end, epoch = rng.random, int(now.timestamp()), EPOCH.toordinal()
+    uniform, epoch = rng.random, EPOCH.toordinal()
+    end = lru_cache(1)(lambda now: int(now.timestamp()))
 
     def draw(*args: Any, **kwargs: Any) -> str:
         if args or kwargs:
             return stock(*args, **kwargs)
-        days, seconds = divmod(end * uniform(), 86_400)
+        days, seconds = divmod(end(clock()) * uniform(), 86_400)
         # what rounds up to the next whole microsecond may be the next day
         return date.fromordinal(epoch + int(days) + (seconds >= 86_399.9999995)).isoformat()
 
@@ -2535,10 +2543,10 @@ def _attributes(cls: type) -> list[tuple[str, Any, Any, Any]]:
             if inspect.isfunction(own) or isinstance(own, (classmethod, staticmethod))]
 
 
-def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator:
+def fast_faker(locale: str, rng: random.Random, clock: Clock) -> FakerGenerator:
     """A Faker of one locale that draws from `rng`, many times faster than stock and with the same values.
 
-    Relative dates count from `now` (aware); methods that in stock Faker ignore the seed, for they use the global
+    Relative dates count from the `clock`; methods that in stock Faker ignore the seed, for they use the global
     Random, draw from `rng` too. Raises AttributeError for a locale that Faker does not have.
     """
     from faker.factory import Factory
@@ -2548,7 +2556,7 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
     generator.random = rng
     stock = BaseProvider(generator)
     stock.__use_weighting__ = True
-    worlds = _Worlds(_stand_ins(rng, now))
+    worlds = _Worlds(_stand_ins(rng, clock))
     # bounded, since some methods make up a text for each value
     template = functools.lru_cache(4096)(partial(_template, generator, generator.parse))
     classes = {base for provider in generator.providers for base in type(provider).__mro__}
@@ -2567,7 +2575,7 @@ def fast_faker(locale: str, rng: random.Random, now: datetime) -> FakerGenerator
         # a class method too is bound to the instance: it then finds the other shadows through its `cls`
         bound = twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
         plain_date = own is vars(date_time.Provider)["date"] and sys.platform != "win32"
-        return _date(rng, now, bound) if plain_date else bound
+        return _date(rng, clock, bound) if plain_date else bound
 
     for provider in generator.providers:
         for name, own, table, patterns in _attributes(type(provider)):  # type: ignore[arg-type]
@@ -2699,6 +2707,8 @@ class _Stream:
     def __init__(self, name: str, spec: RecordSpec, seed: int) -> None:
         self.name, self.spec, self.seed = name, spec, seed
         self.key = _hash64(seed, name)
+        self.shuffles: dict[str, int] = {}  # the keys of the unique fields that are shuffles
+        self.timed = False  # whether the field that is being compiled looked at the clock
         self.rng = random.Random(0)
         self.parent: _Stream | None = None
         self.children: list[_Stream] = []
@@ -2725,9 +2735,27 @@ class _Stream:
     def lookup(self, target: _Stream) -> _Lookup:
         """The one random row of this type that all fields of a record read."""
         if target not in self.lookups:
-            key = _hash64(self.seed, self.name, target.name)
-            self.lookups[target] = _Lookup(key, target.name, target.index, target.root is self.root)
+            self.lookups[target] = _Lookup(self.lookup_key(target), target.name, target.index, target.root is self.root)
         return self.lookups[target]
+
+    def lookup_key(self, target: _Stream) -> int:
+        """What settles which row of this type a record reads."""
+        return _hash64(self.seed, self.name, target.name)
+
+    def reseed(self, seed: int) -> None:
+        """Take another seed, before the next start."""
+        self.seed, self.key, self.done = seed, _hash64(seed, self.name), 0
+        for field in self.shuffles:
+            self.shuffles[field] = _hash64(seed, self.name, field)
+        for target, lookup in self.lookups.items():
+            lookup.key = self.lookup_key(target)
+
+    def forget(self) -> None:
+        """Let go of what has been made; some of it is large."""
+        self.family.clear()
+        self.seen = {column: _Seen(1, 1) for column in self.seen}
+        for lookup in self.lookups.values():
+            lookup.block, lookup.row = {}, None
 
     def many(self, parent_ordinal: int) -> int:
         """How many records are made for this parent (0 for a type that has none)."""
@@ -2782,9 +2810,15 @@ class Scope:
     streams: Mapping[str, _Stream]
     make_faker: Callable[[], FakerGenerator]  # built when a field first asks for it: it takes its time
     several: bool  # locales
-    now: datetime
+    clock: Clock
     path: str
     depth: int = 0
+
+    @property
+    def now(self) -> datetime:
+        """The instant that relative dates count from; who asks for it is compiled again for another instant."""
+        self.stream.timed = True
+        return self.clock()
 
     @property
     def rng(self) -> random.Random:
@@ -3588,6 +3622,7 @@ class _RecordType(_Stream):
         self.path = path
         self.fields: dict[str, FieldType] = {}
         self.draws: list[dict[str, tuple[Draw, Kind]]] = []  # by locale
+        self.clocked: list[tuple[dict[str, tuple[Draw, Kind]], str, Scope]] = []  # those that depend on the instant
 
     def at(self, *steps: str) -> str:
         """The path of a part of this description."""
@@ -3638,7 +3673,7 @@ class _RecordType(_Stream):
         self.family[:] = [tuple(self.values)]
 
     def _compile(self, scope: Scope, name: str) -> None:
-        model = self.fields[name]
+        model, self.timed = self.fields[name], False
         draw, kind = model.draw(scope)
         if (longest := scope.longest(draw)) > MAX_TEXT:
             raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
@@ -3647,14 +3682,25 @@ class _RecordType(_Stream):
         # another locale's values may be of another kind: text holds both
         self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
         self.draws[-1][name] = self._unique(scope, model, name, draw) if model.unique else draw, kind
+        if self.timed:
+            self.clocked.append((self.draws[-1], name, scope))
+
+    def retime(self) -> None:
+        """Compile again what depends on the instant, which has changed."""
+        for draws, name, scope in self.clocked:
+            draw, kind = self.fields[name].draw(scope)
+            draws[name] = self._unique(scope, self.fields[name], name, draw) if self.fields[name].unique else draw, kind
+        if self.clocked:
+            self.finish()
 
     def _unique(self, scope: Scope, model: FieldType, name: str, draw: Draw) -> Draw:
         size, nth = (None if model.distinct else model.domain(scope)) or (2**64 + 1, str)
         if size < self.bound:
             raise scope.refuse(f"has only {size} different values for {self.bound} records", "unique")
         if size <= 2**64:
-            key = _hash64(self.seed, self.name, name)
-            return lambda: nth(_shuffled(size, key, self.done))
+            keys = self.shuffles
+            keys[name] = _hash64(self.seed, self.name, name)
+            return lambda: nth(_shuffled(size, keys[name], self.done))
         if model.distinct:
             return draw
         if model.redraws is None or self.kinds[name] not in ("text", "float"):
@@ -3682,6 +3728,7 @@ class _RecordType(_Stream):
 
     def finish(self) -> None:
         """Settle the steps of a record, now that the kinds of all fields are known."""
+        self.steps.clear()
         for draws in self.draws:
             steps: tuple[_Steps, _Steps] = ([], [])
             for name, (draw, kind) in draws.items():
@@ -3790,8 +3837,9 @@ class Plan:
             for _, tree in itertools.groupby(self.streams.values(), key=lambda s: s.root):
                 scopes = {}
                 for stream in tree:
-                    faker = functools.cache(partial(fast_faker, locale, stream.rng, self.now))
-                    scopes[stream] = scope = Scope(stream, self.streams, faker, several, self.now, stream.at("schema"))
+                    faker = functools.cache(partial(fast_faker, locale, stream.rng, self._clock))
+                    scopes[stream] = scope = Scope(
+                        stream, self.streams, faker, several, self._clock, stream.at("schema"))
                     stream.draws.append({})
                     problems += stream.compile(scope, late=False)
                 for stream, scope in reversed(scopes.items()):
@@ -3801,6 +3849,26 @@ class Plan:
             if stream.size > MAX_RECORD * len(self.locales):
                 problems.append(FieldProblem(stream.at("schema"), f"makes records longer than {MAX_RECORD} characters"))
         return problems
+
+    def _clock(self) -> datetime:
+        return self.now
+
+    def forget(self) -> None:
+        """Let go of what has been made, before the plan is laid aside."""
+        for stream in self.streams.values():
+            stream.forget()
+
+    def renew(self, seed: int, now: datetime) -> None:
+        """Make it what it would be with this seed and instant: compiling takes longer than many a job.
+
+        Raises BadRequest, after which it is of no use, if dates do not fit any more.
+        """
+        earlier, self.seed, self.now = self.now, seed, now.astimezone(UTC)
+        for stream in self.streams.values():
+            stream.reseed(seed)
+            if self.now != earlier:
+                stream.retime()
+        self.total = self._expected()
 
     def _expected(self) -> int:
         """How many rows there will be: those made, and the mean of what is to come."""
@@ -3990,7 +4058,7 @@ def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
 @functools.lru_cache(8)
 def _entries(locale: str) -> list[dict[str, Any]]:
     samples = _samples(locale, {name: cls.example for name, cls in FIELD_TYPES.items()})  # refuses an unknown locale
-    generator = fast_faker(locale, random.Random(0), EPOCH)
+    generator = fast_faker(locale, random.Random(0), utc_now)
     methods = {name: getattr(type(_provider(generator, name)), name) for name in _methods(generator)}
     samples |= _samples(locale, {name: {"type": name} for name in methods if name not in FIELD_TYPES})
     entries = []
@@ -5060,6 +5128,10 @@ def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool =
     return register
 
 
+_IDLE_PLANS: dict[str, Plan] = {}  # compiled ones by recipe, the oldest first
+_IDLE_PLANS_MOST = 16
+
+
 class GenerateRequest(JobRequest):
     """Records to make: `recordType` and `count`, with a schema unless the type is a preset; or `records`."""
 
@@ -5094,7 +5166,7 @@ class GenerateRequest(JobRequest):
         Checking a recipe takes many times as long as answering, and clients post the same one again and again, so the
         last ones are remembered by all that the check looks at; of `now` only where there are dates of its own.
         """
-        recipe = self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
+        recipe = self.recipe()
         dated = re.search(r'"(from|to|\w*date\w*)":', recipe)
         now = instant(self._moment()) if dated else "2000-01-01T00:00:00Z"
         return self._total(recipe, now)
@@ -5102,7 +5174,12 @@ class GenerateRequest(JobRequest):
     @staticmethod
     @lru_cache(maxsize=256)
     def _total(recipe: str, now: str) -> int:
-        return GenerateRequest.model_validate_json(recipe).model_copy(update={"now": now}).plan().total
+        with GenerateRequest.model_validate_json(recipe).model_copy(update={"now": now}).planned() as plan:
+            return plan.total
+
+    def recipe(self) -> str:
+        """What is to be made, but for the seed and the instant."""
+        return self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
 
     @property
     def makes(self) -> str | None:
@@ -5121,6 +5198,22 @@ class GenerateRequest(JobRequest):
         """The checked recipe; raises BadRequest with every problem it has."""
         return Plan(self._specs(), seed=self.seed or 0, now=self._moment(),
                     locale=self.locale or "en_US", where="records" if self.records else "")
+
+    @contextmanager
+    def planned(self) -> Iterator[Plan]:
+        """Like `plan`, but one that was made for the same recipe before, and that nobody uses now, is used again."""
+        recipe = self.recipe()
+        plan = _IDLE_PLANS.pop(recipe, None)
+        if plan:
+            plan.renew(self.seed or 0, self._moment())
+        else:
+            plan = self.plan()
+        yield plan
+        plan.forget()  # one whose use was broken off does not come here
+        _IDLE_PLANS[recipe] = plan
+        with suppress(KeyError, RuntimeError):  # where another thread was faster
+            while len(_IDLE_PLANS) > _IDLE_PLANS_MOST:
+                del _IDLE_PLANS[next(iter(_IDLE_PLANS))]
 
     def _specs(self) -> dict[str, RecordSpec]:
         """The record types asked for, from one of the three forms: related types, a schema, or a preset."""
@@ -5188,30 +5281,30 @@ _SAVE_ROWS = 1000  # committed together
 @job_type("generate", GenerateRequest)
 def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
-    plan = request.plan()
     versions = {"taskapi": __version__, **library_versions()}
-    state = context.checkpoint
-    if not state or state["versions"] != versions:  # other versions would not go on with the same values
-        context.records.open_job(context.job, plan.columns, plan.bounds)
-        state = {"versions": versions, "plan": None}
-    made = _Made(plan, context)
-    saved = done = context.progress.done if state["plan"] else 0
+    with request.planned() as plan:
+        state = context.checkpoint
+        if not state or state["versions"] != versions:  # other versions would not go on with the same values
+            context.records.open_job(context.job, plan.columns, plan.bounds)
+            state = {"versions": versions, "plan": None}
+        made = _Made(plan, context)
+        saved = done = context.progress.done if state["plan"] else 0
 
-    def save(chunk: Chunk) -> None:
-        context.save(Progress(done=chunk.done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint},
-                     made.append)
-        made.committed()
+        def save(chunk: Chunk) -> None:
+            context.save(Progress(done=chunk.done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint},
+                         made.append)
+            made.committed()
 
-    for chunk in plan.chunks(state["plan"], made, _CHUNK_ROWS):
-        made.add(chunk)
-        done = chunk.done
-        if done - saved >= _SAVE_ROWS:
+        for chunk in plan.chunks(state["plan"], made, _CHUNK_ROWS):
+            made.add(chunk)
+            done = chunk.done
+            if done - saved >= _SAVE_ROWS:
+                save(chunk)
+                saved = done
+            yield
+        if done > saved:
             save(chunk)
-            saved = done
-        yield
-    if done > saved:
-        save(chunk)
-    return Outcome({"records": done, "versions": versions})
+        return Outcome({"records": done, "versions": versions})
 
 
 def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:

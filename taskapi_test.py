@@ -1322,6 +1322,7 @@ def test_excel_safe_guards_formulas_and_leaves_numbers(service: taskapi.Service)
 # ==== 5 Generator ====
 
 NOW = datetime(2026, 3, 15, 12, 30, 45, tzinfo=UTC)
+EARLIER = datetime(2024, 2, 29, 23, 59, 59, tzinfo=UTC)
 PERSON = ["name", "email", "address", "company", "job", "phone_number", "date"]
 MORE = pytest.mark.slow
 LOCALES = ["en_US", "ja_JP", "th_TH", *(pytest.param(locale, marks=MORE) for locale in ("de_DE", "es_ES", "hu_HU"))]
@@ -1445,11 +1446,14 @@ def drawn(faker: Any, rng: random.Random, name: str, times: int) -> tuple[list[A
 
 
 def compare(locale: str, times: int) -> tuple[int, list[str], list[str]]:
-    """How many scalar methods of a locale were compared, which differ, and which ignore the seed in stock Faker."""
+    """How many scalar methods of a locale were compared, which differ, and which ignore the seed in stock Faker.
+
+    Ours were used before, at another instant, as those of a plan that is used again.
+    """
     from faker.factory import Factory
 
-    fast_rng, stock_rng = random.Random(), random.Random()
-    fast, stock = fast_faker(locale, fast_rng, NOW), Factory.create(locale)
+    fast_rng, stock_rng, instants = random.Random(), random.Random(), [EARLIER]
+    fast, stock = fast_faker(locale, fast_rng, lambda: instants[0]), Factory.create(locale)
     stock.random = stock_rng
     compared, different, ignoring = 0, [], []
     for name in taskapi._methods(fast):
@@ -1460,6 +1464,9 @@ def compare(locale: str, times: int) -> tuple[int, list[str], list[str]]:
             if type(expected[0][0]) not in taskapi._SCALARS:
                 continue
             again = drawn(stock, stock_rng, name, times)
+        instants[0] = EARLIER
+        drawn(fast, fast_rng, name, 1)
+        instants[0] = NOW
         ours = drawn(fast, fast_rng, name, times)
         compared += 1
         if ours != expected:  # the global Random may have given the same twice
@@ -2135,14 +2142,66 @@ def test_faker_is_built_only_for_a_field_that_needs_it(
     """Building it takes most of a plan's time; an unknown locale is refused all the same."""
     built = []
 
-    def counted(locale: str, rng: random.Random, now: datetime) -> Any:
+    def counted(locale: str, rng: random.Random, clock: taskapi.Clock) -> Any:
         built.append(locale)
-        return fast_faker(locale, rng, now)
+        return fast_faker(locale, rng, clock)
 
     monkeypatch.setattr(taskapi, "fast_faker", counted)
     plan({"a": field, "b": field})
     assert len(built) == builds
     assert "locale" in problems(lambda: plan({"a": field}, locale="xx_XX"))
+
+
+RECIPES: dict[str, Any] = {
+    **{name: taskapi.PRESETS[name].get("records") or {name: taskapi.PRESETS[name]} for name in taskapi.PRESETS},
+    "unique": {"thing": {"schema": {
+        "day": {"type": "date", "from": "-2y", "to": "now", "unique": True}, "name": {"type": "name", "unique": True},
+        "code": {"type": "pattern", "pattern": "##-##", "unique": True}, "born": "date_of_birth", "at": "date_time",
+        "after": {"type": "datetime", "from": "{day}", "to": "now"},
+        "late": {"type": "template", "template": "{after}"}}}},
+    "related": {"a": {"schema": {"id": "sequence"}}, "b": {"count": 30, "schema": {
+        "a": {"type": "ref", "field": "a.id"}, "since": {"type": "date", "from": "-9d", "to": "today"}}},
+        "c": {"per": "a", "count": [0, 3], "schema": {"x": {"type": "datetime", "from": "-1h"}}}}}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_plan_that_is_used_again_makes_what_a_new_one_makes(name: str) -> None:
+    """For another seed and another instant; and once more for the first ones."""
+    def fresh(seed: int, now: datetime) -> Plan:
+        return related({key: {"count": 25, **spec} for key, spec in RECIPES[name].items()},
+                       seed=seed, now=now, locale=["en_US", "de_DE"])
+
+    a_plan = fresh(1, EARLIER)
+    expected, first = rows(fresh(2, NOW)), rows(a_plan)
+    for seed, now, made in ((2, NOW, expected), (2, NOW, expected), (1, EARLIER, first)):
+        a_plan.forget()
+        a_plan.renew(seed, now)
+        assert (rows(a_plan), a_plan.total, a_plan.bounds) == (made, fresh(seed, now).total, fresh(seed, now).bounds)
+    assert first != expected
+
+
+def test_compiled_recipes_are_used_again_by_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several jobs of one recipe make what each would make alone; few are kept, and none whose use was broken off."""
+    monkeypatch.setattr(taskapi, "_IDLE_PLANS", idle := {})
+    monkeypatch.setattr(taskapi, "_IDLE_PLANS_MOST", 2)
+    taskapi.GenerateRequest._total.cache_clear()
+    with taskapi.open_service(tmp_path, workers=4) as service:
+        jobs = [service.enqueue("generate", {**PERSONS, "seed": seed, "now": "2026-01-01T00:00:00Z"}).job_id
+                for seed in (1, 2, 1, 2, 1, 2)]
+        assert {service.wait(job_id, 30).status for job_id in jobs} == {"completed"}
+        counts = [service.enqueue("generate", {**PERSONS, "count": count}).job_id for count in (1, 2, 3)]
+        assert {service.wait(job_id, 30).status for job_id in counts} == {"completed"}
+        assert len(idle) <= 2
+        columns = ", ".join(map(taskapi._quote, taskapi.PRESETS["person"]["schema"]))
+        made = [plain(tmp_path, f"SELECT json_array({columns}) FROM person WHERE _job = '{job}' ORDER BY _id")
+                for job in jobs]
+        assert made == [made[0], made[1]] * 3
+        assert made[0] != made[1]
+    request = taskapi.GenerateRequest.model_validate({**PERSONS, "now": "2026-01-01T00:00:00Z"})
+    with suppress(ZeroDivisionError), request.planned():
+        idle.clear()
+        raise ZeroDivisionError
+    assert not idle
 
 
 def test_importing_the_room_does_not_import_faker() -> None:
