@@ -850,21 +850,43 @@ def test_works_that_wait_share_one_commit_and_one_that_fails_undoes_only_itself(
 
 def test_what_a_client_is_told_is_fsynced_first(
         jobs: taskapi.Jobs, database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """synchronous=FULL for every commit that an answer or a completed job stands on; claims may be lazier."""
+    """synchronous=FULL for every commit that an answer stands on; claims may be lazier."""
     levels: list[int] = []
     write = database.write
 
-    def watched(work: Callable[[sqlite3.Connection], Any], durable: bool = False) -> Any:
+    def watched(work: Callable[[sqlite3.Connection], Any], durable: bool = False, atomic: bool = False) -> Any:
         return write(lambda connection: (levels.append(connection.execute("PRAGMA synchronous").fetchone()[0]),
-                                         work(connection))[1], durable)
+                                         work(connection))[1], durable, atomic)
 
     monkeypatch.setattr(database, "write", watched)
     job_id = jobs.insert("script", {})[0].job_id
     jobs.cancel(job_id)
     jobs.retry(job_id)
-    jobs.finish(jobs.claim()[0], taskapi.JobStatus.COMPLETED, result={})
-    jobs.remove(job_id)
-    assert [level for number, level in enumerate(levels) if number != 3] == [2, 2, 2, 2, 2]
+    jobs.finish(jobs.claim()[0], taskapi.JobStatus.FAILED, error="it was to fail")
+    jobs.retry(job_id)
+    jobs.remove(jobs.cancel(job_id).job_id)
+    assert [level for number, level in enumerate(levels) if number != 3] == [2] * 7
+
+
+@pytest.mark.parametrize("look", [lambda jobs, job_id: jobs.get(job_id),
+                                  lambda jobs, job_id: jobs.page(None, None, 10, None)[0][0],
+                                  lambda jobs, job_id: jobs.sync() or jobs.get(job_id)])
+def test_a_completed_job_is_fsynced_before_anybody_is_shown_it(
+        jobs: taskapi.Jobs, database: taskapi.Database, look: Callable[[taskapi.Jobs, str], taskapi.Job]) -> None:
+    """Once: by one more commit, which is fsynced; while it runs, and when it is looked at again, by none."""
+    statements: list[str] = []
+    job_id = jobs.insert("script", {})[0].job_id
+    claim = jobs.claim()
+    database._writer.set_trace_callback(lambda text: statements.append(text.split(" VALUES")[0]))
+    assert look(jobs, job_id).status == "in-progress"
+    assert not statements
+    jobs.complete(claim.job, {}, None)
+    assert "PRAGMA synchronous = FULL" not in statements
+    synced = ["PRAGMA synchronous = FULL", "BEGIN IMMEDIATE", "INSERT OR REPLACE INTO _heartbeat", "COMMIT"]
+    for expected in (synced, []):
+        statements.clear()
+        assert look(jobs, job_id).status == "completed"
+        assert statements == expected
 
 
 def test_the_jobs_list_goes_back_page_by_page_and_filters(tmp_path: Path, script: Any) -> None:
@@ -3912,6 +3934,28 @@ def test_a_log_line_cannot_be_forged(live: Live) -> None:
     log = live.log.read_text()
     assert not [line for line in log.splitlines() if line.startswith("2026-01-01 INFO")]
     assert "\x1b" not in log
+
+
+def test_a_job_event_is_one_line_of_json_that_names_the_job(tmp_path: Path) -> None:
+    """With --log-format json; a bug's traceback stays within the line of its job."""
+    program = tmp_path / "buggy.py"
+    program.write_text(
+        "import sys, taskapi\n"
+        "class Request(taskapi.JobRequest): pass\n"
+        "@taskapi.job_type('buggy', Request)\n"
+        "def run(context, request):\n"
+        "    yield 1 / 0\n"
+        "sys.exit(taskapi.main())\n")
+    with Live(tmp_path / "data", "--log-format", "json", program=str(program)) as live:
+        jobs = [live.make("/generate", PERSONS), live.make("/buggy", {})]
+        assert [live.job(job_id, 20)["status"] for job_id in jobs] == ["completed", "failed"]
+        assert live.end() == 0
+        events = [json.loads(line) for line in live.log.read_text().splitlines()]
+    for job_id, ending in zip(jobs, ("completed", "failed"), strict=True):
+        told = {event["message"].split()[3].rstrip(":,") for event in events if event.get("job") == job_id}
+        assert told - {"met"} == {"pending", "in-progress", ending}
+    assert [event["level"] for event in events if "Traceback" in event["message"]] == ["error"]
+    assert {"at", "level", "logger", "message"} <= set.intersection(*map(set, events))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
