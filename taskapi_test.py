@@ -3344,7 +3344,7 @@ def sandboxed(*command: str) -> list[str]:
 
 @pytest.fixture
 def little(tmp_path: Path) -> Iterator[tuple[Live, Path]]:
-    """A server whose data folder is on a disk of 6 MB, and that disk as seen from outside."""
+    """A server whose data folder is on a disk of 32 MB, and that disk as seen from outside."""
     folder = tmp_path / "disk"
     folder.mkdir()
     with Live(folder / "data", wrap=sandboxed("mount -t tmpfs -o size=32m tmpfs", str(folder))) as live:
