@@ -8214,8 +8214,9 @@ class _Arrival:
     """The body of an upload, as the buffer that Waitress puts a body into; it is taken in while it comes."""
 
     def __init__(self, reception: Reception, pool: ThreadPoolExecutor, coming: set[_Arrival],
-                 on_step: Callable[[], None]):
+                 on_step: Callable[[], None], chunked: bool):
         self._reception, self._pool, self._coming = reception, pool, coming
+        self._most = 0 if chunked else 2**20  # to read at once; what Waitress does to chunks goes with its square
         self._turn = InTurn(reception.feed, pool, on_step)
         self._held: list[bytes] = []
         self._length = 0
@@ -8258,8 +8259,8 @@ class _Arrival:
         return self._turn.waiting + self._reception.waiting > self._share
 
     def wanted(self, least: int) -> int:
-        """How many bytes to read at once: few where many uploads come."""
-        return max(least, min(self._share, 4 * least))
+        """How many bytes to read at once: the more, the less each costs; few where many uploads come."""
+        return max(least, min(self._share, self._most))
 
     # On a thread
 
@@ -8476,9 +8477,9 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
     def handle_read(self) -> None:
         """Takes in a request; after a refusal, throws away what comes."""
-        upload = self._upload()
+        size, upload = self.adj.recv_bytes, self._upload()
         try:
-            data = self.socket.recv(self.adj.recv_bytes if upload is None else upload.wanted(self.adj.recv_bytes))
+            data = self.socket.recv(size if upload is None else upload.wanted(size))
         except BlockingIOError:
             return
         except OSError:
@@ -8631,7 +8632,7 @@ class HttpServer:
             "parser_class": parser, "turns": engine.queue.turns,
             "arrival": staticmethod(lambda content_type, length, on_step: _Arrival(
                 Reception(content_type, length, engine.folder, settings, self._pool, on_step),
-                self._pool, self._coming, on_step))})
+                self._pool, self._coming, on_step, chunked=length < 0))})
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}"
         self._stop = threading.Event()
