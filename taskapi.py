@@ -4051,7 +4051,13 @@ class InTurn:
             self.waiting += len(block)
             submitted, self._submitted = self._submitted, True
         if not submitted:
+            self._submit()
+
+    def _submit(self) -> None:
+        try:
             self._pool.submit(self._step)
+        except RuntimeError:  # the pool is shut: whoever still waits for the end does the rest
+            self._step()
 
     def _step(self) -> None:
         with self._state:
@@ -4068,7 +4074,7 @@ class InTurn:
             self.waiting -= len(block)
             self._state.notify_all()
         if more:  # behind those of others
-            self._pool.submit(self._step)
+            self._submit()
         self._on_step()
 
     def check(self) -> None:
@@ -4361,7 +4367,7 @@ class Reception:
         self._new_draft = partial(Draft, folder.root, pool, on_step)
         self._draft: Draft | None = None
         with _broken_multipart():
-            self._parser = multipart.PushMultipartParser(boundary, max_segment_count=16, strict=True)
+            self._parser = multipart.PushMultipartParser(boundary, max_segment_count=16)
         self._first = f"--{boundary}".encode()
         self._head: bytes | None = b""  # until the first boundary has come
         self._texts: dict[str, str] = {}
@@ -4380,8 +4386,10 @@ class Reception:
             self._parse(block)
 
     def _begin(self) -> None:
-        block, self._head = self._head, None
-        if block:
+        if self._head is not None:
+            block, self._head = self._head, None
+            if self._first not in block[:_PREAMBLE]:
+                raise BadRequest("the multipart body is broken: it does not begin with its boundary")
             self._parse(block)
 
     def _parse(self, block: bytes) -> None:
@@ -4391,12 +4399,13 @@ class Reception:
                     self._start(event)
                 elif event is None:
                     self._end()
-                    self._parser.strict = False  # from now on: what may follow the last part is ignored
                 else:
                     self._data(bytes(event))
 
     def _start(self, part: multipart.MultipartSegment) -> None:
         self._name = part.name
+        if not part.name:
+            raise BadRequest("the multipart body is broken: a part has no name")
         if part.filename is None:
             if part.name == "file":
                 raise BadRequest.of("file", "has no file name")
@@ -4426,9 +4435,10 @@ class Reception:
 
     def _data(self, block: bytes) -> None:
         if self._check and self._draft and self._name == "file":
-            if self._draft.bytes + len(block) > self._settings.max_upload_bytes:
+            room = self._settings.max_upload_bytes - self._draft.bytes
+            self._check.feed(block[:room])  # what is wrong first is said, wherever blocks end
+            if len(block) > room:
                 raise upload_too_large(self._settings)
-            self._check.feed(block)
             self._draft.write(block)
             return
         self._text += block
@@ -8314,7 +8324,7 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
         in_head = not self.headers_finished
         try:
             consumed: int = super().received(data)
-        except OSError:  # a large body is kept in a file until it is whole
+        except OSError:  # a large body that is no upload is kept in a file until it is whole
             self.refuse(DiskFull("the disk is full"))
             return len(data)
         if in_head and self.headers_finished and not self.empty and self.error is None:
@@ -8539,6 +8549,8 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
                 request.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
             request.refuse(error)
             self.requests.append(request)
+            if isinstance(error, StorageError):
+                _LOG.error("%s %s: %s", request.command, request.path, error)
             if len(self.requests) == 1:  # otherwise whoever answers those before goes on with it
                 self.server.add_task(self)
 
