@@ -4099,9 +4099,9 @@ class InTurn:
 class Draft:
     """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed.
 
-    Once a block is large, one thread writes and another hashes: both do without the interpreter lock, and whoever
-    makes the blocks need not wait for it. `pool`: threads of somebody who minds `waiting` himself; `on_step` is called
-    on them after each block. Without it a draft has its own, and `write` sees to it that not too much waits.
+    Where a large block follows others, one thread writes and another hashes: both do without the interpreter lock, and
+    whoever makes the blocks need not wait for them. `pool`: threads of somebody who minds `waiting` himself; `on_step`
+    is called on them after each block. Without it a draft has its own, and `write` sees that not too much waits.
     """
 
     def __init__(self, root: Path, pool: ThreadPoolExecutor | None = None, on_step: Callable[[], None] = lambda: None):
@@ -4118,12 +4118,12 @@ class Draft:
 
     def write(self, block: bytes) -> None:
         """Appends; DiskFull or StorageError if that fails, or failed for an earlier block."""
+        if not self._aside and len(block) >= _LARGE_BLOCK and self.bytes:
+            pool = self._pool
+            if pool is None:
+                pool = self._own = ThreadPoolExecutor(2, "taskapi-draft")
+            self._aside = [InTurn(work, pool, self._on_step) for work in (self._append, self._hash.update)]
         self.bytes += len(block)
-        if not self._aside and len(block) >= _LARGE_BLOCK:
-            if self._pool is None:
-                self._own = ThreadPoolExecutor(2, "taskapi-draft")
-            for work in (self._append, self._hash.update):
-                self._aside.append(InTurn(work, self._pool or cast(ThreadPoolExecutor, self._own), self._on_step))
         if not self._aside:
             self._append(block)
             self._hash.update(block)
@@ -4192,6 +4192,9 @@ class Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Removes the file unless it was kept."""
         for turn in self._aside:
             turn.stop()
@@ -4476,7 +4479,7 @@ class Reception:
     def close(self) -> None:
         """Removes what was not kept."""
         if self._draft:
-            self._draft.__exit__()
+            self._draft.close()
 
 
 @contextmanager

@@ -2481,16 +2481,16 @@ def test_requests_that_follow_an_upload_on_its_connection_are_answered_in_turn(
     assert_sound(service.folder.root)
 
 
-TEXTS = {name: f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{{}}\r\n' for name in (
+TEXT_PARTS = {name: f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{{}}\r\n' for name in (
     "recordType", "delimiter", "encoding")}
 EQUAL_FORMS = {
     **{name: form(content, name) for name, content in {**GOOD_FILES, **BAD_FILES}.items()}, **BROKEN_FORMS,
-    "texts after the file": part() + (TEXTS["recordType"].format("t") + TEXTS["delimiter"].format(",")).encode() + (
+    "texts after the file": part() + (TEXT_PARTS["recordType"].format("t") + TEXT_PARTS["delimiter"].format(",")).encode() + (
         b"--XX--\r\n"),
-    "texts before the file": (TEXTS["encoding"].format("latin-1") + TEXTS["recordType"].format("t")).encode() + (
+    "texts before the file": (TEXT_PARTS["encoding"].format("latin-1") + TEXT_PARTS["recordType"].format("t")).encode() + (
         form(b"caf\xe9\n1\n")),
-    "a text twice": (TEXTS["recordType"].format("t") + TEXTS["recordType"].format("u")).encode() + form(),
-    "a text of a wrong kind": TEXTS["recordType"].format("T!").encode() + form(),
+    "a text twice": (TEXT_PARTS["recordType"].format("t") + TEXT_PARTS["recordType"].format("u")).encode() + form(),
+    "a text of a wrong kind": TEXT_PARTS["recordType"].format("T!").encode() + form(),
     "something after the end": form() + b"epilogue" * 1000, "no line end after the end": form()[:-2],
     "something before the beginning": b"preamble\r\n" + form(),
     "a lot before the beginning": b"preamble" * 1000 + b"\r\n" + form(),
