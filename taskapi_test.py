@@ -2481,16 +2481,18 @@ def test_requests_that_follow_an_upload_on_its_connection_are_answered_in_turn(
     assert_sound(service.folder.root)
 
 
-TEXT_PARTS = {name: f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{{}}\r\n' for name in (
-    "recordType", "delimiter", "encoding")}
+
+def text_part(name: str, value: str) -> bytes:
+    """One text part of a form."""
+    return f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+
+
 EQUAL_FORMS = {
     **{name: form(content, name) for name, content in {**GOOD_FILES, **BAD_FILES}.items()}, **BROKEN_FORMS,
-    "texts after the file": part() + (TEXT_PARTS["recordType"].format("t") + TEXT_PARTS["delimiter"].format(",")).encode() + (
-        b"--XX--\r\n"),
-    "texts before the file": (TEXT_PARTS["encoding"].format("latin-1") + TEXT_PARTS["recordType"].format("t")).encode() + (
-        form(b"caf\xe9\n1\n")),
-    "a text twice": (TEXT_PARTS["recordType"].format("t") + TEXT_PARTS["recordType"].format("u")).encode() + form(),
-    "a text of a wrong kind": TEXT_PARTS["recordType"].format("T!").encode() + form(),
+    "texts after the file": part() + text_part("recordType", "t") + text_part("delimiter", ",") + b"--XX--\r\n",
+    "texts before the file": text_part("encoding", "latin-1") + text_part("recordType", "t") + form(b"caf\xe9\n1\n"),
+    "a text twice": text_part("recordType", "t") + text_part("recordType", "u") + form(),
+    "a text of a wrong kind": text_part("recordType", "T!") + form(),
     "something after the end": form() + b"epilogue" * 1000, "no line end after the end": form()[:-2],
     "something before the beginning": b"preamble\r\n" + form(),
     "a lot before the beginning": b"preamble" * 1000 + b"\r\n" + form(),
