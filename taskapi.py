@@ -8782,7 +8782,7 @@ def _set_up_process(settings: Settings) -> None:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
     _descriptors(wanted=4096)
     sys.setswitchinterval(0.0005)  # a request waits for the interpreter lock a few times: let that be short
-    tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # large bodies wait on the disk they go to
+    tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # what is too large to wait in memory waits there
 
 
 # ---- The command line: every command is a client, of the application in this process or of a running server ----
