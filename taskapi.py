@@ -4084,7 +4084,10 @@ def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
-_LARGE_BLOCK, _BLOCKS_AHEAD, _SYNC_STEP = 2**16, 8, 2**25  # see Draft: bytes, blocks, bytes
+_LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see Draft
+AHEAD = 2**23  # bytes that may wait in memory for the disk: those of one draft, or of all uploads together
+_PREAMBLE = 4096  # how far from its beginning a multipart body may have its first boundary
+_TEXT_PARTS = ("recordType", "delimiter", "encoding")
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
@@ -4143,35 +4146,107 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class InTurn:
+    """Gives blocks to a function one at a time, in order, on threads that others may use too.
+
+    After a failure the blocks are dropped, and whoever asks is told.
+    """
+
+    def __init__(self, work: Callable[[bytes], object], pool: ThreadPoolExecutor, on_step: Callable[[], None]):
+        self._work, self._pool, self._on_step = work, pool, on_step
+        self._state = threading.Condition()
+        self._blocks: deque[bytes] = deque()
+        self._submitted = self._running = False
+        self._error: Exception | None = None
+        self.waiting = 0  # bytes; those at work still count
+
+    def put(self, block: bytes) -> None:
+        """Takes a block; never waits."""
+        with self._state:
+            self._blocks.append(block)
+            self.waiting += len(block)
+            submitted, self._submitted = self._submitted, True
+        if not submitted:
+            self._submit()
+
+    def _submit(self) -> None:
+        try:
+            self._pool.submit(self._step)
+        except RuntimeError:  # the pool is shut: whoever still waits for the end does the rest
+            self._step()
+
+    def _step(self) -> None:
+        with self._state:
+            block = self._blocks.popleft() if self._blocks else b""
+            self._running = True
+        try:
+            if block and self._error is None:
+                self._work(block)
+        except Exception as error:
+            self._error = error
+        with self._state:
+            self._running = False
+            self._submitted = more = bool(self._blocks)
+            self.waiting -= len(block)
+            self._state.notify_all()
+        if more:  # behind those of others
+            self._submit()
+        self._on_step()
+
+    def check(self) -> None:
+        """Raises what the function has raised."""
+        if self._error is not None:
+            raise self._error
+
+    def settle(self, most: int = 0) -> None:
+        """Waits until no more than `most` bytes wait; raises what the function has raised."""
+        with self._state:
+            self._state.wait_for(lambda: self.waiting <= most)
+        self.check()
+
+    def stop(self) -> None:
+        """Drops what waits; returns when nothing is at work."""
+        with self._state:
+            self.waiting -= sum(map(len, self._blocks))
+            self._blocks.clear()
+            self._state.wait_for(lambda: not self._running)
+
+
 class Draft:
     """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed.
 
-    Once a block is large, a thread of its own writes and hashes: that does without the interpreter lock, and whoever
-    makes the blocks need not wait for it.
+    Where a large block follows others, one thread writes and another hashes: both do without the interpreter lock, and
+    whoever makes the blocks need not wait for them. `pool`: threads of somebody who minds `waiting` himself; `on_step`
+    is called on them after each block. Without it a draft has its own, and `write` sees that not too much waits.
     """
 
-    def __init__(self, root: Path):
-        self._root = root
+    def __init__(self, root: Path, pool: ThreadPoolExecutor | None = None, on_step: Callable[[], None] = lambda: None):
+        self._root, self._pool, self._on_step = root, pool, on_step
+        self._own: ThreadPoolExecutor | None = None
         with _disk_errors():
             descriptor, name = tempfile.mkstemp(dir=root / "tmp")
         self.path = Path(name)
         self._file = os.fdopen(descriptor, "wb")
         self._hash = hashlib.sha256()
-        self._writer: ThreadPoolExecutor | None = None
-        self._going: deque[Future[None]] = deque()
+        self._aside: list[InTurn] = []
         self._unsynced = 0
         self.bytes = 0
 
     def write(self, block: bytes) -> None:
         """Appends; DiskFull or StorageError if that fails, or failed for an earlier block."""
+        if not self._aside and len(block) >= _LARGE_BLOCK and self.bytes:
+            pool = self._pool
+            if pool is None:
+                pool = self._own = ThreadPoolExecutor(2, "taskapi-draft")
+            self._aside = [InTurn(work, pool, self._on_step) for work in (self._append, self._hash.update)]
         self.bytes += len(block)
-        if self._writer is None and len(block) >= _LARGE_BLOCK:
-            self._writer = ThreadPoolExecutor(1, "taskapi-draft")
-        if self._writer is None:
+        if not self._aside:
             self._append(block)
-            return
-        self._settle(_BLOCKS_AHEAD)
-        self._going.append(self._writer.submit(self._append, block))
+            self._hash.update(block)
+        for turn in self._aside:
+            turn.put(block)
+        if self._own:
+            self._settle(AHEAD)
 
     def _append(self, block: bytes) -> None:
         with _disk_errors():
@@ -4181,11 +4256,20 @@ class Draft:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._unsynced = 0
-        self._hash.update(block)
 
     def _settle(self, most: int = 0) -> None:
-        while len(self._going) > most:
-            self._going.popleft().result()
+        for turn in self._aside:
+            turn.settle(most)
+
+    def check(self) -> None:
+        """DiskFull or StorageError if a block could not be written."""
+        for turn in self._aside:
+            turn.check()
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that are not yet written or hashed."""
+        return max((turn.waiting for turn in self._aside), default=0)
 
     @property
     def sha256(self) -> str:
@@ -4224,9 +4308,14 @@ class Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Removes the file unless it was kept."""
-        if self._writer:
-            self._writer.shutdown(cancel_futures=True)
+        for turn in self._aside:
+            turn.stop()
+        if self._own:
+            self._own.shutdown()
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -4375,34 +4464,82 @@ def check_upload_head(content_type: str, length: int, settings: Settings) -> str
     return str(options["boundary"])
 
 
-class _UploadReceiver:
-    """Takes the events of a multipart parser; the file goes to a draft, texts into a dict."""
+@contextmanager
+def _broken_multipart() -> Iterator[None]:
+    try:
+        yield
+    except multipart.MultipartError as error:
+        raise BadRequest(f"the multipart body is broken: {error}") from None
 
-    def __init__(self, draft: Draft, settings: Settings, text_fields: Container[str]):
-        self._draft, self._settings, self._text_fields = draft, settings, text_fields
-        self.texts: dict[str, str] = {}
-        self.filename: str | None = None
-        self.content_type = ""
+
+class Reception:
+    """An upload on its way in: its multipart body comes block by block, is checked, and the file goes to a draft.
+
+    `length` is -1 where unknown; `pool` and `on_step` as for a Draft. Raises BadRequest for what the head tells. After
+    `close` all is gone that was not kept.
+    """
+
+    def __init__(self, content_type: str, length: int, folder: DataFolder, settings: Settings,
+                 pool: ThreadPoolExecutor | None = None, on_step: Callable[[], None] = lambda: None):
+        boundary = check_upload_head(content_type, length, settings)
+        self._settings = settings
+        self._new_draft = partial(Draft, folder.root, pool, on_step)
+        self._draft: Draft | None = None
+        with _broken_multipart():
+            self._parser = multipart.PushMultipartParser(boundary, max_segment_count=16)
+        self._first = f"--{boundary}".encode()
+        self._head: bytes | None = b""  # until the first boundary has come
+        self._texts: dict[str, str] = {}
+        self._filename = self._content_type = ""
         self._check: _ContentCheck | None = None
         self._text = b""
         self._name = ""
 
-    def start(self, part: multipart.MultipartSegment) -> None:
+    def feed(self, block: bytes) -> None:
+        """Takes a block in; raises BadRequest at the first that is wrong, DiskFull, StorageError."""
+        if self._head is not None:  # the parser wants the first boundary in one piece with what it is first given
+            self._head += block
+            if self._first in self._head or len(self._head) >= _PREAMBLE:
+                self._begin()
+        elif block:
+            self._parse(block)
+
+    def _begin(self) -> None:
+        if self._head is not None:
+            block, self._head = self._head, None
+            if self._first not in block[:_PREAMBLE]:
+                raise BadRequest("the multipart body is broken: it does not begin with its boundary")
+            self._parse(block)
+
+    def _parse(self, block: bytes) -> None:
+        with _broken_multipart():
+            for event in self._parser.parse(block):
+                if isinstance(event, multipart.MultipartSegment):
+                    self._start(event)
+                elif event is None:
+                    self._end()
+                else:
+                    self._data(bytes(event))
+
+    def _start(self, part: multipart.MultipartSegment) -> None:
         self._name = part.name
+        if not part.name:
+            raise BadRequest("the multipart body is broken: a part has no name")
         if part.filename is None:
             if part.name == "file":
                 raise BadRequest.of("file", "has no file name")
-            if part.name not in self._text_fields:
+            if part.name not in _TEXT_PARTS:
                 raise BadRequest.of(part.name, "is not known here")
             self._text = b""
             return
-        if part.name != "file" or self.filename is not None:
+        if part.name != "file" or self._draft is not None:
             raise BadRequest.of(part.name, "is one file too many: send one, in a part named file")
-        self.filename = file_label(part.filename)
-        suffix = self.filename.rpartition(".")[2].lower() if "." in self.filename else ""
+        self._filename = file_label(part.filename)
+        suffix = self._filename.rpartition(".")[2].lower() if "." in self._filename else ""
         self._check_type(suffix, part.content_type or "")
-        self._check = _ContentCheck(suffix, self.texts.get("encoding"))  # which so has to stand before the file
-        self.content_type = FILE_TYPES[suffix].content_type
+        self._check = _ContentCheck(suffix, self._texts.get("encoding"))  # which so has to stand before the file
+        self._content_type = FILE_TYPES[suffix].content_type
+        self._draft = self._new_draft()
 
     def _check_type(self, suffix: str, declared: str) -> None:
         allowed = self._settings.upload_types
@@ -4415,51 +4552,67 @@ class _UploadReceiver:
         if declared in others and declared != FILE_TYPES[suffix].content_type:
             raise BadRequest.of("file", f"is declared as {declared} but named .{suffix}")
 
-    def data(self, block: bytes) -> None:
-        if self._check and self._name == "file":
-            if self._draft.bytes + len(block) > self._settings.max_upload_bytes:
+    def _data(self, block: bytes) -> None:
+        if self._check and self._draft and self._name == "file":
+            room = self._settings.max_upload_bytes - self._draft.bytes
+            self._check.feed(block[:room])  # what is wrong first is said, wherever blocks end
+            if len(block) > room:
                 raise upload_too_large(self._settings)
-            self._check.feed(block)
             self._draft.write(block)
             return
         self._text += block
         if len(self._text) > 1024:
             raise BadRequest.of(self._name, "is over 1 KiB")
 
-    def end(self) -> None:
+    def _end(self) -> None:
         if self._check and self._name == "file":
             self._check.feed(b"", last=True)
             return
         try:
-            self.texts[self._name] = self._text.decode()
+            self._texts[self._name] = self._text.decode()
         except UnicodeDecodeError:
             raise BadRequest.of(self._name, "is not UTF-8") from None
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of the file that are not yet written or hashed."""
+        return self._draft.waiting if self._draft else 0
+
+    def check(self) -> None:
+        """DiskFull or StorageError if something could not be written."""
+        if self._draft:
+            self._draft.check()
+
+    def finish(self) -> Received:
+        """All that came; raises BadRequest if that is not a whole upload."""
+        self._begin()
+        with _broken_multipart():
+            self._parser.close()
+        if not self._draft:
+            raise BadRequest.of("file", "is missing")
+        return Received(self._draft, self._filename, self._content_type, self._texts)
+
+    def close(self) -> None:
+        """Removes what was not kept."""
+        if self._draft:
+            self._draft.close()
+
 
 @contextmanager
-def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: DataFolder, settings: Settings,
-                   text_fields: Container[str]) -> Iterator[Received]:
-    """Streams a multipart body to a draft, checking size and type on the way; `length` is -1 where unknown.
+def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: DataFolder,
+                   settings: Settings) -> Iterator[Received]:
+    """Takes an upload from a stream, as a Reception does; what is not kept inside the block is gone after it."""
+    with closing(Reception(content_type, length, folder, settings)) as reception:
+        left = length if length >= 0 else sys.maxsize
+        while block := stream.read(min(_BLOCK, left)):
+            reception.feed(block)
+            left -= len(block)
+        yield reception.finish()
 
-    Raises BadRequest at the first thing that is wrong. What is not kept inside the block is gone after it.
-    """
-    boundary = check_upload_head(content_type, length, settings)
-    with Draft(folder.root) as draft:
-        receiver = _UploadReceiver(draft, settings, text_fields)
-        try:
-            parser = multipart.PushMultipartParser(boundary, content_length=length, max_segment_count=16, strict=True)
-            for event in parser.parse_blocking(stream.read, _BLOCK):
-                if isinstance(event, multipart.MultipartSegment):
-                    receiver.start(event)
-                elif event is None:
-                    receiver.end()
-                else:
-                    receiver.data(bytes(event))
-        except multipart.MultipartError as error:
-            raise BadRequest(f"the multipart body is broken: {error}") from None
-        if not receiver.filename:
-            raise BadRequest.of("file", "is missing")
-        yield Received(draft, receiver.filename, receiver.content_type, receiver.texts)
+
+def upload_threads() -> ThreadPoolExecutor:
+    """For what is done with uploads while they arrive: a few threads, however many there are."""
+    return ThreadPoolExecutor(4, "taskapi-upload")
 
 
 class Selected(NamedTuple):
@@ -6517,9 +6670,10 @@ _JSON_TYPE = "application/json"
 _LONG_POLL_SECONDS = 30
 
 
-def takes_upload(path: str, content_type: str | None) -> bool:
-    """True for a request that brings a file: any to /upload, multipart ones to /infer."""
-    return path == "/upload" or (path == "/infer" and not (content_type or "").lower().startswith(_JSON_TYPE))
+def takes_upload(method: str, path: str, content_type: str | None) -> bool:
+    """True for a request that brings a file: any POST to /upload, multipart ones to /infer."""
+    return method == "POST" and (
+        path == "/upload" or (path == "/infer" and not (content_type or "").lower().startswith(_JSON_TYPE)))
 
 
 def body_too_large(path: str, settings: Settings) -> TaskError:
@@ -6600,6 +6754,13 @@ class Call:
         request = validated(model, lambda: model.model_validate_json(raw))
         check_json(raw)
         return request
+
+    def upload(self) -> AbstractContextManager[Received]:
+        """What a multipart body brings; our own server has taken it in while it came."""
+        coming = self.environ.get("taskapi.upload")
+        return cast(AbstractContextManager[Received], coming.received()) if coming is not None else receive_upload(
+            self.environ["wsgi.input"], self.header("Content-Type") or "", self.length, self.engine.folder,
+            self.engine.settings)
 
 
 def prefers_html(accept: str | None) -> bool:
@@ -6718,8 +6879,7 @@ class UploadForm(Shape):
 def post_upload(call: Call) -> bottle.HTTPResponse:
     """Takes one file, as multipart/form-data with a part named `file`."""
     engine = call.engine
-    with receive_upload(call.environ["wsgi.input"], call.header("Content-Type") or "", call.length, engine.folder,
-                        engine.settings, ("recordType", "delimiter", "encoding")) as received:
+    with call.upload() as received:
         request = UploadRequest(filename=received.filename, content_type=received.content_type, draft=received.draft)
         if received.texts:
             ingest = validated(IngestRequest, lambda: IngestRequest.model_validate(
@@ -6747,11 +6907,9 @@ def _type_named_like(filename: str) -> str:
 @route("POST", "/infer", {200: GenerateRequest}, body=UploadForm)
 def post_infer(call: Call) -> bottle.HTTPResponse:
     """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
-    content_type = call.header("Content-Type") or ""
-    if content_type.partition(";")[0].strip().lower() == _JSON_TYPE:
+    if (call.header("Content-Type") or "").partition(";")[0].strip().lower() == _JSON_TYPE:
         return reply(infer(io.BytesIO(call.raw()), RecordReader("body.json"), "record"))
-    with receive_upload(call.environ["wsgi.input"], content_type, call.length, call.engine.folder, call.engine.settings,
-                        ("recordType", "delimiter", "encoding")) as received:
+    with call.upload() as received:
         form = validated(InferForm, lambda: InferForm.model_validate(dict(received.texts)))
         request = validated(IngestRequest, lambda: IngestRequest(
             filename=received.filename, record_type=form.record_type or _type_named_like(received.filename),
@@ -7019,7 +7177,7 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
     Returns how many bytes the body may have. The channel asks before it reads, and the app again, for other servers.
     """
     check_origin(method, header("Host"), header("Origin"), header("Sec-Fetch-Site"), allowed_hosts)
-    if method == "POST" and takes_upload(path, header("Content-Type")):
+    if takes_upload(method, path, header("Content-Type")):
         check_upload_head(header("Content-Type") or "", length, settings)
         return settings.max_upload_bytes + MULTIPART_OVERHEAD
     if length > _JSON_LIMIT:
@@ -8234,15 +8392,92 @@ class _Refusal:
         return f"{status} {HTTPStatus(status).phrase}", [*headers.items()], json.dumps(self._error.body()).encode()
 
 
+class _Arrival:
+    """The body of an upload, as the buffer that Waitress puts a body into; it is taken in while it comes."""
+
+    def __init__(self, reception: Reception, pool: ThreadPoolExecutor, coming: set[_Arrival],
+                 on_step: Callable[[], None], chunked: bool):
+        self._reception, self._pool, self._coming = reception, pool, coming
+        self._most = 0 if chunked else 2**20  # to read at once; what Waitress does to chunks goes with its square
+        self._turn = InTurn(reception.feed, pool, on_step)
+        self._held: list[bytes] = []
+        self._length = 0
+        coming.add(self)
+
+    # As Waitress sees it
+
+    def append(self, data: bytes) -> None:
+        """Takes bytes in; `go_on` deals with them."""
+        self._held.append(data)
+        self._length += len(data)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def getfile(self) -> BinaryIO:
+        """Nothing: the application takes it otherwise."""
+        return io.BytesIO()
+
+    def close(self) -> None:
+        """Drops it without waiting, unless the application has it."""
+        if self in self._coming:
+            self._coming.discard(self)
+            self._pool.submit(self.drop)
+
+    # On the loop
+
+    def go_on(self) -> None:
+        """Has the threads deal with what has come; the last of it is left to the application."""
+        if self._held and self in self._coming:
+            self._turn.put(b"".join(self._held))
+            self._held.clear()
+
+    @property
+    def _share(self) -> int:
+        return AHEAD // max(1, len(self._coming))
+
+    def behind(self) -> bool:
+        """True while so much waits for the disk that no more is to be read."""
+        return self._turn.waiting + self._reception.waiting > self._share
+
+    def wanted(self, least: int) -> int:
+        """How many bytes to read at once: the more, the less each costs; few where many uploads come."""
+        return max(least, min(self._share, self._most))
+
+    # On a thread
+
+    def check(self) -> None:
+        """Raises what was wrong with what has come so far."""
+        self._turn.check()
+        self._reception.check()
+
+    def drop(self) -> None:
+        """Ends it; removes what it has written."""
+        self._turn.stop()
+        self._reception.close()
+
+    @contextmanager
+    def received(self) -> Iterator[Received]:
+        """The whole of it, for the application, as from `receive_upload`."""
+        self._coming.discard(self)
+        with closing(self._reception):
+            self._turn.settle()
+            for block in self._held:
+                self._reception.feed(block)
+            yield self._reception.finish()
+
+
 class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitress has no types
     """Applies our checks of a request's head before its body is read, and bounds bodies of unknown length."""
 
     check: ClassVar[Callable[[str, str, Callable[[str], str | None], int], int]]
     too_large: ClassVar[Callable[[str], TaskError]]
     _body_limit = 0
+    upload: _Arrival | None = None
 
-    def __init__(self, adj: Any):
+    def __init__(self, new_upload: Callable[[_Parser], _Arrival], adj: Any):
         super().__init__(adj)
+        self._new_upload = new_upload
         self.deadline = monotonic() + _PATIENCE_SECONDS
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -8261,18 +8496,12 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
         in_head = not self.headers_finished
         try:
             consumed: int = super().received(data)
-        except OSError:  # a large body is kept in a file until it is whole
+        except OSError:  # a large body that is no upload is kept in a file until it is whole
             self.refuse(DiskFull("the disk is full"))
             return len(data)
         if in_head and self.headers_finished and not self.empty and self.error is None:
             try:
-                if self.version == "1.1" and "HOST" not in self.headers:
-                    self.refuse(BadRequest("malformed HTTP request: there is no Host header"))
-                    return consumed
-                self._body_limit = type(self).check(self.command, self.path, self._header,
-                                                    -1 if self.chunked else self.content_length)
-                coming = self._body_limit if self.chunked else self.content_length
-                self.deadline = monotonic() + _PATIENCE_SECONDS + coming / _SLOWEST
+                self._accept_head()
             except TaskError as error:
                 if not self.completed:  # otherwise the application refuses it, and the connection can stay
                     self.refuse(error)
@@ -8282,7 +8511,20 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
             self.refuse(type(self).too_large(self.path))
         if self.completed:
             self.expect_continue = False  # nothing more is wanted; Waitress would ask for it, and wait
+        elif self.upload is not None:
+            self.upload.go_on()
         return consumed
+
+    def _accept_head(self) -> None:
+        if self.version == "1.1" and "HOST" not in self.headers:
+            self.refuse(BadRequest("malformed HTTP request: there is no Host header"))
+            return
+        length = -1 if self.chunked else self.content_length
+        self._body_limit = type(self).check(self.command, self.path, self._header, length)
+        self.deadline = monotonic() + _PATIENCE_SECONDS + (
+            self._body_limit if self.chunked else self.content_length) / _SLOWEST
+        if not self.completed and takes_upload(self.command, self.path, self._header("Content-Type")):
+            self.upload = self.body_rcv.buf = self._new_upload(self)
 
     def _header(self, name: str) -> str | None:
         value: str | None = self.headers.get(name.upper().replace("-", "_"))
@@ -8319,9 +8561,10 @@ class _WSGITask(_Whole, waitress.task.WSGITask):  # type: ignore[misc]  # Waitre
     """An answer of the application."""
 
     def get_environment(self) -> dict[str, Any]:
-        """With a way to ask whether the client is still there."""
+        """With a way to ask whether the client is still there, and the upload that it has brought."""
         environ: dict[str, Any] = super().get_environment()
         environ["taskapi.gone"] = self.channel.check_client_disconnected
+        environ["taskapi.upload"] = self.request.upload
         return environ
 
 
@@ -8373,7 +8616,9 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
     task_class, error_task_class = _WSGITask, _ErrorTask
     turns: ClassVar[Turns]
-    request: Any = None  # the one that is coming in
+    parser_class: Any
+    arrival: ClassVar[Callable[[str, int, Callable[[], None]], _Arrival]]
+    request: Any = None  # the one that is coming in; threads take it away with a refusal
     head = b""  # of the answer that is being made
     refused = False
     _deadline = math.inf  # for the client to take its answer
@@ -8385,13 +8630,25 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
     def __init__(self, server: Any, *args: Any, **kwargs: Any):
         super().__init__(_Loop(server, self), *args, **kwargs)
+        self.parser_class = partial(self.parser_class, self._new_upload)
+
+    def _new_upload(self, request: _Parser) -> _Arrival:
+        return type(self).arrival(request.headers.get("CONTENT_TYPE", ""),
+                                  -1 if request.chunked else request.content_length, partial(self.stepped, request))
 
     # On the loop
 
     def readable(self) -> bool:
         """While lingering, always; while a request is answered too, to see the client go away."""
-        self._polled = self._lingers or (not self._gone and bool(super().readable()))
+        upload = self._upload()
+        self._polled = False  # said before it is looked up, so that whoever makes room meanwhile wakes the loop
+        self._polled = self._lingers or (not self._gone and bool(super().readable()) and not (
+            upload is not None and upload.behind()))
         return self._polled
+
+    def _upload(self) -> _Arrival | None:
+        request = self.request
+        return None if request is None else cast(_Parser, request).upload
 
     def writable(self) -> bool:
         """Not while a thread writes: the loop would wake up again and again for what that thread is about to send."""
@@ -8401,9 +8658,10 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             not self._writing and super().writable()))
 
     def handle_read(self) -> None:
-        """Takes in a request; while lingering, throws away what comes."""
+        """Takes in a request; after a refusal, throws away what comes."""
+        size, upload = self.adj.recv_bytes, self._upload()
         try:
-            data = self.socket.recv(self.adj.recv_bytes)
+            data = self.socket.recv(size if upload is None else upload.wanted(size))
         except BlockingIOError:
             return
         except OSError:
@@ -8411,7 +8669,8 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             return
         if data and not self._lingers:
             self.last_activity = time()
-            self.received(data)
+            if not any(request.error for request in tuple(self.requests)):
+                self.received(data)
         elif not data and (self.requests or self.total_outbufs_len):
             self._gone = True
         elif not data:
@@ -8436,20 +8695,50 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
     def hurry(self, now: float) -> None:
         """Called every second: ends what takes the client too long."""
+        request = self.request
         if self.requests:
             return
         if now > self._linger_until or (self.total_outbufs_len and now > self._deadline):
             self.handle_close()  # at once: to wait until it can be written to could take for ever
-        elif self.request is not None and now > self.request.deadline:
-            with self.requests_lock:
-                request, self.request = self.request, None
-                if not request.headers_finished:
-                    request.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
-                request.refuse(BadRequest("malformed HTTP request: it took too long to come"))
-                self.requests.append(request)
-            self.server.add_task(self)
+        elif request is not None and now > request.deadline:
+            self._refuse(request, BadRequest("malformed HTTP request: it took too long to come"))
+
+    def handle_close(self) -> None:
+        """Also ends the upload that was coming in."""
+        super().handle_close()
+        if (upload := self._upload()) is not None:
+            upload.close()
 
     # On a thread
+
+    def _refuse(self, request: _Parser, error: TaskError) -> None:
+        """Answers a request with an error before all of it has come, unless it just has."""
+        with self.requests_lock:
+            if self.request is not request:
+                return
+            self.request = None
+            if not request.headers_finished:
+                request.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
+            request.refuse(error)
+            self.requests.append(request)
+            if isinstance(error, StorageError):
+                _LOG.error("%s %s: %s", request.command, request.path, error)
+            if len(self.requests) == 1:  # otherwise whoever answers those before goes on with it
+                self.server.add_task(self)
+
+    def stepped(self, request: _Parser) -> None:
+        """Something of an upload that is coming in has been dealt with: refuses it, or asks for more."""
+        if self.request is not request or request.upload is None:
+            return
+        try:
+            request.upload.check()
+        except TaskError as error:
+            self._refuse(request, error)
+        except Exception:
+            self._refuse(request, bug_report(request.path))
+        else:
+            if not self._polled and not request.upload.behind():
+                self.server.pull_trigger()
 
     def needs_loop(self) -> bool:
         """True if there is something for the loop to do, or it does not wait for the client to send."""
@@ -8513,6 +8802,7 @@ class HttpServer:
             "check": staticmethod(lambda method, path, header, length: check_head(
                 method, path, header, length, settings, engine.allowed_hosts)),
             "too_large": staticmethod(lambda path: body_too_large(path, settings))})
+        self._pool, self._coming = upload_threads(), set[_Arrival]()
         try:
             self._server = waitress.create_server(
                 app, host=host, port=port, threads=settings.threads, ident="taskapi",
@@ -8523,7 +8813,10 @@ class HttpServer:
             reason = f"{error.strerror}; --port 0 takes any free port"
             raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
         self._server.channel_class = type("Channel", (_Channel,), {
-            "parser_class": parser, "turns": engine.queue.turns})
+            "parser_class": parser, "turns": engine.queue.turns,
+            "arrival": staticmethod(lambda content_type, length, on_step: _Arrival(
+                Reception(content_type, length, engine.folder, settings, self._pool, on_step),
+                self._pool, self._coming, on_step, chunked=length < 0))})
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}"
         self._stop = threading.Event()
@@ -8545,6 +8838,9 @@ class HttpServer:
         while self._close_idle() and monotonic() < until:
             self._turn(0.05)
         self._server.task_dispatcher.shutdown(timeout=0.5)
+        for arrival in tuple(self._coming):
+            arrival.close()
+        self._pool.shutdown()  # while its threads still have a loop to wake
         waitress.wasyncore.close_all(self._server._map)
 
     def _turn(self, seconds: float) -> None:
@@ -8663,7 +8959,7 @@ def _set_up_process(settings: Settings) -> None:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
     _descriptors(wanted=4096)
     sys.setswitchinterval(0.0005)  # a request waits for the interpreter lock a few times: let that be short
-    tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # large bodies wait on the disk they go to
+    tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # what is too large to wait in memory waits there
 
 
 # ---- The command line: every command is a client, of the application in this process or of a running server ----

@@ -26,6 +26,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ import warnings
 import wsgiref.util
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -2428,6 +2430,205 @@ def test_a_client_that_goes_away_in_the_middle_leaves_nothing(small: tuple[taska
     assert ask(url, "GET", "/").status == 200
     until(lambda: not [*service.folder.tmp.iterdir()])
     assert_nothing_left(service)
+
+
+BEGUN = {
+    "content that is not what its name says": part(b"hello, hello, hello", "a.png"), "a NUL": part(b"a\0b"),
+    "a type that is not taken": part(name="a.exe"), "an unknown part": part(field="other"),
+    "no boundary": b"junk" * 1024, "a second file": part() + part()}
+
+
+@pytest.mark.parametrize("length", [50_000_000, None], ids=["declared", "chunked"])
+@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
+def test_an_upload_is_refused_at_its_first_wrong_block(
+        service: taskapi.Service, url: str, begun: bytes, length: int | None) -> None:
+    """The answer comes while nearly all of the body is still to be sent, and can be read after sending on."""
+    with plug(url) as connection:
+        connection.sendall(head(length) + (begun if length else chunks(begun, 1000)[:-5]))
+        assert connection.recv(20, socket.MSG_PEEK).startswith(b"HTTP/1.1 400 ")
+        with suppress(OSError):
+            connection.sendall(b"x" * 300_000)
+        refused(parsed(rest(connection)), 400)
+    assert ask(url, "GET", "/").status == 200
+    until(lambda: not [*service.folder.tmp.iterdir()])
+    assert_nothing_left(service)
+
+
+@pytest.mark.parametrize(("broken", "status", "word"), [
+    (taskapi.DiskFull("the disk is full"), 500, "full"), (ValueError("secret"), 500, "internal error")])
+@pytest.mark.parametrize("place", ["Draft._append", "Reception.feed"])
+def test_what_fails_under_an_upload_is_answered_while_it_comes(
+        service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch, place: str, broken: Exception, status: int,
+        word: str) -> None:
+    """A full disk, or a bug; the server stays up, and nothing is left."""
+    def fail(*_: Any) -> None:
+        raise broken
+
+    with monkeypatch.context() as patch, plug(url) as connection:
+        patch.setattr(f"taskapi.{place}", fail)
+        connection.sendall(head(50_000_000) + part(b"x" * 1_000_000, "a.txt"))
+        assert "secret" not in refused(parsed(rest(connection)), status, word)["error"]
+    until(lambda: not [*service.folder.tmp.iterdir()])
+    assert_nothing_left(service)
+    assert ask(url, "POST", "/upload", form(), FORM).status == 201
+
+
+def upload_threads() -> list[str]:
+    """The threads that deal with uploads while these come."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskapi-upload")]
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "server"])
+def test_an_upload_that_ends_early_leaves_no_draft_and_no_thread(service: taskapi.Service, how: str) -> None:
+    """The client goes, or the server stops, in the middle of a body that is being written."""
+    with service.serving(port=0) as url, plug(url) as connection:
+        connection.sendall(head(50_000_000) + part(b"x" * 3_000_000, "a.txt"))
+        until(lambda: [path for path in service.folder.tmp.iterdir() if path.stat().st_size > 1_000_000])
+        assert upload_threads()
+        if how == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if how != "server":
+            connection.close()
+            until(lambda: not [*service.folder.tmp.iterdir()])
+    assert not upload_threads()
+    assert_nothing_left(service)
+
+
+def test_an_upload_that_the_disk_lags_behind_is_not_read_on(
+        service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little waits in memory, other requests are answered meanwhile, and the file is whole in the end."""
+    paused, go_on, waiting = threading.Event(), threading.Event(), []
+    append, behind = taskapi.Draft._append, taskapi._Arrival.behind
+
+    def slow(self: taskapi.Draft, block: bytes) -> None:
+        go_on.wait(30)
+        append(self, block)
+
+    def told(self: taskapi._Arrival) -> bool:
+        waiting.append(self._turn.waiting + self._reception.waiting)
+        if lags := behind(self):
+            paused.set()
+        return lags
+
+    monkeypatch.setattr(taskapi.Draft, "_append", slow)
+    monkeypatch.setattr(taskapi._Arrival, "behind", told)
+    content = b"0123456789abcde\n" * (40 * 2**16)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, url, "POST", "/upload", form(content, "a.txt"), FORM)
+        try:
+            assert paused.wait(30)
+            for _ in range(20):
+                assert ask(url, "GET", "/jobs").status == 200
+            assert not answer.done()
+        finally:
+            go_on.set()
+        job = answer.result(30).json
+    assert job["result"]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert max(waiting) < taskapi.AHEAD + 3 * 2**20  # a block may be counted by two while it goes on
+    assert_sound(service.folder.root)
+
+
+def test_many_uploads_at_once_share_a_few_threads(service: taskapi.Service, url: str) -> None:
+    """Each is stored as it came, though all come a piece at a time."""
+    contents = [bytes([65 + number]) * 400_000 for number in range(26)]
+    seen = set()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(plug(url)) for _ in contents]
+        for at in range(0, 500_000, 50_000):
+            for connection, content in zip(connections, contents, strict=True):
+                body = form(content, "a.txt")
+                connection.sendall((b"" if at else head(len(body))) + body[at:at + 50_000])
+                seen.update(upload_threads())
+        jobs = [parsed(rest(connection)).json for connection in connections]
+    assert [job["result"]["sha256"] for job in jobs] == [hashlib.sha256(content).hexdigest() for content in contents]
+    assert 0 < len(seen) <= 4
+    assert_sound(service.folder.root)
+
+
+def test_requests_that_follow_an_upload_on_its_connection_are_answered_in_turn(
+        service: taskapi.Service, url: str) -> None:
+    """Sent at once: a large upload, a GET, one in chunks, one that the end of its body makes wrong, a GET."""
+    large = form(b"x" * 2_000_000, "a.txt")
+    kept = [head(len(large)) + large, b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            head(None) + chunks(form(b"y" * 90_000, "b.txt"), 1000), head(len(form()) - 2) + form()[:-4] + b"--",
+            head(len(part())) + part()]
+    kept = [data.replace(b"Connection: close\r\n", b"") for data in kept]
+    with plug(url) as connection:
+        connection.sendall(b"".join(kept) + b"GET /jobs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        data = rest(connection)
+    statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", data)]
+    assert statuses == [201, 200, 201, 201, 400, 200]
+    assert len(parsed(data[data.rindex(b"HTTP/1.1 "):]).json["items"]) == 3
+    assert_sound(service.folder.root)
+
+
+
+def text_part(name: str, value: str) -> bytes:
+    """One text part of a form."""
+    return f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+
+
+EQUAL_FORMS = {
+    **{name: form(content, name) for name, content in {**GOOD_FILES, **BAD_FILES}.items()}, **BROKEN_FORMS,
+    "texts after the file": part() + text_part("recordType", "t") + text_part("delimiter", ",") + b"--XX--\r\n",
+    "texts before the file": text_part("encoding", "latin-1") + text_part("recordType", "t") + form(b"caf\xe9\n1\n"),
+    "a text twice": text_part("recordType", "t") + text_part("recordType", "u") + form(),
+    "a text of a wrong kind": text_part("recordType", "T!") + form(),
+    "something after the end": form() + b"epilogue" * 1000, "no line end after the end": form()[:-2],
+    "something before the beginning": b"preamble\r\n" + form(),
+    "a lot before the beginning": b"preamble" * 1000 + b"\r\n" + form(),
+    "a line end before the beginning": b"\r\n" + form(),
+    "the boundary in the content": form(b"\r\n--X\r\n\r\n--X-\r\nXX--", "a.txt"),
+    "too large, and wrong at the end": form(b"x" * 100_000 + b"\0", "a.txt"),
+    "too large, and wrong at the beginning": form(b"\0" + b"x" * 100_000, "a.txt")}
+
+
+def gist(answer: Any) -> Any:
+    """What two answers to one upload have in common."""
+    body = answer.json
+    return (answer.status, body.get("error"), body.get("fields"), body.get("type"), body.get("result"),
+            {**body.get("request", {}), "draft": None})
+
+
+@pytest.mark.parametrize("body", EQUAL_FORMS.values(), ids=EQUAL_FORMS)
+def test_an_upload_is_answered_alike_however_it_comes(tmp_path: Path, body: bytes) -> None:
+    """Through another WSGI server at once, and through ours at once, in pieces, and in chunks."""
+    with taskapi.open_service(tmp_path, inline=True, max_upload_bytes=90_000) as service, (
+            service.serving(port=0)) as url:
+        answer = webtest.TestApp(service.app).post("/upload", body, headers=FORM, expect_errors=True)
+        expected = gist(Answer(answer.status_int, answer.headers, answer.body))
+        assert gist(ask(url, "POST", "/upload", body, FORM)) == expected
+        step = max(1, len(body) // 40)
+        pieces = [body[at:at + step] for at in range(0, len(body), step)]
+        for first, later in ((head(len(body)), pieces), (head(None), [chunks(body, step)])):
+            with plug(url) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with suppress(OSError):
+                    for piece in [first, *later]:
+                        connection.sendall(piece)
+                assert gist(parsed(rest(connection))) == expected
+
+
+@given(st.sampled_from(sorted(EQUAL_FORMS)), st.lists(st.integers(0, 400), max_size=8))
+def test_a_reception_says_the_same_wherever_its_blocks_end(name: str, cuts: list[int]) -> None:
+    """Whole, or cut anywhere: the same file, or the same refusal."""
+    body = EQUAL_FORMS[name]
+
+    def taken(blocks: list[bytes]) -> Any:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            chosen = taskapi.Settings(data_dir=Path(folder), max_upload_bytes=90_000)
+            reception = taskapi.Reception(FORM["Content-Type"], -1, taskapi.DataFolder(Path(folder)), chosen)
+            stack.enter_context(closing(reception))
+            try:
+                for block in blocks:
+                    reception.feed(block)
+                whole = reception.finish()
+            except BadRequest as error:
+                return error.body()
+            return whole.filename, whole.content_type, whole.texts, whole.draft.sha256
+
+    places = [0, *sorted(cuts), len(body)]
+    assert taken([body[start:end] for start, end in itertools.pairwise(places)]) == taken([body])
 
 
 def test_a_body_is_asked_for_only_if_it_is_wanted(small: tuple[taskapi.Service, str]) -> None:
