@@ -2550,10 +2550,13 @@ def test_an_export_never_sorts_what_lies_in_order_and_starts_where_it_was(servic
     with service.queue.records._database.read() as connection:
         selection = taskapi._Selection(connection, taskapi.Filters(record_type="thing"), None, None,
                                        service.queue.records._kinds)
-        query, values = selection.block_sql("thing", "json", ",", excel_safe=False)
-        plan = " / ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}", [0, 99, *values, 9]))
-    assert "B-TREE" not in plan
-    assert re.search(r"SEARCH (TABLE \S+ AS )?r USING INTEGER PRIMARY KEY \(rowid>\? AND rowid<\?\)", plan), plan
+        source = selection.source("thing", "json", excel_safe=False)
+        for limited, values in ((False, [0, 99, *source.values]), (True, [0, 99, *source.values, 9])):
+            query = f"EXPLAIN QUERY PLAN {source.sql(',', limited)}"
+            plan = " / ".join(row[3] for row in connection.execute(query, values))
+            assert "B-TREE" not in plan
+            search = r"SEARCH (TABLE \S+ AS )?r USING INTEGER PRIMARY KEY \(rowid>\? AND rowid<\?\)"
+            assert re.search(search, plan), plan
 
 
 @pytest.mark.parametrize("order_by", [None, "-n"])
