@@ -808,12 +808,12 @@ def first_tables(db: sqlite_utils.Database) -> None:
 
 
 class KindSql(NamedTuple):
-    """How one kind of field is stored, and written by SQLite; `{c}` stands for the column, `{null}` for a null."""
+    """How one kind of field is stored, and made JSON inside SQLite; `{c}` stands for the column."""
 
     column: str
-    text: bool = False  # a string, which is escaped and quoted afterwards
-    value: str = "coalesce({c}, {null})"  # `{quoted}` stands for a string as the format has it
+    json: str = "{c}"  # an argument of json_object or json_array
     compare: str = "{c}"  # what filters and ORDER BY look at
+    raw: bool = False  # the argument is JSON text, not a string
 
 
 def _exact_float(value: float) -> str:
@@ -821,10 +821,10 @@ def _exact_float(value: float) -> str:
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
-# One stands for a null among strings, one between records that are yet to be sorted. Nobody knows them, so no data
-# holds them.
-_NULL_MARK, _SEAM_MARK = (f"{name}-{secrets.token_hex(8)}" for name in ("null", "seam"))
-_SEPARATOR = "\x7f"  # between values; where they hold it themselves, a secret stands in for it
+# These stand where Python has to mend the JSON that SQLite made of many records: where a null is, around a number that
+# is not to be quoted, and between records that are yet to be sorted. Nobody knows them, so no data holds them.
+_NULL_MARK, _BARE_MARK, _SEAM_MARK = (f"{name}-{secrets.token_hex(8)}" for name in ("null", "bare", "seam"))
+_SEPARATOR = "\x1f"  # between JSON texts, which hold it only escaped
 # A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints.
 _SHORT_FLOAT = ("({c} BETWEEN 1e-4 AND 1e9 OR {c} BETWEEN -1e9 AND -1e-4) AND {c} = round({c} * 1e6) / 1e6 "
                 "OR {c} = 0")
@@ -835,7 +835,9 @@ def _is_short(value: Json) -> bool:
     return value is None or value == 0 or (1e-4 <= abs(value) <= 1e9 and value == round(value * 1e6) / 1e6)
 
 
-_FLOAT = f"CASE WHEN {_SHORT_FLOAT} THEN {{c}} ELSE exact_float({{c}}) END"
+_BARE = f"'{_BARE_MARK}' || {{c}} || '{_BARE_MARK}'"
+_FLOAT = (f"CASE WHEN {_SHORT_FLOAT} THEN {{c}} "
+          f"WHEN {{c}} IS NOT NULL THEN {_BARE.replace('{c}', 'exact_float({c})')} END")
 # What SQLite prints of other floats is not exact, and calling Python for each would wait for the interpreter lock each
 # time. So they leave as two whole numbers, of 2**-10 and 2**-72, which hold all bits of any from 2**-20 up to 2**53;
 # those beyond are written one by one.
@@ -846,28 +848,40 @@ _LONG_FLOAT = (f"CASE WHEN {_IN_RANGE} THEN CAST({{c}} * 1024 AS INTEGER) ELSE '
 KIND_SQL: Mapping[Kind, KindSql] = {
     "int": KindSql("INTEGER"),
     "float": KindSql("REAL"),
-    "decimal": KindSql("TEXT", compare="CAST({c} AS REAL)"),
-    "bool": KindSql("INTEGER", value="CASE {c} WHEN 1 THEN 'true' WHEN 0 THEN 'false' ELSE {null} END"),
-    "text": KindSql("TEXT", text=True), "date": KindSql("TEXT", text=True), "datetime": KindSql("TEXT", text=True),
-    "json": KindSql("TEXT"),
+    "decimal": KindSql("TEXT", _BARE, compare="CAST({c} AS REAL)"),
+    "bool": KindSql("INTEGER", "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"),
+    "text": KindSql("TEXT"), "date": KindSql("TEXT"), "datetime": KindSql("TEXT"),
+    "json": KindSql("TEXT", raw=True),
     # A column that schemas have given different kinds: every value keeps the type it was stored with.
-    "any": KindSql("ANY", value=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT} WHEN 'text' THEN {{quoted}} "
-                                "ELSE coalesce({c}, {null}) END"),
+    "any": KindSql("ANY", f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT} ELSE {{c}} END"),
 }
 
 
-def _escaped(joined: str, separator: str, style: Style) -> list[bytes]:
-    """Strings as they stand between quotes."""
-    escaped = to_json(joined)[1:-1] if style == "json" else joined.encode().replace(b'"', b'""')
-    return escaped.split(separator.encode())
+def _unescaped(text: bytes) -> bytes:
+    for escaped, plain in ((b'"', b'""'), (b"n", b"\n"), (b"r", b"\r"), (b"t", b"\t"), (b"b", b"\b"), (b"f", b"\f")):
+        text = text.replace(b"\\" + escaped, plain)
+    return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
 
 
-def _floats(whole: str, rest: str, others: str | None, separator: str) -> list[bytes]:
+def _mended(text: bytes, style: Style) -> bytes:
+    """Records of the JSON that SQLite made, with all that is marked put right, and for CSV without the escapes."""
+    bare = _BARE_MARK.encode()
+    text = text.replace(b'"' + bare, b"").replace(bare + b'"', b"")
+    if style == "json":
+        return text
+    # A string of JSON holds no line end, and no quote but after a backslash.
+    text = text.replace(f'"{_NULL_MARK}"'.encode(), b"")
+    # Where backslashes that stand for themselves are taken out, every other one begins an escape.
+    return b"\\".join(map(_unescaped, text.split(b"\\\\"))) if b"\\" in text else text
+
+
+def _floats(whole: bytes, rest: bytes, others: bytes | None) -> list[bytes]:
     """Floats in their shortest form, of what _LONG_FLOAT gave."""
-    halves = (from_json(f"[{joined.replace(separator, ',')}]") for joined in (whole, rest))
+    separator = _SEPARATOR.encode()
+    halves = (from_json(b"[%b]" % joined.replace(separator, b",")) for joined in (whole, rest))
     numbers = [None if high is None else high * 2.0**-10 + low * 2.0**-72 for high, low in zip(*halves, strict=True)]
     cells = to_json(numbers)[1:-1].split(b",")
-    written = iter((others or "").encode().split(separator.encode()))
+    written = iter((others or b"").split(separator))
     for place, number in enumerate(numbers):
         if number is None:
             cells[place] = next(written)
@@ -1678,25 +1692,26 @@ _SPANS = "_spans CROSS JOIN jobs ON jobs.id = _spans.job"
 
 
 class _Column(NamedTuple):
-    """One field of a record as SQL: one expression, or the three of _LONG_FLOAT."""
+    """A part of every record as SQL: an object or array of many fields, whose brackets go; one field as it is; or the
+    three expressions of _LONG_FLOAT."""
 
     values: tuple[str, ...]
-    text: bool
+    bracketed: bool
 
-    def cells(self, joined: Iterator[str], separator: str, style: Style) -> list[bytes]:
+    def cells(self, joined: Iterator[bytes], style: Style) -> list[bytes]:
         """What stands in each record, of what the expressions gave."""
         if len(self.values) > 1:
-            return _floats(next(joined), next(joined), next(joined), separator)
-        if self.text:
-            return _escaped(next(joined), separator, style)
-        return next(joined).encode().split(separator.encode())
+            return _floats(next(joined), next(joined), next(joined))
+        text, separator = next(joined), _SEPARATOR.encode()
+        if not self.bracketed:
+            return text.split(separator)
+        return text[1:-1].split(separator.join((b"}", b"{") if style == "json" else (b"]", b"[")))
 
 
 class _Source(NamedTuple):
     """Reads records of one type: their columns, what stands around these, and where they are (FROM and WHERE).
 
-    Column by column: SQLite joins the values of each, which takes it half as long as a text of every record, and
-    Python, or its lock, is asked for once for many records.
+    SQLite joins the text of many records, column by column, so that Python, and its lock, are asked for once for all.
     """
 
     columns: list[_Column]
@@ -1709,35 +1724,37 @@ class _Source(NamedTuple):
 
     def with_places(self) -> _Source:
         """The same with each record's place and a colon before it."""
-        place = _Column((self.place,), text=False)
+        place = _Column((self.place,), bracketed=False)
         return self._replace(columns=[place, *self.columns], glue=["", ":" + self.glue[0], *self.glue[1:]])
 
     def sql(self, separator: str, limited: bool) -> str:
-        """One row: the values of every column, how many records, the last place.
+        """One row: the text of every column, how many records, the last place.
 
         Its parameters are the place that they come after, the last one, the values, and the most records if limited.
         """
         values = list(chain.from_iterable(column.values for column in self.columns))
-        joined = ", ".join(f"group_concat(c{number}, '{separator}')" for number in range(len(values)))
+        joined = ", ".join(f"CAST(group_concat(c{number}, {_literal(separator)}) AS BLOB)"
+                           for number in range(len(values)))
         # Only a limit needs to say the order, which the rows have anyway, and keeps SQLite from reading them in one go.
         end, place = (f" ORDER BY {self.order} LIMIT ?", "max(place)") if limited else ("", "NULL")
         named = ", ".join(f"{value} AS c{number}" for number, value in enumerate(values))
         return f"SELECT {joined}, count(*), {place} FROM (SELECT {named}, {self.place} AS place FROM {self.rows}{end})"
 
-    def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, between: str,
-             separator: str = _SEPARATOR) -> Block:
+    def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, between: str) -> Block:
         """The records from the place beyond `after` to `last`, at most `limit` of them."""
+        whole = len(self.columns) == 1 and self.columns[0].bracketed  # then there is nothing to put together
+        sql = self.sql(between if whole else _SEPARATOR, limit is not None)
         values = [after, last, *self.values, *([] if limit is None else [limit])]
-        *joined, records, place = connection.execute(self.sql(separator, limit is not None), values).fetchone()
+        *joined, records, place = connection.execute(sql, values).fetchone()
         if not records:
             return Block(b"", 0, after)
-        given = iter(joined)
-        cells = [column.cells(given, separator, self.style) for column in self.columns]
-        if any(len(column) != records for column in cells):
-            return self.read(connection, after, last, limit, between, secrets.token_hex(16))
-        text = _woven(cells, [piece.encode() for piece in self.glue], between.encode())
-        null = b"null" if self.style == "json" else b""
-        return Block(text.replace(f'"{_NULL_MARK}"'.encode(), null), records, last if limit is None else place)
+        text, given = joined[0], iter(joined)
+        if not whole:
+            cells = [column.cells(given, self.style) for column in self.columns]
+            text = _woven(cells, [piece.encode() for piece in self.glue], between.encode())
+        elif self.style == "csv":
+            text = text[1:-1].replace(f"]{between}[".encode(), between.encode())
+        return Block(_mended(text, self.style), records, last if limit is None else place)
 
 
 class _Selection:
@@ -1888,41 +1905,50 @@ class _Selection:
 
     def chosen_sources(self, style: Style, excel_safe: bool) -> list[_Source]:
         """As `source`, for each type, of the chosen records in their order; a place is a number in `chosen`."""
-        return [_Source(*self._line(name, style, excel_safe),
-                        f"chosen CROSS JOIN {_quote(name)} AS r ON r._id = chosen.id "
-                        f"WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {number}", [], "chosen.n", "chosen.n", style) for number, name in enumerate(self.kinds)]
+        rows = ("chosen CROSS JOIN {} AS r ON r._id = chosen.id "
+                "WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {}")
+        return [_Source(*self._line(name, style, excel_safe), rows.format(_quote(name), number), [],
+                        "chosen.n", "chosen.n", style) for number, name in enumerate(self.kinds)]
 
     def _line(self, record_type: str, style: Style, excel_safe: bool) -> tuple[list[_Column], list[str]]:
-        """The columns of a record, and what stands before the first, between them and after the last."""
-        columns, glue, is_json = [], [""], style == "json"
-        names = [*([None] if self._several else []), *(
-            field for field in self.fields if not is_json or self._kind(record_type, field))]
-        for field in names:
-            glue[-1] += "," if field != names[0] else ""
-            glue[-1] += json.dumps(field or "recordType", ensure_ascii=False) + ":" if is_json else ""
-            if field is None:
-                glue[-1] += f'"{record_type}"'
-            elif kind := self._kind(record_type, field):
-                columns.append(self._cell(record_type, field, kind, style, excel_safe))
-                quotes = '"' if columns[-1].text else ""
-                glue[-1] += quotes
-                glue.append(quotes)
-        if not columns:
-            columns, glue = [_Column(("''",), text=False)], [*glue, ""]
-        return (columns, ["{" + glue[0], *glue[1:-1], glue[-1] + "}"]) if is_json else (columns, glue)
+        """The columns of a record, and what stands before the first, between them and after the last.
 
-    def _cell(self, record_type: str, field: str, kind: Kind, style: Style, excel_safe: bool) -> _Column:
+        Of pieces, since a function of SQLite has up to 127 arguments.
+        """
+        make, first, end = ("json_object", "{", "}") if style == "json" else ("json_array", "", "")
+        parts: list[tuple[str, _Column]] = []
+        run = [*(["'recordType'"] if style == "json" else []), _literal(record_type)] if self._several else []
+        for field in self.fields:
+            alone = self._alone(record_type, field, style)
+            if run and (alone or len(run) > 100):
+                parts.append(("", _Column((f"{make}({', '.join(run)})",), bracketed=True)))
+                run = []
+            if alone:
+                label = json.dumps(field, ensure_ascii=False) + ":" if style == "json" else ""
+                parts.append((label, _Column(alone, bracketed=False)))
+            else:
+                run += self._arguments(record_type, field, style, excel_safe)
+        if run or not parts:
+            parts.append(("", _Column((f"{make}({', '.join(run)})",), bracketed=True)))
+        return [column for _, column in parts], [first + parts[0][0], *("," + label for label, _ in parts[1:]), end]
+
+    def _alone(self, record_type: str, field: str, style: Style) -> tuple[str, ...]:
+        """The expressions of a field that no function of SQLite can take; empty for others."""
+        kind, null = self._kind(record_type, field), "'null'" if style == "json" else "''"
+        if kind == "float" and (record_type, field) in self._long and len(self.fields) < _MOST_LONG:
+            return tuple(value.format(c=_column(field), null=null) for value in _LONG_FLOAT)
+        return (f"coalesce({_column(field)}, 'null')",) if kind and KIND_SQL[kind].raw and style == "json" else ()
+
+    def _arguments(self, record_type: str, field: str, style: Style, excel_safe: bool) -> list[str]:
+        kind = self._kind(record_type, field)
+        if kind is None:
+            return [] if style == "json" else [f"'{_NULL_MARK}'"]
         column = _column(field)
         if excel_safe and kind == "text":
             column = "(" + _SAFE_TEXT.format(c=column) + ")"
-        if KIND_SQL[kind].text or (kind == "json" and style == "csv"):
-            return _Column((f"coalesce({column}, '{_NULL_MARK}')",), text=True)
-        values: tuple[str, ...] = (KIND_SQL[kind].value,)
-        if kind == "float" and (record_type, field) in self._long:
-            values = _LONG_FLOAT if len(self.fields) < _MOST_LONG else (f"coalesce({_FLOAT}, {{null}})",)
-        null, quoted = (("'null'", f"json_quote({column})") if style == "json" else
-                        ("''", f"""'"' || replace({column}, '"', '""') || '"'"""))
-        return _Column(tuple(value.format(c=column, null=null, quoted=quoted) for value in values), text=False)
+        form = _FLOAT if kind == "float" and (record_type, field) in self._long else KIND_SQL[kind].json
+        value = form.format(c=column)
+        return [_literal(field), value] if style == "json" else [f"coalesce({value}, '{_NULL_MARK}')"]
 
     def copy_sql(self, number: int, record_type: str) -> tuple[str, str] | None:
         """(CREATE TABLE, INSERT of the chosen with n after ? and up to ?) in `copy`; None for a type without fields."""
