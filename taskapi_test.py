@@ -2586,8 +2586,11 @@ def test_a_filter_that_few_records_fit_is_not_read_in_small_steps(service: taska
     assert len(statements) < 20
 
 
-def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Service) -> None:
-    """And next to it, where the ways of writing one change; repr and float are the referees."""
+@pytest.mark.parametrize("most_long", [taskapi._MOST_LONG, 0])
+def test_every_float_leaves_as_it_is_at_each_power_of_two(
+        service: taskapi.Service, monkeypatch: pytest.MonkeyPatch, most_long: int) -> None:
+    """And next to it, where the ways of writing one change, also of a wide type; repr and float are the referees."""
+    monkeypatch.setattr(taskapi, "_MOST_LONG", most_long)
     near = [2.0**power for power in range(-1074, 1024)]
     values = [sign * value for middle in near for value in (
         middle, math.nextafter(middle, math.inf), math.nextafter(middle, 0), middle / 3) for sign in (1, -1)]
