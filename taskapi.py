@@ -136,6 +136,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
+from pydantic_core import from_json, to_json
 from sqlite_utils import Migrations
 
 if TYPE_CHECKING:
@@ -765,6 +766,7 @@ _MIGRATIONS = Migrations("taskapi")
 _BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
 _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
 _LAST_ID, _NO_LIMIT = 2**62, 2**31 - 1
+_MOST_LONG = 600  # fields of a record type whose long floats leave as numbers: SQLite gives up to 2,000 columns
 _READERS = 2  # connections that make text at once; more of them wait for each other in SQLite's allocator
 _COPY_STEP = 20_000  # records that one statement copies into an exported database
 _STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, until it asks whether to go on
@@ -819,10 +821,10 @@ def _exact_float(value: float) -> str:
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
-# These stand where Python has to mend the JSON that SQLite made of many records: where a null is, where one record is
-# sewn together, around a number that is not to be quoted, and around a float. Nobody knows them, so no data holds them.
-_NULL_MARK, _SEAM_MARK, _BARE_MARK, _FLOAT_MARK = (f"{name}-{secrets.token_hex(8)}" for name in (
-    "null", "seam", "bare", "float"))
+# These stand where Python has to mend the JSON that SQLite made of many records: where a null is, around a number that
+# is not to be quoted, and between records that are yet to be sorted. Nobody knows them, so no data holds them.
+_NULL_MARK, _BARE_MARK, _SEAM_MARK = (f"{name}-{secrets.token_hex(8)}" for name in ("null", "bare", "seam"))
+_SEPARATOR = "\x1f"  # between JSON texts, which hold it only escaped
 # A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints.
 _SHORT_FLOAT = ("({c} BETWEEN 1e-4 AND 1e9 OR {c} BETWEEN -1e9 AND -1e-4) AND {c} = round({c} * 1e6) / 1e6 "
                 "OR {c} = 0")
@@ -833,19 +835,19 @@ def _is_short(value: Json) -> bool:
     return value is None or value == 0 or (1e-4 <= abs(value) <= 1e9 and value == round(value * 1e6) / 1e6)
 
 
-# What SQLite prints of others is not exact, and calling Python for each would wait for the interpreter lock each time.
-# So they leave as whole numbers of 2**-power, which hold all bits of a float from 2**(limit - 10) up to 2**limit.
-_FLOAT_LIMITS = {-10: 72, 0: 62, 10: 52, 20: 42, 30: 32, 40: 22, 50: 12}
-_FLOAT_UNITS = {b"%d" % power: 2.0**-power for power in _FLOAT_LIMITS.values()}
-_FLOAT_BITS = " ".join(f"WHEN abs({{c}}) * {2**max(0, -limit)} < {2**max(0, limit)} THEN '{_FLOAT_MARK}{power}' || "
-                       f"CAST({{c}} * {2**(power // 2)} * {2**(power - power // 2)} AS INTEGER) || '{_FLOAT_MARK}'"
-                       for limit, power in _FLOAT_LIMITS.items())
 _BARE = f"'{_BARE_MARK}' || {{c}} || '{_BARE_MARK}'"
-_FLOAT = (f"CASE WHEN {_SHORT_FLOAT} THEN {{c}} WHEN abs({{c}}) * {2**20} < 1 THEN {{bare}} {_FLOAT_BITS} "
-          "WHEN {c} IS NOT NULL THEN {bare} END").replace("{bare}", _BARE.replace("{c}", "exact_float({c})"))
+_FLOAT = (f"CASE WHEN {_SHORT_FLOAT} THEN {{c}} "
+          f"WHEN {{c}} IS NOT NULL THEN {_BARE.replace('{c}', 'exact_float({c})')} END")
+# What SQLite prints of other floats is not exact, and calling Python for each would wait for the interpreter lock each
+# time. So they leave as two whole numbers, of 2**-10 and 2**-72, which hold all bits of any from 2**-20 up to 2**53;
+# those beyond are written one by one.
+_IN_RANGE = "({c} BETWEEN 1e-6 AND 9e15 OR {c} BETWEEN -9e15 AND -1e-6 OR {c} = 0)"
+_LONG_FLOAT = (f"CASE WHEN {_IN_RANGE} THEN CAST({{c}} * 1024 AS INTEGER) ELSE 'null' END",
+               f"coalesce(CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS INTEGER)) * {2.0**62} AS INTEGER), 0)",
+               f"CASE WHEN {{c}} IS NULL THEN {{null}} WHEN NOT {_IN_RANGE} THEN exact_float({{c}}) END")
 KIND_SQL: Mapping[Kind, KindSql] = {
     "int": KindSql("INTEGER"),
-    "float": KindSql("REAL", _FLOAT),
+    "float": KindSql("REAL"),
     "decimal": KindSql("TEXT", _BARE, compare="CAST({c} AS REAL)"),
     "bool": KindSql("INTEGER", "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"),
     "text": KindSql("TEXT"), "date": KindSql("TEXT"), "datetime": KindSql("TEXT"),
@@ -855,45 +857,53 @@ KIND_SQL: Mapping[Kind, KindSql] = {
 }
 
 
-
-
-def _mended(text: bytes) -> bytes:
-    """JSON that SQLite made, with all that is marked put right, but for nulls."""
-    bare, mark = _BARE_MARK.encode(), _FLOAT_MARK.encode()
-    text = text.replace(f"}}{_SEAM_MARK}{{".encode(), b",").replace(b'"' + bare, b"").replace(bare + b'"', b"")
-    if mark not in text:
-        return text
-    parts = text.replace(b'"' + mark, mark).replace(mark + b'"', mark).split(mark)
-    floats = [int(part[2:]) * _FLOAT_UNITS[part[:2]] for part in parts[1::2]]
-    parts[1::2] = ",".join(map(repr, floats)).encode().split(b",")
-    return b"".join(parts)
-
-
 def _unescaped(text: bytes) -> bytes:
     for escaped, plain in ((b'"', b'""'), (b"n", b"\n"), (b"r", b"\r"), (b"t", b"\t"), (b"b", b"\b"), (b"f", b"\f")):
         text = text.replace(b"\\" + escaped, plain)
     return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
 
 
-def _csv_of(arrays: bytes) -> bytes:
-    """JSON arrays with CRLF between as CSV. A string of JSON holds no line end, and no quote but after a backslash."""
-    text = arrays[1:-1].replace(f"]{_SEAM_MARK}[".encode(), b",").replace(b"]\r\n[", b"\r\n")
+def _mended(text: bytes, style: Style) -> bytes:
+    """Records of the JSON that SQLite made, with all that is marked put right, and for CSV without the escapes."""
+    bare = _BARE_MARK.encode()
+    text = text.replace(b'"' + bare, b"").replace(bare + b'"', b"")
+    if style == "json":
+        return text
+    # A string of JSON holds no line end, and no quote but after a backslash.
     text = text.replace(f'"{_NULL_MARK}"'.encode(), b"")
     # Where backslashes that stand for themselves are taken out, every other one begins an escape.
     return b"\\".join(map(_unescaped, text.split(b"\\\\"))) if b"\\" in text else text
 
 
+def _floats(whole: bytes, rest: bytes, others: bytes | None) -> list[bytes]:
+    """Floats in their shortest form, of what _LONG_FLOAT gave."""
+    separator = _SEPARATOR.encode()
+    halves = (from_json(b"[%b]" % joined.replace(separator, b",")) for joined in (whole, rest))
+    numbers = [None if high is None else high * 2.0**-10 + low * 2.0**-72 for high, low in zip(*halves, strict=True)]
+    cells = to_json(numbers)[1:-1].split(b",")
+    written = iter((others or b"").split(separator))
+    for place, number in enumerate(numbers):
+        if number is None:
+            cells[place] = next(written)
+        elif -1e-4 < number < 1e-4:  # of which there are two shortest forms
+            cells[place] = repr(number).encode()
+    return cells
+
+
+def _woven(cells: Sequence[list[bytes]], glue: Sequence[bytes], between: bytes) -> bytes:
+    """The text of records, given column by column, with `glue` around the cells of each."""
+    *inner, end = glue[1:]
+    step = 2 * len(cells)
+    pieces = list(chain.from_iterable((b"", piece) for piece in (*inner, end + between + glue[0]))) * len(cells[0])
+    for number, column in enumerate(cells):
+        pieces[2 * number::step] = column
+    pieces[-1] = end
+    return glue[0] + b"".join(pieces)
+
+
 # Only what a spreadsheet would run as a formula: not a plain signed number.
 _SAFE_TEXT = ("""iif({c} GLOB '[=@' || char(9, 13) || ']*' OR ({c} GLOB '[+-]*' """
               """AND substr({c}, 2) GLOB '*[^0-9.]*'), '''' || {c}, {c})""")
-
-
-def _concat(parts: Sequence[str]) -> str:
-    """SQL that joins texts; halved again and again, because SQLite bounds how deep an expression may nest."""
-    if len(parts) <= 8:
-        return " || ".join(parts)
-    half = len(parts) // 2
-    return f"({_concat(parts[:half])}) || ({_concat(parts[half:])})"
 
 
 def _literal(text: str) -> str:
@@ -1697,16 +1707,6 @@ def _column(field: str) -> str:
     return f"r.{_quote(field)}"
 
 
-def _sewn(pieces: Sequence[str]) -> str:
-    """SQL of one JSON array or object of several, whose seams are mended afterwards."""
-    return _concat([pieces[0], *chain.from_iterable((f"'{_SEAM_MARK}'", piece) for piece in pieces[1:])])
-
-
-def _block_sql(lines: str, between: str) -> str:
-    """One row of what the query `lines` gives: texts joined, how many, the last place."""
-    return f"SELECT CAST(group_concat(line, {_literal(between)}) AS BLOB), count(*), max(place) FROM ({lines})"
-
-
 def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
     """A filter's value as the column would hold it; JobFailed if no value of that kind can be equal to it."""
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -1737,6 +1737,72 @@ def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple
 
 # CROSS keeps the order of the loops: spans by their first id, then, where they are joined to it, each one's records.
 _SPANS = "_spans CROSS JOIN jobs ON jobs.id = _spans.job"
+
+
+class _Column(NamedTuple):
+    """A part of every record as SQL: an object or array of many fields, whose brackets go; one field as it is; or the
+    three expressions of _LONG_FLOAT."""
+
+    values: tuple[str, ...]
+    bracketed: bool
+
+    def cells(self, joined: Iterator[bytes], style: Style) -> list[bytes]:
+        """What stands in each record, of what the expressions gave."""
+        if len(self.values) > 1:
+            return _floats(next(joined), next(joined), next(joined))
+        text, separator = next(joined), _SEPARATOR.encode()
+        if not self.bracketed:
+            return text.split(separator)
+        return text[1:-1].split(separator.join((b"}", b"{") if style == "json" else (b"]", b"[")))
+
+
+class _Source(NamedTuple):
+    """Reads records of one type: their columns, what stands around these, and where they are (FROM and WHERE).
+
+    SQLite joins the text of many records, column by column, so that Python, and its lock, are asked for once for all.
+    """
+
+    columns: list[_Column]
+    glue: list[str]
+    rows: str
+    values: list[Json]
+    order: str
+    place: str
+    style: Style
+
+    def with_places(self) -> _Source:
+        """The same with each record's place and a colon before it."""
+        place = _Column((self.place,), bracketed=False)
+        return self._replace(columns=[place, *self.columns], glue=["", ":" + self.glue[0], *self.glue[1:]])
+
+    def sql(self, separator: str, limited: bool) -> str:
+        """One row: the text of every column, how many records, the last place.
+
+        Its parameters are the place that they come after, the last one, the values, and the most records if limited.
+        """
+        values = list(chain.from_iterable(column.values for column in self.columns))
+        joined = ", ".join(f"CAST(group_concat(c{number}, {_literal(separator)}) AS BLOB)"
+                           for number in range(len(values)))
+        # Only a limit needs to say the order, which the rows have anyway, and keeps SQLite from reading them in one go.
+        end, place = (f" ORDER BY {self.order} LIMIT ?", "max(place)") if limited else ("", "NULL")
+        named = ", ".join(f"{value} AS c{number}" for number, value in enumerate(values))
+        return f"SELECT {joined}, count(*), {place} FROM (SELECT {named}, {self.place} AS place FROM {self.rows}{end})"
+
+    def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, between: str) -> Block:
+        """The records from the place beyond `after` to `last`, at most `limit` of them."""
+        whole = len(self.columns) == 1 and self.columns[0].bracketed  # then there is nothing to put together
+        sql = self.sql(between if whole else _SEPARATOR, limit is not None)
+        values = [after, last, *self.values, *([] if limit is None else [limit])]
+        *joined, records, place = connection.execute(sql, values).fetchone()
+        if not records:
+            return Block(b"", 0, after)
+        text, given = joined[0], iter(joined)
+        if not whole:
+            cells = [column.cells(given, self.style) for column in self.columns]
+            text = _woven(cells, [piece.encode() for piece in self.glue], between.encode())
+        elif self.style == "csv":
+            text = text[1:-1].replace(f"]{between}[".encode(), between.encode())
+        return Block(_mended(text, self.style), records, last if limit is None else place)
 
 
 class _Selection:
@@ -1874,14 +1940,10 @@ class _Selection:
 
     # Their text
 
-    def block_sql(self, record_type: str, style: Style, between: str, excel_safe: bool) -> tuple[str, list[Json]]:
-        """One row for some records of a type: their joined text, their number, the last id.
-
-        Its parameters are the id that they come after, the last one, the returned values, and the most records.
-        """
+    def source(self, record_type: str, style: Style, excel_safe: bool) -> _Source:
+        """What reads the selected records of a type from one _id to another."""
         rows, values = self._selected(record_type, "?", "?")
-        return _block_sql(f"SELECT {self._line(record_type, style, excel_safe)} AS line, r._id AS place FROM {rows} "
-                          "ORDER BY _spans.first, r._id LIMIT ?", between), values
+        return _Source(*self._line(record_type, style, excel_safe), rows, values, "_spans.first, r._id", "r._id", style)
 
     def spans(self, record_type: str) -> list[tuple[int, int]]:
         """The first id and the number of ids of each span that may hold selected records, in order."""
@@ -1889,51 +1951,52 @@ class _Selection:
         query = f"SELECT first, rows FROM {_SPANS} WHERE {visible} AND rows > 0 ORDER BY first"
         return self._connection.execute(query, values).fetchall()
 
-    def chosen_sql(self, style: Style, between: str, excel_safe: bool) -> str:
-        """As `block_sql`, of the chosen records in their order; a place is a number in `chosen`."""
-        lines = [f"WHEN {number} THEN (SELECT {self._line(record_type, style, excel_safe)} "
-                 f"FROM {_quote(record_type)} AS r WHERE r._id = chosen.id)"
-                 for number, record_type in enumerate(self.kinds)]
-        line = f"CASE chosen.type {' '.join(lines)} END" if lines else "''"
-        return _block_sql(f"SELECT {line} AS line, n AS place FROM chosen WHERE n > ? AND n <= ? ORDER BY n LIMIT ?",
-                          between)
+    def chosen_sources(self, style: Style, excel_safe: bool) -> list[_Source]:
+        """As `source`, for each type, of the chosen records in their order; a place is a number in `chosen`."""
+        rows = ("chosen CROSS JOIN {} AS r ON r._id = chosen.id "
+                "WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {}")
+        return [_Source(*self._line(name, style, excel_safe), rows.format(_quote(name), number), [],
+                        "chosen.n", "chosen.n", style) for number, name in enumerate(self.kinds)]
 
-    def _line(self, record_type: str, style: Style, excel_safe: bool) -> str:
-        """The SQL expression that makes one record's JSON; of pieces, since a function has up to 127 arguments."""
-        return self._array(record_type, excel_safe) if style == "csv" else self._object(record_type)
+    def _line(self, record_type: str, style: Style, excel_safe: bool) -> tuple[list[_Column], list[str]]:
+        """The columns of a record, and what stands before the first, between them and after the last.
 
-    def _array(self, record_type: str, excel_safe: bool) -> str:
-        cells = [self._cell(record_type, field, excel_safe) for field in self.fields]
-        cells = [_literal(record_type), *cells] if self._several else cells
-        return _sewn([f"json_array({', '.join(cells[start:start + 100])})" for start in range(0, len(cells), 100)])
+        Of pieces, since a function of SQLite has up to 127 arguments.
+        """
+        make, first, end = ("json_object", "{", "}") if style == "json" else ("json_array", "", "")
+        parts: list[tuple[str, _Column]] = []
+        run = [*(["'recordType'"] if style == "json" else []), _literal(record_type)] if self._several else []
+        for field in self.fields:
+            alone = self._alone(record_type, field, style)
+            if run and (alone or len(run) > 100):
+                parts.append(("", _Column((f"{make}({', '.join(run)})",), bracketed=True)))
+                run = []
+            if alone:
+                label = json.dumps(field, ensure_ascii=False) + ":" if style == "json" else ""
+                parts.append((label, _Column(alone, bracketed=False)))
+            else:
+                run += self._arguments(record_type, field, style, excel_safe)
+        if run or not parts:
+            parts.append(("", _Column((f"{make}({', '.join(run)})",), bracketed=True)))
+        return [column for _, column in parts], [first + parts[0][0], *("," + label for label, _ in parts[1:]), end]
 
-    def _cell(self, record_type: str, field: str, excel_safe: bool) -> str:
+    def _alone(self, record_type: str, field: str, style: Style) -> tuple[str, ...]:
+        """The expressions of a field that no function of SQLite can take; empty for others."""
+        kind, null = self._kind(record_type, field), "'null'" if style == "json" else "''"
+        if kind == "float" and (record_type, field) in self._long and len(self.fields) < _MOST_LONG:
+            return tuple(value.format(c=_column(field), null=null) for value in _LONG_FLOAT)
+        return (f"coalesce({_column(field)}, 'null')",) if kind and KIND_SQL[kind].raw and style == "json" else ()
+
+    def _arguments(self, record_type: str, field: str, style: Style, excel_safe: bool) -> list[str]:
         kind = self._kind(record_type, field)
         if kind is None:
-            return f"'{_NULL_MARK}'"
+            return [] if style == "json" else [f"'{_NULL_MARK}'"]
         column = _column(field)
         if excel_safe and kind == "text":
             column = "(" + _SAFE_TEXT.format(c=column) + ")"
-        return f"coalesce({self._json(record_type, field, kind).format(c=column)}, '{_NULL_MARK}')"
-
-    def _json(self, record_type: str, field: str, kind: Kind) -> str:
-        return KIND_SQL[kind].json if kind != "float" or (record_type, field) in self._long else "{c}"
-
-    def _object(self, record_type: str) -> str:
-        pieces, run = [], ["'recordType'", _literal(record_type)] if self._several else []
-        for field in self.fields:
-            if not (kind := self._kind(record_type, field)):
-                continue
-            value = self._json(record_type, field, kind).format(c=_column(field))
-            if run and (KIND_SQL[kind].raw or len(run) > 100):
-                pieces.append(f"json_object({', '.join(run)})")
-                run = []
-            if KIND_SQL[kind].raw:
-                name = json.dumps(field, ensure_ascii=False)
-                pieces.append(f"{_literal('{' + name + ':')} || coalesce({value}, 'null') || '}}'")
-            else:
-                run += [_literal(field), value]
-        return _sewn([*pieces, f"json_object({', '.join(run)})"] if run or not pieces else pieces)
+        form = _FLOAT if kind == "float" and (record_type, field) in self._long else KIND_SQL[kind].json
+        value = form.format(c=column)
+        return [_literal(field), value] if style == "json" else [f"coalesce({value}, '{_NULL_MARK}')"]
 
     def copy_sql(self, number: int, record_type: str) -> tuple[str, str] | None:
         """(CREATE TABLE, INSERT of the chosen with n after ? and up to ?) in `copy`; None for a type without fields."""
@@ -1949,24 +2012,35 @@ class _Selection:
 
 
 class _Query(NamedTuple):
-    """A query of `_block_sql`, its values, the ranges of places (first, how many) that it is for, and its style."""
+    """What reads records, the ranges of places (first, how many) that it is for, and what stands between records."""
 
-    sql: str
-    values: list[Json]
+    sources: list[_Source]
     ranges: list[tuple[int, int]]
-    style: Style
+    between: str
 
     def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, most_bytes: int) -> Block:
         """The records from the place beyond `after` to `last`; raises sqlite3.DataError beyond `most_bytes`."""
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most_bytes)
         try:
-            values = [after, last, *self.values, -1 if limit is None else limit]
-            text, records, place = connection.execute(self.sql, values).fetchone()
+            if len(self.sources) == 1:
+                block = self.sources[0].read(connection, after, last, limit, self.between)
+            else:
+                block = self._merged(connection, after, last)
         finally:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _NO_LIMIT)
-        if not records:
-            return Block(b"", 0, after)
-        return Block(_mended(_csv_of(text) if self.style == "csv" else text), records, place)
+        if len(block.text) > most_bytes:
+            raise sqlite3.DataError("the text of these records is too long")
+        return block
+
+    def _merged(self, connection: sqlite3.Connection, after: int, last: int) -> Block:
+        """The records of all the sources in the order of their places."""
+        lines: list[tuple[int, bytes]] = []
+        for source in self.sources:
+            block = source.with_places().read(connection, after, last, None, _SEAM_MARK)
+            for line in block.text.split(_SEAM_MARK.encode()) if block.records else ():
+                place, _, text = line.partition(b":")
+                lines.append((int(place), text))
+        return Block(self.between.encode().join(text for _, text in sorted(lines)), len(lines), last)
 
 
 class _Readers:
@@ -2215,10 +2289,9 @@ class Records:
             selection = _Selection(connections[0], filters, fields, order_by, self._kinds)
             if order_by:
                 selection.choose(limit)
-                query = selection.chosen_sql(style, between, excel_safe)
-                queries = [_Query(query, [], [(1, selection.chosen())], style)]
+                queries = [_Query(selection.chosen_sources(style, excel_safe), [(1, selection.chosen())], between)]
             else:
-                queries = [_Query(*selection.block_sql(name, style, between, excel_safe), selection.spans(name), style)
+                queries = [_Query([selection.source(name, style, excel_safe)], selection.spans(name), between)
                            for name in selection.kinds]
             # What is chosen is limited already.
             with closing(_Readers(connections).blocks(queries, None if order_by else limit)) as blocks:
@@ -2249,7 +2322,7 @@ class Records:
         """
         with self._database.read() as connection:
             selection = _Selection(connection, filters, None, None, self._kinds)
-            query = _Query(*selection.block_sql(str(filters.record_type), "json", ", ", excel_safe=False), [], "json")
+            query = _Query([selection.source(str(filters.record_type), "json", excel_safe=False)], [], ", ")
             block = query.read(connection, after or 0, _LAST_ID, limit, _NO_LIMIT)
             more = block.records and query.read(connection, block.last, _LAST_ID, 1, _NO_LIMIT).records
             return block.text, block.last if more else None

@@ -2832,10 +2832,13 @@ def test_an_export_never_sorts_what_lies_in_order_and_starts_where_it_was(servic
     with service.queue.records._database.read() as connection:
         selection = taskapi._Selection(connection, taskapi.Filters(record_type="thing"), None, None,
                                        service.queue.records._kinds)
-        query, values = selection.block_sql("thing", "json", ",", excel_safe=False)
-        plan = " / ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}", [0, 99, *values, 9]))
-    assert "B-TREE" not in plan
-    assert re.search(r"SEARCH (TABLE \S+ AS )?r USING INTEGER PRIMARY KEY \(rowid>\? AND rowid<\?\)", plan), plan
+        source = selection.source("thing", "json", excel_safe=False)
+        for limited, values in ((False, [0, 99, *source.values]), (True, [0, 99, *source.values, 9])):
+            query = f"EXPLAIN QUERY PLAN {source.sql(',', limited)}"
+            plan = " / ".join(row[3] for row in connection.execute(query, values))
+            assert "B-TREE" not in plan
+            search = r"SEARCH (TABLE \S+ AS )?r USING INTEGER PRIMARY KEY \(rowid>\? AND rowid<\?\)"
+            assert re.search(search, plan), plan
 
 
 @pytest.mark.parametrize("order_by", [None, "-n"])
@@ -2865,8 +2868,11 @@ def test_a_filter_that_few_records_fit_is_not_read_in_small_steps(service: taska
     assert len(statements) < 20
 
 
-def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Service) -> None:
-    """And next to it, where the ways of writing one change; repr and float are the referees."""
+@pytest.mark.parametrize("most_long", [taskapi._MOST_LONG, 0])
+def test_every_float_leaves_as_it_is_at_each_power_of_two(
+        service: taskapi.Service, monkeypatch: pytest.MonkeyPatch, most_long: int) -> None:
+    """And next to it, where the ways of writing one change, also of a wide type; repr and float are the referees."""
+    monkeypatch.setattr(taskapi, "_MOST_LONG", most_long)
     near = [2.0**power for power in range(-1074, 1024)]
     values = [sign * value for middle in near for value in (
         middle, math.nextafter(middle, math.inf), math.nextafter(middle, 0), middle / 3) for sign in (1, -1)]
