@@ -5861,7 +5861,7 @@ _LOG = logging.getLogger("taskapi")
 _BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
-_PATIENCE_SECONDS = 0.001  # how long another run is held back while one takes job after job
+_HOLD_SECONDS = 0.001  # how long another run is held back while one takes job after job
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
@@ -6318,7 +6318,7 @@ class JobQueue:
         """Waits while another run takes job after job: threads that share the interpreter are slower than one."""
         with self._state:
             while self._crew and self._active > self._looking and not self._stopping.is_set() and (
-                    wait := self._moved + _PATIENCE_SECONDS - monotonic()) > 0:
+                    wait := self._moved + _HOLD_SECONDS - monotonic()) > 0:
                 self._state.wait(wait)
 
     def _look(self) -> _Task | None:
@@ -9544,12 +9544,12 @@ class _NoWork:
         """Nothing runs."""
 
 
-_PATIENCE_SECONDS = 3.0  # for a server that has the folder and is about to say where it serves, or is just leaving
+_LOCK_SECONDS = 3.0  # for a server that has the folder and is about to say where it serves, or is just leaving
 
 
 def _open_or_url(settings: Settings, runner: Runner | None) -> Service | str:
     """The data folder, opened; or where the server is that has it. StartupError if another process just keeps it."""
-    until = monotonic() + _PATIENCE_SECONDS
+    until = monotonic() + _LOCK_SECONDS
     while True:
         try:
             return Service(settings, runner=runner)

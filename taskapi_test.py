@@ -4618,7 +4618,6 @@ def hostile_site(target: str, routes: Sequence[tuple[str, str]], port: int = 0) 
             thread.join()
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @contextmanager
@@ -4948,7 +4947,7 @@ def stranger() -> Iterator[str]:
 def test_a_holder_that_is_no_server_of_ours_is_named(
         tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
     """One that serves nothing, one that is gone, one on another machine, and something else at its address."""
-    monkeypatch.setattr(taskapi, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(taskapi, "_LOCK_SECONDS", 0)
     with socket.create_server(("127.0.0.1", 0)) as free:
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"
     here, holder = tmp_path / "data", {"pid": 123456, "host": socket.gethostname(), "url": None}
@@ -5512,6 +5511,16 @@ def referred(table: SymbolTable) -> set[str]:
     own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and (
         symbol.is_global() or table.get_type() == "module")}
     return own.union(*map(referred, table.get_children()))
+
+
+@pytest.mark.parametrize("path", [taskapi.__file__, __file__])
+def test_no_name_is_given_twice(path: str) -> None:
+    """A constant of one room would quietly change what another one means."""
+    given: Counter[str] = Counter()
+    for statement in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", statement)]
+        given.update(getattr(target, "id", None) or getattr(target, "name", "") for target in targets)
+    assert [name for name, times in given.items() if name and times > 1] == []
 
 
 def test_no_definition_refers_to_a_later_one() -> None:
