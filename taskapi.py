@@ -458,7 +458,8 @@ class Settings(BaseModel):
     data_dir: Path = Field(Path("data"), description="Folder for the database, uploads and exports.")
     database: Path | None = Field(None, description="The database file (default: taskapi.db in the data folder).")
     workers: int = Field(4, ge=1, le=64, description="Jobs that run at the same time.")
-    threads: int = Field(8, ge=2, le=256, description="Requests that are answered at the same time.")
+    threads: int = Field(8, ge=2, le=256,
+                         description="Requests that are answered at the same time, besides long polls.")
     max_upload_bytes: Annotated[int, BeforeValidator(_bytes_count)] = Field(
         100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
     upload_types: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
@@ -699,6 +700,26 @@ class Job(Shape):
         return links
 
 
+def date_bound(text: str, last: bool) -> str:
+    """A date or instant of a filter in the normal form; a date alone means its first or its last millisecond."""
+    try:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+            date.fromisoformat(text)
+            return text + ("T23:59:59.999Z" if last else "T00:00:00.000Z")
+        if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
+            raise ValueError(text)
+        moment = datetime.fromisoformat(text)
+        return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a date such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
+
+
+def _date_text(text: str) -> str:
+    date_bound(text, last=False)
+    return text
+
+
+DateText = Annotated[str, AfterValidator(_date_text)]
 Scalar = str | int | float | bool | None
 
 
@@ -728,8 +749,8 @@ class Filters(Shape):
     """Which records: all conditions have to hold."""
 
     record_type: RecordType | Annotated[list[RecordType], Field(min_length=1, max_length=100)] | None = None
-    from_: str | None = Field(None, alias="from", description="First date or instant, included.")
-    to: str | None = Field(None, description="Last date or instant, included; a date means its whole day.")
+    from_: DateText | None = Field(None, alias="from", description="First date or instant, included.")
+    to: DateText | None = Field(None, description="Last date or instant, included; a date means its whole day.")
     date_field: str | None = Field(None, description="Field that from and to look at; default: when it was created.")
     job_id: str | None = None
     where: dict[str, Condition] = Field({}, max_length=50)
@@ -1685,20 +1706,6 @@ class Lines(NamedTuple):
     blocks: Iterator[Block]
 
 
-def _date_bound(text: str, last: bool) -> str:
-    """A date or instant of a filter in the normal form; a date alone means its first or its last millisecond."""
-    try:
-        if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
-            date.fromisoformat(text)
-            return text + ("T23:59:59.999Z" if last else "T00:00:00.000Z")
-        if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
-            raise ValueError(text)
-        moment = datetime.fromisoformat(text)
-        return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    except (ValueError, OverflowError):
-        raise JobFailed(f"{text!r} is not a date such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
-
-
 _OPERATORS = {"eq": "IS", "ne": "IS NOT", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "LIKE"}
 
 
@@ -1828,9 +1835,10 @@ class _Selection:
                       *([filters.date_field] if filters.date_field else ())):
             self._check_field(field)
         self.fields = list(fields) if fields else self._all_fields()
-        self.header = ["recordType", *self.fields] if self._several else self.fields
-        if self._several and "recordType" in self.fields:
-            raise JobFailed("a record type here has a field named recordType itself; export one type at a time")
+        self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
+        while self._label.lower() in map(str.lower, self.fields):
+            self._label = f"_{self._label}"
+        self.header = [self._label, *self.fields] if self._several else self.fields
 
     def _types_of_job(self, job_id: str) -> list[str]:
         job = self._connection.execute("SELECT status FROM jobs WHERE id = ?", (job_id,)).fetchone()
@@ -1877,7 +1885,7 @@ class _Selection:
     def _bounds(self) -> list[tuple[str, str]]:
         """The operator and the instant of each end that the filters give."""
         ends = ((">=", self._filters.from_), ("<=", self._filters.to))
-        return [(sign, _date_bound(end, last=sign == "<=")) for sign, end in ends if end is not None]
+        return [(sign, date_bound(end, last=sign == "<=")) for sign, end in ends if end is not None]
 
     def _visible_spans(self, record_type: str) -> tuple[str, list[Json]]:
         """WHERE of the spans that may hold selected records: of completed jobs, since a job's come all at once.
@@ -1965,7 +1973,7 @@ class _Selection:
         """
         make, first, end = ("json_object", "{", "}") if style == "json" else ("json_array", "", "")
         parts: list[tuple[str, _Column]] = []
-        run = [*(["'recordType'"] if style == "json" else []), _literal(record_type)] if self._several else []
+        run = [*([_literal(self._label)] if style == "json" else []), _literal(record_type)] if self._several else []
         for field in self.fields:
             alone = self._alone(record_type, field, style)
             if run and (alone or len(run) > 100):
@@ -2338,6 +2346,7 @@ MAX_FAMILY = 100_000  # records that one record may bring along
 MAX_SIZE_ARG = 4_096  # what an argument may ask for: letters of a text, digits of a number, levels of a domain
 MAX_DEPTH = 8  # lists and objects inside each other
 TRIALS = 20  # values drawn from a field before there is a job: they show its kind and size
+UNIQUE_TRIES = 1000  # how often a unique field that is no text draws until the job fails, as stock Faker does
 REDRAWS = 8  # how often a unique field draws a taken value again before it takes a number instead
 EXACT_SET = 50_000  # up to here the values of a unique field are remembered as they are, beyond in a Bloom filter
 BLOOM_BYTES = 2**24  # for all the unique fields of a job
@@ -2693,7 +2702,7 @@ _Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
 class RecordSpec(BaseModel):
     """So many records of a type, in all or `per` record of another type, and the fields of each."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True, defer_build=True)
     count: _Count | tuple[_Count, _Count]
     per: str | None = None
     schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
@@ -3142,7 +3151,7 @@ def parse_field(raw: Any, path: str) -> FieldType:
     if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
         raise BadRequest.of(path, "should be the name of a type, or an object with a type")
     try:
-        return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec)
+        return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec, by_alias=True, by_name=False)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         problems = [FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details]
@@ -3776,23 +3785,25 @@ class _RecordType(_Stream):
             return lambda: nth(_shuffled(size, keys[name], self.done))
         if model.distinct:
             return draw
-        if model.redraws is None or self.kinds[name] not in ("text", "float"):
+        if model.redraws is None or self.kinds[name] == "json":
             raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
         self.seen[name] = _Seen(1, 1)
         return partial(self._new, name, draw, model.redraws)
 
     def _new(self, name: str, draw: Draw, redraws: int) -> Any:
-        """Draw until a value is new, a few times at most; then give it a number, before the @ or at its end.
+        """Draw until a value is new; text, after a few times, gets a number, before the @ or at its end.
 
         No two records try the same number, so this does not get slower as values run out.
         """
         add = self.seen[name].add
-        for _ in range(redraws + 1):
+        for tries in itertools.count(1):
             value = draw()
             if value is None or add(value):
                 return value
-        if not isinstance(value, str):
-            raise TaskError(f"{self.name}.{name}: no new value in {redraws + 1} draws")
+            if tries > redraws and isinstance(value, str):
+                break
+            if tries >= UNIQUE_TRIES:
+                raise TaskError(f"{self.name}.{name}: no new value in {tries} draws")
         start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
         n = self.done + 1
         while not add(numbered := f"{start}{n}{at}{end}"):
@@ -4491,16 +4502,33 @@ class Received(NamedTuple):
     texts: Mapping[str, str]
 
 
+def _file_type(suffix: str) -> FileType:
+    """How a file of this name is served; of those that only the settings know, the content is not checked."""
+    return FILE_TYPES.get(suffix, FileType("application/octet-stream"))
+
+
+def text_decoder(encoding: str) -> codecs.IncrementalDecoder:
+    """What decodes text block by block; BadRequest where there is no such encoding, or it is not one of text."""
+    try:
+        "".encode(encoding)  # refuses Python's codecs that are not of text
+        return codecs.getincrementaldecoder(encoding)()
+    except (LookupError, UnicodeError, TypeError, ValueError):
+        raise BadRequest.of("encoding", f"no such text encoding {encoding!r}") from None
+
+
 class _ContentCheck:
     """Tells, block by block, whether content is what its name says; raises BadRequest at the first block that isn't."""
 
     def __init__(self, suffix: str, encoding: str | None = None):
         self._suffix, self._encoding = suffix, encoding
-        self._magic = FILE_TYPES[suffix].magic
+        self._known = suffix in FILE_TYPES
+        self._magic = _file_type(suffix).magic
         self._decoder: codecs.IncrementalDecoder | None = None
         self._head = b""
 
     def feed(self, block: bytes, last: bool = False) -> None:
+        if not self._known:
+            return
         if self._magic:
             self._head = (self._head + block)[:16]
             if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
@@ -4512,10 +4540,10 @@ class _ContentCheck:
                 return
             block = self._head
             utf16 = block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            self._decoder = codecs.getincrementaldecoder(self._encoding or ("utf-16" if utf16 else "utf-8"))()
+            self._decoder = text_decoder(self._encoding or ("utf-16" if utf16 else "utf-8"))
         try:
             text = self._decoder.decode(block, last)
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise BadRequest.of("file", f"is not {self._suffix}: it is not text in UTF-8, or in UTF-16 with a byte "
                                         "order mark") from None
         if "\0" in text:
@@ -4603,6 +4631,8 @@ class Reception:
                 raise BadRequest.of("file", "has no file name")
             if part.name not in _TEXT_PARTS:
                 raise BadRequest.of(part.name, "is not known here")
+            if part.name in self._texts:
+                raise BadRequest.of(part.name, "is given twice")
             self._text = b""
             return
         if part.name != "file" or self._draft is not None:
@@ -4611,18 +4641,18 @@ class Reception:
         suffix = self._filename.rpartition(".")[2].lower() if "." in self._filename else ""
         self._check_type(suffix, part.content_type or "")
         self._check = _ContentCheck(suffix, self._texts.get("encoding"))  # which so has to stand before the file
-        self._content_type = FILE_TYPES[suffix].content_type
+        self._content_type = _file_type(suffix).content_type
         self._draft = self._new_draft()
 
     def _check_type(self, suffix: str, declared: str) -> None:
         allowed = self._settings.upload_types
-        if suffix not in FILE_TYPES or ("jpg" if suffix == "jpeg" else suffix) not in allowed:
+        if ("jpg" if suffix == "jpeg" else suffix) not in allowed:
             raise BadRequest.of("file", f"files {f'of type {suffix!r}' if suffix else 'without an extension'} are not "
                                         f"accepted; accepted are: {', '.join(allowed)}")
         # Clients declare texts in many ways; a binary type that is another one than the name's is a contradiction.
         declared = declared.partition(";")[0].strip().lower()
         others = {kind.content_type for kind in FILE_TYPES.values() if kind.magic}
-        if declared in others and declared != FILE_TYPES[suffix].content_type:
+        if suffix in FILE_TYPES and declared in others and declared != FILE_TYPES[suffix].content_type:
             raise BadRequest.of("file", f"is declared as {declared} but named .{suffix}")
 
     def _data(self, block: bytes) -> None:
@@ -4728,12 +4758,18 @@ class TextLayout(NamedTuple):
     header: bool = False
 
 
+def _csv_name(field: str, safe: bool) -> str:
+    """A field's name in the header; those of an uploaded file can be formulas too."""
+    shown = f"'{field}" if safe and field[0] in "=+-@" else field
+    return '"' + shown.replace('"', '""') + '"'
+
+
 def _write_text(sink: ExportSink, records: Records, wanted: Selected,
                 layout: TextLayout) -> Generator[Progress, None, None]:
     safe = wanted.excel_safe and layout.header
     with records.lines(wanted.filters, layout.style, layout.between, fields=wanted.fields, order_by=wanted.order_by,
                        limit=wanted.limit, excel_safe=safe, interrupted=wanted.interrupted) as lines:
-        names = ",".join('"' + field.replace('"', '""') + '"' for field in lines.fields)
+        names = ",".join(_csv_name(field, safe) for field in lines.fields)
         head = ("\ufeff" if safe else "") + (names + "\r\n" if layout.header else "")
         done = 0
         for block in lines.blocks:
@@ -4824,7 +4860,7 @@ def _decoded(blocks: Iterator[bytes], encoding: str | None) -> Iterator[str]:
     while len(head) < 3 and (block := next(blocks, b"")):
         head += block
     name = encoding or ("utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
-    decoder = codecs.getincrementaldecoder(name)()
+    decoder = text_decoder(name)
     taken, line, mark = 0, 1, "\ufeff"
     for block in chain([head], blocks, [b""]):
         held = len(decoder.getstate()[0])
@@ -4834,6 +4870,8 @@ def _decoded(blocks: Iterator[bytes], encoding: str | None) -> Iterator[str]:
             line += error.object[:error.start].count(b"\n")
             raise _bad_line(line, f"byte {taken - held + error.start} of the text, 0x{error.object[error.start]:02x}, "
                                   f"is not {name}; save the file as UTF-8, or name its encoding") from None
+        except UnicodeError as error:  # no byte order mark, for one
+            raise _bad_line(line, f"the text is not {name}: {error}") from None
         if unsound := _UNSOUND.search(text):
             raise _bad_line(line + _lines_in(text[:unsound.start()]), "there is a NUL character: this is no text")
         taken, line = taken + len(block), line + _lines_in(text)
@@ -5641,11 +5679,9 @@ def _delimiter(text: str) -> str:
 
 def _encoding(name: str) -> str:
     try:
-        b" ".decode(name)
-    except UnicodeDecodeError:
-        pass  # one byte is not enough for it
-    except LookupError:
-        raise ValueError(f"no such text encoding {name!r}") from None
+        text_decoder(name)
+    except BadRequest as error:
+        raise ValueError(error.fields[0].message) from None
     return name
 
 
@@ -5860,8 +5896,9 @@ def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str,
 _LOG = logging.getLogger("taskapi")
 _BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
+LONG_POLLS = 32  # requests that wait for a job at the same time, on threads that others do not need
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
-_HOLD_SECONDS = 0.001  # how long another run is held back while one takes job after job
+_HOLD_SECONDS = 0.003  # how long another run is held back while one takes job after job
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
@@ -6607,7 +6644,7 @@ class Engine:
         self._started = monotonic()
         self._closed = False
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
-        self._polls = threading.Semaphore(max(1, settings.threads // 2))
+        self._polls = threading.Semaphore(LONG_POLLS)
         with ExitStack() as undo:
             try:
                 self.folder = DataFolder(settings.data_dir)
@@ -6686,7 +6723,7 @@ class Engine:
         return self.queue.wait(job_id, seconds)
 
     def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool]) -> Job:
-        """Like the queue's `wait`, but answers at once when half of the threads are waiting already."""
+        """Like the queue's `wait`, but answers at once when LONG_POLLS others are waiting already."""
         if not seconds or not self._polls.acquire(blocking=False):
             return self.queue.jobs.get(job_id)
         try:
@@ -6824,7 +6861,7 @@ class Call:
         if (self.header("Content-Type") or "").partition(";")[0].strip().lower() != _JSON_TYPE:
             raise UnsupportedMedia(f"send the body as Content-Type: {_JSON_TYPE}")
         raw = self.raw()
-        request = validated(model, lambda: model.model_validate_json(raw))
+        request = validated(model, lambda: model.model_validate_json(raw, by_alias=True, by_name=False))
         check_json(raw)
         return request
 
@@ -7274,6 +7311,15 @@ def bug_report(what: str) -> TaskError:
     return TaskError(f"internal error {number}: the server's log has the details")
 
 
+def reported(error: TaskError, what: str) -> TaskError:
+    """The error to answer: what is wrong with the database or the disk is logged too, and names the log's entry."""
+    if not isinstance(error, StorageError):
+        return error
+    number = secrets.token_hex(4)
+    _LOG.error("error %s: %s: %s", number, what, error)
+    return type(error)(f"{error} (error {number} in the server's log)")
+
+
 def check_path(raw: str) -> None:
     """Refuses a path that is not UTF-8; Bottle leaves its bad bytes out. `raw` is in WSGI's Latin-1 form."""
     try:
@@ -7316,9 +7362,7 @@ class _Gate:
             else:
                 response = handler(call, **arguments)
         except TaskError as error:
-            if isinstance(error, StorageError):
-                _LOG.error("%s %s: %s", call.method, call.path, error)
-            response = error_reply(error)
+            response = error_reply(reported(error, f"{call.method} {call.path}"))
         except Exception:
             response = error_reply(bug_report(f"{call.method} {call.path}"))
         finally:
@@ -8792,10 +8836,8 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             self.request = None
             if not request.headers_finished:
                 request.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
-            request.refuse(error)
+            request.refuse(reported(error, f"{request.command} {request.path}"))
             self.requests.append(request)
-            if isinstance(error, StorageError):
-                _LOG.error("%s %s: %s", request.command, request.path, error)
             if len(self.requests) == 1:  # otherwise whoever answers those before goes on with it
                 self.server.add_task(self)
 
@@ -8878,7 +8920,7 @@ class HttpServer:
         self._pool, self._coming = upload_threads(), set[_Arrival]()
         try:
             self._server = waitress.create_server(
-                app, host=host, port=port, threads=settings.threads, ident="taskapi",
+                app, host=host, port=port, threads=settings.threads + LONG_POLLS, ident="taskapi",
                 max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
                 channel_timeout=60, connection_limit=self._limit, channel_request_lookahead=1, asyncore_use_poll=True,
                 clear_untrusted_proxy_headers=True)

@@ -1807,11 +1807,22 @@ def test_unique_values_do_not_run_out(
         assert all(re.fullmatch(r"\w+@example\.com", value) for value in values)
 
 
+@pytest.mark.parametrize("name", ["random_int", "pyint", "date_of_birth", "date_time", "pydecimal", "latitude"])
+def test_unique_values_that_are_no_text_are_drawn_until_they_are_new(name: str) -> None:
+    """As stock Faker's `unique` does."""
+    assert len(set(column(plan({"x": {"type": name, "unique": True}}, 300), "x"))) == 300
+
+
+def test_unique_values_that_are_no_text_can_run_out() -> None:
+    """After a thousand draws; nothing is made up."""
+    assert sorted(column(plan({"x": {"type": "random_digit", "unique": True}}, 10), "x")) == list(range(10))
+    with pytest.raises(TaskError, match="no new value in 1000 draws"):
+        rows(plan({"x": {"type": "random_digit", "unique": True}}, 11))
+
+
 def test_what_can_not_be_unique_is_refused() -> None:
     """A list has no place for a number, and a reference is not one of a kind."""
-    fields = {"a": {"type": "list", "of": "word"}, "b": "random_int", "c": {"type": "object", "fields": {"x": "bool"}}}
-    for name, raw in fields.items():
-        field = {"type": raw} if isinstance(raw, str) else raw
+    for name, field in {"a": {"type": "list", "of": "word"}, "c": {"type": "object", "fields": {"x": "bool"}}}.items():
         assert list(problems(lambda f=field: plan({"x": {**f, "unique": True}}))) == ["schema.x.unique"], name
     inner = {"type": "object", "fields": {"x": {"type": "int", "unique": True}}}
     assert list(problems(lambda: plan({"x": inner}))) == ["schema.x.fields.x.unique"]
@@ -3263,16 +3274,19 @@ def test_a_long_poll_answers_as_soon_as_the_job_has_finished(tmp_path: Path, scr
         assert ask(url, "GET", f"/status/{service.enqueue('script', {}).job_id}?wait=0.2").json["status"] == "pending"
 
 
-def test_long_polls_do_not_starve_other_requests(tmp_path: Path, script: Any) -> None:
-    """More of them than there are threads, and another request is answered."""
+def test_long_polls_do_not_starve_other_requests(
+        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than may wait; another request is answered, those over the limit at once, the others in the end."""
+    monkeypatch.setattr(taskapi, "LONG_POLLS", 4)
     with held(tmp_path, threads=2) as (service, runner), service.serving(port=0) as url:
         job_id = service.enqueue("script", {}).job_id
         crowd = [threading.Thread(target=ask, args=(url, "GET", f"/status/{job_id}?wait=20")) for _ in range(6)]
         for poll in crowd:
             poll.start()
-        until(lambda: service.queue._waiters)
+        until(lambda: len(service.queue._waiters.get(job_id, ())) == 4 and sum(poll.is_alive() for poll in crowd) == 4)
         start = time.monotonic()
         assert ask(url, "GET", "/jobs").status == 200
+        assert ask(url, "GET", f"/status/{job_id}?wait=20").json["status"] == "pending"
         assert time.monotonic() - start < 5
         runner.run()
         for poll in crowd:
@@ -3590,6 +3604,18 @@ def test_a_full_disk_is_said_and_recovered_from(little: tuple[Live, Path]) -> No
     job = live.job(live.make("/generate", PERSONS), 20)
     assert job["status"] == "completed"
     assert live.ask("GET", f"/records/person?jobId={job['jobId']}").json["items"]
+
+
+def test_a_database_that_fails_is_told_with_the_entry_of_the_log(
+        service: taskapi.Service, url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500; the message says what is wrong, and names the line."""
+    def failing(*_: Any) -> Any:
+        raise taskapi.StorageError("the database cannot be used: no such luck")
+
+    monkeypatch.setattr(service.queue.jobs, "page", failing)
+    answer = refused(ask(url, "GET", "/jobs"), 500, "no such luck")
+    number = re.search(r"\(error (\w{8}) in the server's log\)", answer["error"])[1]
+    assert [record for record in caplog.records if number in record.getMessage() and "GET /jobs" in record.getMessage()]
 
 
 def test_a_read_only_folder_is_said_and_recovers(tmp_path: Path) -> None:
@@ -5735,9 +5761,86 @@ def test_a_recipe_is_checked_against_its_own_now(service: taskapi.Service) -> No
 def test_a_filter_that_could_be_misread_is_refused(service: taskapi.Service, filters: Any, message: str | None) -> None:
     """Other ISO forms of a date, and what is not a number."""
     service.enqueue("generate", PERSONS)
-    job = service.enqueue("export", {"format": "csv", "filters": {"recordType": "person", **filters}})
+    request = {"format": "csv", "filters": {"recordType": "person", **filters}}
+    if "where" not in filters:
+        with pytest.raises(BadRequest, match=message):
+            service.enqueue("export", request)
+        return
+    job = service.enqueue("export", request)
     assert (message or "") in (job.error or "")
     assert job.status == ("failed" if message else "completed")
+
+
+def test_the_request_is_told_as_it_is_written(service: taskapi.Service, url: str) -> None:
+    """Related types too have a `schema`; and names of Python are no keys."""
+    body = {"records": {"customer": {"count": 2, "schema": {"id": "sequence"}},
+                        "order": {"per": "customer", "count": [1, 2], "schema": {"n": "int"}}}}
+    job = ask(url, "POST", "/generate", body)
+    assert job.json["request"]["records"] == body["records"]
+    again = {key: value for key, value in job.json["request"].items() if key in ("records", "seed", "now", "locale")}
+    assert ask(url, "POST", "/generate", again).status == 202
+    for path, wrong, field in (
+            ("/generate", {"record_type": "person", "count": 1}, "record_type"),
+            ("/generate", {"count": 1, "recordType": "x", "schema_": {"a": "int"}}, "schema_"),
+            ("/generate", {"count": 1, "recordType": "x", "schema": {"a": {"type": "date", "from_": "-1d"}}}, "from_"),
+            ("/export", {"format": "csv", "order_by": "name"}, "order_by"),
+            ("/export", {"format": "csv", "filters": {"date_field": "joined"}}, "date_field"),
+            ("/export", {"format": "csv", "filters": {"where": {"id": {"in_": [1]}}}}, "in_"),
+            ("/export", {"format": "csv", "filters": {"from": "2026-02-30"}}, "from")):
+        refused(ask(url, "POST", path, wrong), 400, field)
+
+
+def test_a_field_named_as_the_label_of_the_types_is_exported_beside_it(service: taskapi.Service) -> None:
+    """The label gets an underscore, and nothing is lost."""
+    store(service, {"recordType": "text"}, [["mine"]], "odd")
+    store(service, {"n": "int"}, [[1]], "plain")
+    for export_format, expected in (
+            ("ndjson", [{"_recordType": "odd", "recordType": "mine"}, {"_recordType": "plain", "n": 1}]),
+            ("csv", [["_recordType", "recordType", "n"], ["odd", "mine", ""], ["plain", "", "1"]])):
+        data = service.folder.root / service.enqueue("export", {"format": export_format}).file.path
+        text = data.read_text(encoding="utf-8")
+        assert (list(csv.reader(text.splitlines())) if export_format == "csv" else [
+            json.loads(line) for line in text.splitlines()]) == expected
+    assert service.enqueue("export", {"format": "sqlite"}).status == "completed"
+
+
+@pytest.mark.parametrize("name", ["nope", "hex", "rot13", "undefined", "zip", "a\0b", ""])
+@pytest.mark.parametrize("path", ["/upload", "/infer"])
+def test_an_encoding_that_is_none_is_named(url: str, name: str, path: str) -> None:
+    """Whether it comes before the file or after it."""
+    text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{name}\r\n'.encode()
+    kind = b'--XX\r\nContent-Disposition: form-data; name="recordType"\r\n\r\nthing\r\n'
+    for body in (kind + text + form(), part() + kind + text + b"--XX--\r\n"):
+        refused(ask(url, "POST", path, body, FORM), 400, "encoding")
+
+
+def test_utf_16_without_its_mark_is_refused(url: str) -> None:
+    """Named as the encoding, it could be either order; with the order in the name it is read."""
+    def asked(encoding: str) -> Answer:
+        text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{encoding}\r\n'.encode()
+        return ask(url, "POST", "/infer", text + form("a,b\n1,2\n".encode("utf-16-le")), FORM)
+
+    assert asked("utf-16-le").status == 200
+    refused(asked("utf-16"), 400, "is not csv")
+
+
+def test_a_file_type_that_the_settings_add_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Its content is not looked at; one that they leave out is refused."""
+    with taskapi.open_service(tmp_path, inline=True, upload_types=["csv", "log"]) as service, service.serving(
+            port=0) as url:
+        job = ask(url, "POST", "/upload", form(b"\0\xff", "a.log"), FORM)
+        assert (job.status, job.json["result"]["contentType"]) == (201, "application/octet-stream")
+        assert ask(url, "GET", job.json["links"]["download"]).body == b"\0\xff"
+        refused(ask(url, "POST", "/upload", form(b"a", "a.txt"), FORM), 400, "csv, log")
+
+
+def test_a_header_cannot_be_a_formula(service: taskapi.Service) -> None:
+    """With excelSafe; it may come from somebody's file."""
+    store(service, {"=1+1": "text", "+a": "int", "plain": "int"}, [["x", 1, 2]], "odd")
+    for safe, expected in ((True, ["'=1+1", "'+a", "plain"]), (False, ["=1+1", "+a", "plain"])):
+        job = service.enqueue("export", {"format": "csv", "excelSafe": safe, "filters": {"recordType": "odd"}})
+        text = (service.folder.root / job.file.path).read_text(encoding="utf-8-sig")
+        assert next(csv.reader(text.splitlines())) == expected
 
 
 def test_a_second_lock_that_is_refused_lets_go_of_the_first(tmp_path: Path) -> None:
