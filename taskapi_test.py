@@ -3316,8 +3316,10 @@ def test_whatever_a_job_raises_fails_that_job_alone(
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_an_ending_that_cannot_be_written_down_fails_the_job(
-        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        fails: bool) -> None:
     """Half of a surrogate pair, which no database takes, in a result or in a message."""
+    caplog.set_level("CRITICAL", "taskapi")  # pytest-xdist cannot send such a line home
     @script
     def odd(context: taskapi.JobContext) -> taskapi.JobSteps:
         yield from run_rows(context, RowsRequest(columns={"n": "int"}, rows=[[1]]))
@@ -5990,7 +5992,7 @@ def test_the_readme_sets_up_with_one_line_each_and_ci_runs_the_same() -> None:
     assert start.startswith("python3 -m venv .venv && ")
     assert start.endswith("python taskapi.py")
     assert test.startswith("python3 -m venv .venv && ")
-    assert test.endswith("-m pytest")
+    assert test.endswith("-m pytest -n auto")
     assert "README.md" in (HERE / ".ci" / "run").read_text()
 
 
