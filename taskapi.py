@@ -789,6 +789,7 @@ _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
 _LAST_ID, _NO_LIMIT = 2**62, 2**31 - 1
 _MOST_LONG = 600  # fields of a record type whose long floats leave as numbers: SQLite gives up to 2,000 columns
 _READERS = 2  # connections that make text at once; more of them wait for each other in SQLite's allocator
+_KEPT_READERS = 8  # connections for reading that stay open for the next time
 _COPY_STEP = 20_000  # records that one statement copies into an exported database
 _STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, until it asks whether to go on
 _DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
@@ -1160,7 +1161,8 @@ class Database:
                     connection.set_progress_handler(None, 0)
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
-                if self._closed or identity != self._identity:  # a reader of a file that was replaced
+                replaced = identity != self._identity  # the file that it reads is another one by now
+                if self._closed or replaced or len(self._readers) >= _KEPT_READERS:
                     connection.close()
                 else:
                     self._readers.append(connection)

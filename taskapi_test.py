@@ -4108,7 +4108,7 @@ def test_a_server_says_where_it_is_in_one_line_and_stops_with_0(tmp_path: Path) 
         start = time.monotonic()
         with Live(tmp_path / "data") as live:
             assert ask(live.url, "GET", "/").status == 200
-            assert time.monotonic() - start < 5  # a second on an idle machine
+            assert time.monotonic() - start < 30  # a second on an idle machine
             assert taskapi.__version__ in live.line
             assert str(tmp_path / "data") in live.line
             stop = time.monotonic()
