@@ -954,7 +954,6 @@ class Database:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = str(path)
         self._lock = threading.Lock()
         self._line = threading.Lock()  # guards the next two
         self._waiting: deque[_Ticket[Any]] = deque()
@@ -996,7 +995,7 @@ class Database:
         return connection
 
     def _stat(self) -> tuple[int, int]:
-        status = os.stat(self._file)
+        status = os.stat(self.path)
         return status.st_dev, status.st_ino
 
     def _current(self) -> bool:
@@ -2157,7 +2156,7 @@ class Records:
 
     def _ensure_table(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> None:
         known = self._kinds(connection, record_type)
-        if all(known.get(field) == kind for field, kind in kinds.items()):
+        if known and all(known.get(field) == kind for field, kind in kinds.items()):
             return  # as in most jobs but the first
         by_lower = {field.lower(): field for field in known}
         table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
@@ -3765,7 +3764,7 @@ class _RecordType(_Stream):
         self.values[self.index[name]] = _mapped(draw, _STORE.get(kind))()
         # another locale's values may be of another kind: text holds both
         self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
-        self.draws[-1][name] = self._unique(scope, model, name, draw) if model.unique else draw, kind
+        self.draws[-1][name] = self._unique(scope, name, draw), kind
         if self.timed:
             self.clocked.append((self.draws[-1], name, scope))
 
@@ -3773,11 +3772,15 @@ class _RecordType(_Stream):
         """Compile again what depends on the instant, which has changed."""
         for draws, name, scope in self.clocked:
             draw, kind = self.fields[name].draw(scope)
-            draws[name] = self._unique(scope, self.fields[name], name, draw) if self.fields[name].unique else draw, kind
+            draws[name] = self._unique(scope, name, draw), kind
         if self.clocked:
             self.finish()
 
-    def _unique(self, scope: Scope, model: FieldType, name: str, draw: Draw) -> Draw:
+    def _unique(self, scope: Scope, name: str, draw: Draw) -> Draw:
+        """What draws the field's values: `draw`, or where they are to be unique what sees to that."""
+        model = self.fields[name]
+        if not model.unique:
+            return draw
         size, nth = (None if model.distinct else model.domain(scope)) or (2**64 + 1, str)
         if size < self.bound:
             raise scope.refuse(f"has only {size} different values for {self.bound} records", "unique")

@@ -5836,6 +5836,12 @@ def test_a_file_type_that_the_settings_add_is_taken_as_it_is(tmp_path: Path) -> 
         refused(ask(url, "POST", "/upload", form(b"a", "a.txt"), FORM), 400, "csv, log")
 
 
+def test_a_record_type_may_have_no_fields(service: taskapi.Service) -> None:
+    """As a job type of one's own may make it; its table is there all the same."""
+    store(service, {}, [[], []], "bare")
+    assert plain(service.folder.root, "SELECT count(*) FROM bare") == [2]
+
+
 def test_a_header_cannot_be_a_formula(service: taskapi.Service) -> None:
     """With excelSafe; it may come from somebody's file."""
     store(service, {"=1+1": "text", "+a": "int", "plain": "int"}, [["x", 1, 2]], "odd")
