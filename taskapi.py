@@ -932,14 +932,20 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def _flush(descriptor: int) -> None:
+    """Returns once the disk has the data of an open file."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
 class _Ticket(Generic[T]):
     """One piece of work that waits to be written, and what became of it."""
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool, atomic: bool):
-        self.work, self.durable, self.atomic = work, durable, atomic
+    def __init__(self, work: Callable[[sqlite3.Connection], T], atomic: bool):
+        self.work, self.atomic = work, atomic
         self.called = threading.Lock()  # let go of when the work is done, or its thread is to write the next batch
         self.called.acquire()
         self.done = False
+        self.transaction = 0
         self.result: T
         self.error: BaseException | None = None
 
@@ -949,7 +955,9 @@ class Database:
 
     A single connection writes and checkpoints: before SQLite 3.51.3 two that do so at once can lose commits
     (sqlite.org/wal.html, "the WAL-reset bug"). The file is never opened but by SQLite: closing any other descriptor
-    of it would drop SQLite's locks.
+    of it would drop SQLite's locks. It has none on the log (the -wal file), which we flush ourselves: a commit reaches
+    the operating system, and so outlives the process; to reach the disk takes most of its time, and happens outside of
+    the lock, once for all who wait for it. It is what SQLite does within its lock where `synchronous` is FULL.
     """
 
     def __init__(self, path: Path):
@@ -961,8 +969,10 @@ class Database:
         self._readers: list[sqlite3.Connection] = []
         self._identity: tuple[int, int] | None = None
         self._writer: sqlite3.Connection | None = None
-        self._durable = False
-        self._commits = self._synced = 0  # transactions so far, and those of them that a loss of power cannot undo
+        self._flushing = threading.Lock()  # guards the next two
+        self._log: int | None = None  # the descriptor of the log; none where the disk cannot have one
+        self._synced = 0  # how many transactions a loss of power cannot undo
+        self._commits = 0  # how many there were
         self._closed = False
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
         if sqlite3.sqlite_version_info < (3, 37):
@@ -983,15 +993,18 @@ class Database:
             if mode == "rw" and not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
                 raise StorageError("the file that has taken the database's place is not a database of ours")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a new file takes this; see `shrink`
-            connection.execute("PRAGMA journal_mode = WAL")
+            in_log = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
             connection.execute("PRAGMA journal_size_limit = 67108864")
-            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if in_log else 'FULL'}")
             connection.execute("PRAGMA secure_delete = OFF")  # some builds write zeros over all they delete
             _MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
+            connection.execute("SELECT 1 FROM _types").fetchone()  # the log is there once something was read
+            with self._flushing:
+                self._log = os.open(f"{self.path}-wal", os.O_RDWR) if in_log else None
         except BaseException:
             connection.close()
             raise
-        self._writer, self._durable, self._identity, self._damage = connection, False, self._stat(), None
+        self._writer, self._identity, self._damage = connection, self._stat(), None
         return connection
 
     def _stat(self) -> tuple[int, int]:
@@ -1029,11 +1042,11 @@ class Database:
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False, atomic: bool = False) -> T:
         """Runs `work` in one transaction and returns its result; `durable` means fsynced when this returns.
 
-        Works that wait at the same time share one transaction and so one fsync (group commit); each has a savepoint
-        of its own, so that one that raises undoes only itself. An `atomic` one needs none: it changes the database by
-        one statement, after which nothing can raise. Raises StorageError when the database cannot be used.
+        Works that wait at the same time share one transaction (group commit); each has a savepoint of its own, so
+        that one that raises undoes only itself. An `atomic` one needs none: it changes the database by one statement,
+        after which nothing can raise. Raises StorageError when the database cannot be used.
         """
-        ticket = _Ticket(work, durable, atomic)
+        ticket = _Ticket(work, atomic)
         with self._line:
             self._waiting.append(ticket)
             leads, self._led = not self._led, True
@@ -1049,6 +1062,8 @@ class Database:
             self._lead(ticket)
         if ticket.error is not None:
             raise ticket.error
+        if durable:
+            self.sync(ticket.transaction)
         return ticket.result
 
     def _lead(self, own: _Ticket[Any]) -> None:
@@ -1081,7 +1096,6 @@ class Database:
                 if self._closed:
                     raise StorageError("the database is closed")
                 connection = self._writer if self._writer and self._current() else self._reopen()
-                self._set_durable(connection, any(ticket.durable for ticket in batch))
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     if len(batch) == 1:  # its error undoes the whole transaction, without a savepoint of its own
@@ -1091,7 +1105,6 @@ class Database:
                             self._work_one(connection, ticket)
                     connection.execute("COMMIT")
                     self._commits += 1
-                    self._synced = self._commits if self._durable else self._synced
                 except BaseException:
                     # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
                     if connection.in_transaction:
@@ -1104,7 +1117,7 @@ class Database:
                 self._truncate_log()  # gives back what the log takes, for the next try
         finally:
             for ticket in batch:
-                ticket.done = True
+                ticket.done, ticket.transaction = True, self._commits
 
     def _work_one(self, connection: sqlite3.Connection, ticket: _Ticket[Any]) -> None:
         if not ticket.atomic:
@@ -1129,13 +1142,15 @@ class Database:
     def sync(self, transaction: int) -> None:
         """Returns once this transaction, which was not `durable`, is fsynced, be it along with a later one."""
         if self._synced < transaction:
-            self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (2, NULL)"),
-                       durable=True)
-
-    def _set_durable(self, connection: sqlite3.Connection, durable: bool) -> None:
-        if durable != self._durable:
-            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._durable = durable
+            with self._flushing:
+                if self._synced < transaction:
+                    commits = self._commits
+                    try:
+                        if self._log is not None:
+                            _flush(self._log)
+                    except OSError as error:
+                        raise StorageError(f"the database cannot be used: {error.strerror}") from error
+                    self._synced = commits
 
     def _reopen(self) -> sqlite3.Connection:
         """The file was replaced (a restored copy, say): go on with the one that is there now."""
@@ -1199,9 +1214,13 @@ class Database:
     def _close_connections(self) -> None:
         while self._readers:  # before the writer, which as the last one checkpoints
             self._readers.pop().close()
-        if self._writer:
-            self._writer.close()
-            self._writer = None
+        with self._flushing:  # whoever waits for a flush then finds the checkpoint done
+            if self._log is not None:
+                os.close(self._log)
+                self._log = None
+            if self._writer:
+                self._writer.close()
+                self._writer = None
 
     def probe(self, at: str) -> None:
         """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
@@ -5903,7 +5922,7 @@ _BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
 LONG_POLLS = 32  # requests that wait for a job at the same time, on threads that others do not need
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
-_HOLD_SECONDS = 0.003  # how long another run is held back while one takes job after job
+_HOLD_SECONDS = 0.003  # how long another run is held back after a job was taken
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
@@ -6220,6 +6239,7 @@ class JobQueue:
         finished = threading.Event()
         with self._state:
             self._waiters.setdefault(job_id, []).append(finished)
+            self._state.notify_all()
         try:
             job = self.jobs.get(job_id)
             if job.status.finished or seconds == 0:
@@ -6357,9 +6377,12 @@ class JobQueue:
                 task = self._look()
 
     def _hold_back(self) -> None:
-        """Waits while another run takes job after job: threads that share the interpreter are slower than one."""
+        """Waits while job after job is taken, unless somebody waits for one.
+
+        Threads that share the interpreter are slower than one, and jobs that gather meanwhile are taken in one go.
+        """
         with self._state:
-            while self._crew and self._active > self._looking and not self._stopping.is_set() and (
+            while self._crew and not self._waiters and not self._stopping.is_set() and (
                     wait := self._moved + _HOLD_SECONDS - monotonic()) > 0:
                 self._state.wait(wait)
 

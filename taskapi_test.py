@@ -7,6 +7,7 @@ import contextlib
 import csv
 import ctypes
 import datetime as dt
+import errno
 import gzip
 import hashlib
 import http.client
@@ -850,45 +851,100 @@ def test_works_that_wait_share_one_commit_and_one_that_fails_undoes_only_itself(
     assert statements.count("COMMIT") == 2  # the held one, and one for all eight
 
 
-def test_what_a_client_is_told_is_fsynced_first(
-        jobs: taskapi.Jobs, database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """synchronous=FULL for every commit that an answer stands on; claims may be lazier."""
-    levels: list[int] = []
-    write = database.write
+@pytest.fixture
+def power_loss(database: taskapi.Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the jobs' statuses would be if the power failed now: only what was flushed of the log is still there."""
+    log, flushed, flush = tmp_path / "taskapi.db-wal", [(tmp_path / "taskapi.db-wal").read_bytes()], taskapi._flush
 
-    def watched(work: Callable[[sqlite3.Connection], Any], durable: bool = False, atomic: bool = False) -> Any:
-        return write(lambda connection: (levels.append(connection.execute("PRAGMA synchronous").fetchone()[0]),
-                                         work(connection))[1], durable, atomic)
+    def watched(descriptor: int) -> None:
+        assert os.path.samestat(os.fstat(descriptor), log.stat())
+        flush(descriptor)
+        flushed.append(log.read_bytes())
 
-    monkeypatch.setattr(database, "write", watched)
+    def statuses() -> list[str]:
+        after = Path(tempfile.mkdtemp(dir=tmp_path))
+        shutil.copy(tmp_path / "taskapi.db", after)
+        (after / "taskapi.db-wal").write_bytes(flushed[-1])
+        assert plain(after, "PRAGMA integrity_check") == ["ok"]
+        return plain(after, "SELECT status FROM jobs")
+
+    monkeypatch.setattr(taskapi, "_flush", watched)
+    return statuses
+
+
+def test_what_a_client_is_told_survives_a_loss_of_power(
+        jobs: taskapi.Jobs, power_loss: Callable[[], list[str]]) -> None:
+    """Each of these returns only when it is on the disk; a claim may be lazier, and comes along with the next."""
     job_id = jobs.insert("script", {})[0].job_id
+    assert power_loss() == ["pending"]
     jobs.cancel(job_id)
+    assert power_loss() == ["canceled"]
     jobs.retry(job_id)
-    jobs.finish(jobs.claim()[0], taskapi.JobStatus.FAILED, error="it was to fail")
+    assert power_loss() == ["pending"]
+    claim = jobs.claim()
+    assert power_loss() == ["pending"]
+    jobs.finish(claim.job, taskapi.JobStatus.FAILED, error="it was to fail")
+    assert power_loss() == ["failed"]
     jobs.retry(job_id)
     jobs.remove(jobs.cancel(job_id).job_id)
-    assert [level for number, level in enumerate(levels) if number != 3] == [2] * 7
+    assert power_loss() == []
 
 
 @pytest.mark.parametrize("look", [lambda jobs, job_id: jobs.get(job_id),
                                   lambda jobs, job_id: jobs.page(None, None, 10, None)[0][0],
                                   lambda jobs, job_id: jobs.sync() or jobs.get(job_id)])
 def test_a_completed_job_is_fsynced_before_anybody_is_shown_it(
-        jobs: taskapi.Jobs, database: taskapi.Database, look: Callable[[taskapi.Jobs, str], taskapi.Job]) -> None:
-    """Once: by one more commit, which is fsynced; while it runs, and when it is looked at again, by none."""
-    statements: list[str] = []
+        jobs: taskapi.Jobs, power_loss: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch,
+        look: Callable[[taskapi.Jobs, str], taskapi.Job]) -> None:
+    """Once: while it runs, and when it is looked at again, nothing is flushed."""
     job_id = jobs.insert("script", {})[0].job_id
     claim = jobs.claim()
-    database._writer.set_trace_callback(lambda text: statements.append(text.split(" VALUES")[0]))
+    flush, flushes = taskapi._flush, []
+    monkeypatch.setattr(taskapi, "_flush", lambda descriptor: (flushes.append(descriptor), flush(descriptor)))
     assert look(jobs, job_id).status == "in-progress"
-    assert not statements
     jobs.complete(claim.job, {}, None)
-    assert "PRAGMA synchronous = FULL" not in statements
-    synced = ["PRAGMA synchronous = FULL", "BEGIN IMMEDIATE", "INSERT OR REPLACE INTO _heartbeat", "COMMIT"]
-    for expected in (synced, []):
-        statements.clear()
+    assert not flushes
+    assert power_loss() == ["pending"]
+    for _ in range(2):
         assert look(jobs, job_id).status == "completed"
-        assert statements == expected
+        assert power_loss() == ["completed"]
+        assert len(flushes) == 1
+
+
+def test_others_write_while_one_waits_for_the_disk_and_one_flush_serves_all_who_wait(
+        database: taskapi.Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first flush lasts until eight more works are committed."""
+    flush, flushes = taskapi._flush, []
+
+    def slow(descriptor: int) -> None:
+        flushes.append(plain_count(tmp_path / "taskapi.db"))
+        until(lambda: plain_count(tmp_path / "taskapi.db") == 9)
+        flush(descriptor)
+
+    def beat(number: int) -> None:
+        until(lambda: number == 0 or flushes)
+        database.write(lambda connection: connection.execute("INSERT INTO _heartbeat VALUES (?, 'x')", (number,)),
+                       durable=True)
+
+    monkeypatch.setattr(taskapi, "_flush", slow)
+    assert threads(9, beat) == [None] * 9
+    assert flushes[0] == 1
+    assert flushes[-1] == 9
+    assert len(flushes) <= 3  # a third one if the last work was not counted yet when the second began
+
+
+def test_a_flush_that_fails_is_told_and_tried_again(
+        jobs: taskapi.Jobs, power_loss: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk, not SQLite, fails here."""
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taskapi, "_flush", fail)
+        with pytest.raises(taskapi.StorageError, match="Input/output error"):
+            jobs.insert("script", {})
+    jobs.insert("script", {})
+    assert power_loss() == ["pending", "pending"]
 
 
 def test_the_jobs_list_goes_back_page_by_page_and_filters(tmp_path: Path, script: Any) -> None:
