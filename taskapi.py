@@ -885,10 +885,11 @@ def _unescaped(text: bytes) -> bytes:
     return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
 
 
-def _mended(text: bytes, style: Style) -> bytes:
-    """Records of the JSON that SQLite made, with all that is marked put right, and for CSV without the escapes."""
-    bare = _BARE_MARK.encode()
-    text = text.replace(b'"' + bare, b"").replace(bare + b'"', b"")
+def _mended(text: bytes, style: Style, sql: str) -> bytes:
+    """Records of the JSON that SQLite made by `sql`, with what is marked put right, and for CSV without the escapes."""
+    if _BARE_MARK in sql:
+        bare = _BARE_MARK.encode()
+        text = text.replace(b'"' + bare, b"").replace(bare + b'"', b"")
     if style == "json":
         return text
     # A string of JSON holds no line end, and no quote but after a backslash.
@@ -1772,15 +1773,29 @@ class _Column(NamedTuple):
 
     values: tuple[str, ...]
     bracketed: bool
+    flags: tuple[str, ...] = ()  # what stands in an object before each boolean, which SQLite writes as 0 or 1
+
+    def joined(self, value: str, separator: str) -> str:
+        """What joins a value of many records."""
+        end = _literal(separator)
+        # SQLite would make a copy of each object or array that it joins, but not of what || made.
+        return f"group_concat({value} || {end}, '')" if self.bracketed else f"group_concat({value}, {end})"
+
+    def text(self, joined: bytes, separator: str) -> bytes:
+        """Objects or arrays of many records, with the separator between them."""
+        for flag in map(str.encode, self.flags):  # it can stand nowhere else: within a string a quote has a backslash
+            joined = joined.replace(flag + b"0", flag + b"false").replace(flag + b"1", flag + b"true")
+        return joined[:-len(separator)]
 
     def cells(self, joined: Iterator[bytes], style: Style) -> list[bytes]:
         """What stands in each record, of what the expressions gave."""
         if len(self.values) > 1:
             return _floats(next(joined), next(joined), next(joined))
-        text, separator = next(joined), _SEPARATOR.encode()
+        separator = _SEPARATOR.encode()
         if not self.bracketed:
-            return text.split(separator)
-        return text[1:-1].split(separator.join((b"}", b"{") if style == "json" else (b"]", b"[")))
+            return next(joined).split(separator)
+        between = separator.join((b"}", b"{") if style == "json" else (b"]", b"["))
+        return self.text(next(joined), _SEPARATOR)[1:-1].split(between)
 
 
 class _Source(NamedTuple):
@@ -1807,12 +1822,12 @@ class _Source(NamedTuple):
 
         Its parameters are the place that they come after, the last one, the values, and the most records if limited.
         """
-        values = list(chain.from_iterable(column.values for column in self.columns))
-        joined = ", ".join(f"CAST(group_concat(c{number}, {_literal(separator)}) AS BLOB)"
-                           for number in range(len(values)))
+        values = [(value, column) for column in self.columns for value in column.values]
+        joined = ", ".join(f"CAST({column.joined(f'c{number}', separator)} AS BLOB)"
+                           for number, (_, column) in enumerate(values))
         # Only a limit needs to say the order, which the rows have anyway, and keeps SQLite from reading them in one go.
         end, place = (f" ORDER BY {self.order} LIMIT ?", "max(place)") if limited else ("", "NULL")
-        named = ", ".join(f"{value} AS c{number}" for number, value in enumerate(values))
+        named = ", ".join(f"{value} AS c{number}" for number, (value, _) in enumerate(values))
         return f"SELECT {joined}, count(*), {place} FROM (SELECT {named}, {self.place} AS place FROM {self.rows}{end})"
 
     def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, between: str) -> Block:
@@ -1823,13 +1838,15 @@ class _Source(NamedTuple):
         *joined, records, place = connection.execute(sql, values).fetchone()
         if not records:
             return Block(b"", 0, after)
-        text, given = joined[0], iter(joined)
-        if not whole:
+        if whole:
+            text = self.columns[0].text(joined[0], between)
+            if self.style == "csv":
+                text = text[1:-1].replace(f"]{between}[".encode(), between.encode())
+        else:
+            given = iter(joined)
             cells = [column.cells(given, self.style) for column in self.columns]
             text = _woven(cells, [piece.encode() for piece in self.glue], between.encode())
-        elif self.style == "csv":
-            text = text[1:-1].replace(f"]{between}[".encode(), between.encode())
-        return Block(_mended(text, self.style), records, last if limit is None else place)
+        return Block(_mended(text, self.style, sql), records, last if limit is None else place)
 
 
 class _Selection:
@@ -1994,18 +2011,21 @@ class _Selection:
         make, first, end = ("json_object", "{", "}") if style == "json" else ("json_array", "", "")
         parts: list[tuple[str, _Column]] = []
         run = [*([_literal(self._label)] if style == "json" else []), _literal(record_type)] if self._several else []
+        flags: list[str] = []
         for field in self.fields:
             alone = self._alone(record_type, field, style)
+            label = json.dumps(field, ensure_ascii=False) + ":" if style == "json" else ""
             if run and (alone or len(run) > 100):
-                parts.append(("", _Column((f"{make}({', '.join(run)})",), bracketed=True)))
-                run = []
+                parts.append(("", _Column((f"{make}({', '.join(run)})",), True, tuple(flags))))
+                run, flags = [], []
             if alone:
-                label = json.dumps(field, ensure_ascii=False) + ":" if style == "json" else ""
                 parts.append((label, _Column(alone, bracketed=False)))
-            else:
-                run += self._arguments(record_type, field, style, excel_safe)
+                continue
+            if label and self._kind(record_type, field) == "bool":
+                flags.append(("," if run else "{") + label)
+            run += self._arguments(record_type, field, style, excel_safe)
         if run or not parts:
-            parts.append(("", _Column((f"{make}({', '.join(run)})",), bracketed=True)))
+            parts.append(("", _Column((f"{make}({', '.join(run)})",), True, tuple(flags))))
         return [column for _, column in parts], [first + parts[0][0], *("," + label for label, _ in parts[1:]), end]
 
     def _alone(self, record_type: str, field: str, style: Style) -> tuple[str, ...]:
@@ -2023,8 +2043,9 @@ class _Selection:
         if excel_safe and kind == "text":
             column = "(" + _SAFE_TEXT.format(c=column) + ")"
         form = _FLOAT if kind == "float" and (record_type, field) in self._long else KIND_SQL[kind].json
-        value = form.format(c=column)
-        return [_literal(field), value] if style == "json" else [f"coalesce({value}, '{_NULL_MARK}')"]
+        if style == "csv":
+            return [f"coalesce({form.format(c=column)}, '{_NULL_MARK}')"]
+        return [_literal(field), column if kind == "bool" else form.format(c=column)]
 
     def copy_sql(self, number: int, record_type: str) -> tuple[str, str] | None:
         """(CREATE TABLE, INSERT of the chosen with n after ? and up to ?) in `copy`; None for a type without fields."""

@@ -1149,6 +1149,26 @@ def price(record: dict[str, Any]) -> float:
     return float(record["price"] or "nan")
 
 
+def test_booleans_are_told_from_all_that_looks_like_them(service: taskapi.Service) -> None:
+    """By names that end alike or hold quotes, by texts that imitate JSON, in any place, and in long records."""
+    names = ["on", 'x"on', 'x,"on', "{on", "on:1", "1", *(f"f{number}" for number in range(70))]
+    kinds = {name: "bool" if number in (0, 2, 5, 40, 75) else "int" if number % 2 else "text"
+             for number, name in enumerate(names)}
+    texts = itertools.cycle(['on', ',"on":1', '{"on":0', '\\",\\"on\\":1', '"on":1', ''])
+    rows = [[{"bool": row % 2, "int": (row + 1) % 2, "text": next(texts)}[kind] if (row + number) % 5 else None
+             for number, kind in enumerate(kinds.values())] for row in range(30)]
+    store(service, kinds, rows)
+    expected = [{name: bool(value) if kind == "bool" and value is not None else value
+                 for (name, kind), value in zip(kinds.items(), row, strict=True)} for row in rows]
+    assert json.loads(exported(service, "json")) == expected
+    lines = exported(service, "ndjson").decode().splitlines()
+    assert list(map(json.loads, lines)) == expected
+    assert json.loads(exported(service, "json", orderBy="-_id")) == expected[::-1]
+    assert json.loads(exported(service, "json", fields=["f3", "on"])) == [
+        {name: record[name] for name in ("f3", "on")} for record in expected]
+    assert json.loads(exported(service, "json", None)) == [{"recordType": "thing", **record} for record in expected]
+
+
 WHERE: dict[str, tuple[Any, Callable[[dict[str, Any]], Any], str]] = {
     "eq": ({"n": {"eq": 3}}, lambda r: r["n"] == 3, "n = 3"),
     "eq null": ({"n": {"eq": None}}, lambda r: r["n"] is None, "n IS NULL"),
