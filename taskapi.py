@@ -559,12 +559,13 @@ class JobIds:
         self._clock = clock
         self._lock = threading.Lock()
         self._stamp = int(last.replace("-", "")[:12], 16) if last else 0  # milliseconds since 1970
+        self._random = random.Random(secrets.randbits(256))  # to ask the system each time would take a lock
 
     def __call__(self) -> str:
         with self._lock:
             self._stamp = max(self._stamp + 1, int(self._clock().timestamp() * 1000))
             stamp = self._stamp
-        tail = secrets.randbits(74)
+        tail = self._random.getrandbits(74)
         text = f"{stamp << 80 | 0x7 << 76 | (tail >> 62) << 64 | 0b10 << 62 | tail & (1 << 62) - 1:032x}"
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
@@ -941,12 +942,11 @@ def _flush(descriptor: int) -> None:
 class _Ticket(Generic[T]):
     """One piece of work that waits to be written, and what became of it."""
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T], atomic: bool):
-        self.work, self.atomic = work, atomic
+    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool, atomic: bool):
+        self.work, self.durable, self.atomic = work, durable, atomic
         self.called = threading.Lock()  # let go of when the work is done, or its thread is to write the next batch
         self.called.acquire()
         self.done = False
-        self.transaction = 0
         self.result: T
         self.error: BaseException | None = None
 
@@ -1047,7 +1047,7 @@ class Database:
         that one that raises undoes only itself. An `atomic` one needs none: it changes the database by one statement,
         after which nothing can raise. Raises StorageError when the database cannot be used.
         """
-        ticket = _Ticket(work, atomic)
+        ticket = _Ticket(work, durable, atomic)
         with self._line:
             self._waiting.append(ticket)
             leads, self._led = not self._led, True
@@ -1063,12 +1063,10 @@ class Database:
             self._lead(ticket)
         if ticket.error is not None:
             raise ticket.error
-        if durable:
-            self.sync(ticket.transaction)
         return ticket.result
 
     def _lead(self, own: _Ticket[Any]) -> None:
-        """Writes what waits by now, then calls whoever waits by then: those whose work is done need not wait for it."""
+        """Writes what waits by now; has the first of those that wait by then go on; flushes, for those who need it."""
         batch = [own]
         locked = self._lock.acquire(timeout=_BUSY_SECONDS)
         try:
@@ -1086,9 +1084,22 @@ class Database:
                 self._lock.release()
             with self._line:
                 self._led = bool(self._waiting)
-                for ticket in (*batch, *list(self._waiting)[:1]):
-                    if ticket is not own:
-                        ticket.called.release()
+                going_on = list(self._waiting)[:1]
+            durable = [ticket for ticket in batch if ticket.durable and ticket.error is None]
+            for ticket in (*going_on, *(ticket for ticket in batch if ticket not in durable)):
+                ticket.called.release()
+            self._sync_for(durable)
+
+    def _sync_for(self, tickets: Sequence[_Ticket[Any]]) -> None:
+        try:
+            if tickets:
+                self.sync(self._commits)
+        except BaseException as error:
+            for ticket in tickets:
+                ticket.error = error
+        finally:
+            for ticket in tickets:
+                ticket.called.release()
 
     def _write_batch(self, batch: Sequence[_Ticket[Any]]) -> None:
         """One transaction for all of `batch`; whatever goes wrong with it as a whole is every ticket's error."""
@@ -1118,7 +1129,7 @@ class Database:
                 self._truncate_log()  # gives back what the log takes, for the next try
         finally:
             for ticket in batch:
-                ticket.done, ticket.transaction = True, self._commits
+                ticket.done = True
 
     def _work_one(self, connection: sqlite3.Connection, ticket: _Ticket[Any]) -> None:
         if not ticket.atomic:
