@@ -1786,17 +1786,11 @@ class _Column(NamedTuple):
     bracketed: bool
     flags: tuple[str, ...] = ()  # what stands in an object before each boolean, which SQLite writes as 0 or 1
 
-    def joined(self, value: str, separator: str) -> str:
-        """What joins a value of many records."""
-        end = _literal(separator)
-        # SQLite would make a copy of each object or array that it joins, but not of what || made.
-        return f"group_concat({value} || {end}, '')" if self.bracketed else f"group_concat({value}, {end})"
-
-    def text(self, joined: bytes, separator: str) -> bytes:
-        """Objects or arrays of many records, with the separator between them."""
+    def text(self, joined: bytes) -> bytes:
+        """Objects or arrays of many records, with their booleans put right."""
         for flag in map(str.encode, self.flags):  # it can stand nowhere else: within a string a quote has a backslash
             joined = joined.replace(flag + b"0", flag + b"false").replace(flag + b"1", flag + b"true")
-        return joined[:-len(separator)]
+        return joined
 
     def cells(self, joined: Iterator[bytes], style: Style) -> list[bytes]:
         """What stands in each record, of what the expressions gave."""
@@ -1806,7 +1800,7 @@ class _Column(NamedTuple):
         if not self.bracketed:
             return next(joined).split(separator)
         between = separator.join((b"}", b"{") if style == "json" else (b"]", b"["))
-        return self.text(next(joined), _SEPARATOR)[1:-1].split(between)
+        return self.text(next(joined))[1:-1].split(between)
 
 
 class _Source(NamedTuple):
@@ -1833,12 +1827,12 @@ class _Source(NamedTuple):
 
         Its parameters are the place that they come after, the last one, the values, and the most records if limited.
         """
-        values = [(value, column) for column in self.columns for value in column.values]
-        joined = ", ".join(f"CAST({column.joined(f'c{number}', separator)} AS BLOB)"
-                           for number, (_, column) in enumerate(values))
+        values = list(chain.from_iterable(column.values for column in self.columns))
+        joined = ", ".join(f"CAST(group_concat(c{number}, {_literal(separator)}) AS BLOB)"
+                           for number in range(len(values)))
         # Only a limit needs to say the order, which the rows have anyway, and keeps SQLite from reading them in one go.
         end, place = (f" ORDER BY {self.order} LIMIT ?", "max(place)") if limited else ("", "NULL")
-        named = ", ".join(f"{value} AS c{number}" for number, (value, _) in enumerate(values))
+        named = ", ".join(f"{value} AS c{number}" for number, value in enumerate(values))
         return f"SELECT {joined}, count(*), {place} FROM (SELECT {named}, {self.place} AS place FROM {self.rows}{end})"
 
     def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, between: str) -> Block:
@@ -1850,7 +1844,7 @@ class _Source(NamedTuple):
         if not records:
             return Block(b"", 0, after)
         if whole:
-            text = self.columns[0].text(joined[0], between)
+            text = self.columns[0].text(joined[0])
             if self.style == "csv":
                 text = text[1:-1].replace(f"]{between}[".encode(), between.encode())
         else:
@@ -2056,6 +2050,7 @@ class _Selection:
         form = _FLOAT if kind == "float" and (record_type, field) in self._long else KIND_SQL[kind].json
         if style == "csv":
             return [f"coalesce({form.format(c=column)}, '{_NULL_MARK}')"]
+        # For a boolean SQLite would parse a text each time, which costs more than to put it right later; see _Column.
         return [_literal(field), column if kind == "bool" else form.format(c=column)]
 
     def copy_sql(self, number: int, record_type: str) -> tuple[str, str] | None:

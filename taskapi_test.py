@@ -1154,11 +1154,13 @@ def test_booleans_are_told_from_all_that_looks_like_them(service: taskapi.Servic
     names = ["on", 'x"on', 'x,"on', "{on", "on:1", "1", *(f"f{number}" for number in range(70))]
     kinds = {name: "bool" if number in (0, 2, 5, 40, 75) else "int" if number % 2 else "text"
              for number, name in enumerate(names)}
-    texts = itertools.cycle(['on', ',"on":1', '{"on":0', '\\",\\"on\\":1', '"on":1', ''])
-    rows = [[{"bool": row % 2, "int": (row + 1) % 2, "text": next(texts)}[kind] if (row + number) % 5 else None
-             for number, kind in enumerate(kinds.values())] for row in range(30)]
+    kinds["nested"] = "json"
+    texts = itertools.cycle(['on\x7f', '\x7f":1', '{"on\x7f":0', '\\",\\"on\x7f\\":1', '"on\x7f":1', '\x7f', ''])
+    rows = [[{"bool": row % 2, "int": (row + 1) % 2, "text": next(texts), "json": '{"on\x7f":1,"\x7f":null}'}[kind]
+             if (row + number) % 5 else None for number, kind in enumerate(kinds.values())] for row in range(30)]
     store(service, kinds, rows)
-    expected = [{name: bool(value) if kind == "bool" and value is not None else value
+    read = {"bool": bool, "json": json.loads, "int": int, "text": str}
+    expected = [{name: None if value is None else read[kind](value)
                  for (name, kind), value in zip(kinds.items(), row, strict=True)} for row in rows]
     assert json.loads(exported(service, "json")) == expected
     lines = exported(service, "ndjson").decode().splitlines()
