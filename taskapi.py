@@ -1170,8 +1170,11 @@ class Database:
         return self._open_writer()
 
     @contextmanager
-    def read(self) -> Iterator[sqlite3.Connection]:
-        """A connection for reading, with a consistent snapshot for as long as the block lasts."""
+    def read(self, queries: Literal["one", "many"] = "many") -> Iterator[sqlite3.Connection]:
+        """A connection for reading, with a consistent snapshot for as long as the block lasts.
+
+        For `one` query no transaction is begun and ended: each statement can mean a wait for the interpreter lock.
+        """
         if self._closed:
             raise StorageError("the database is closed")
         with self._storage_errors():
@@ -1180,7 +1183,8 @@ class Database:
             identity = self._identity
             connection = self._take_reader()
             try:
-                connection.execute("BEGIN")
+                if queries == "many":
+                    connection.execute("BEGIN")
                 yield connection
             finally:
                 with suppress(sqlite3.Error):
@@ -1488,7 +1492,7 @@ class Jobs:
 
     def get(self, job_id: str) -> Job:
         """The job; NotFound if there is none."""
-        with self._database.read() as connection:
+        with self._database.read("one") as connection:
             job = self._get(connection, job_id)
         self._sync([job])
         return job
@@ -3893,12 +3897,17 @@ class _Memory:
 
 
 class Chunk(NamedTuple):
-    """More rows by record type; how many are done of how many; and from where to go on after them, JSON-able."""
+    """More rows by record type, and how many are done of how many."""
 
     rows: dict[str, list[Row]]
     done: int
     total: int
-    checkpoint: Json
+    state: Callable[[], Json]
+
+    @property
+    def checkpoint(self) -> Json:
+        """From where to go on after these rows, JSON-able; to be had until the next chunk is asked for."""
+        return self.state()
 
 
 class Plan:
@@ -4032,8 +4041,10 @@ class Plan:
                 rows = self._grow(root, past or memory, size)
                 if not past:
                     memory.extend(rows)
-                state = {name: stream.state() for name, stream in self.streams.items()}
-                yield Chunk(rows, sum(stream.done for stream in streams), self._expected(), state)
+                yield Chunk(rows, sum(stream.done for stream in streams), self._expected(), self._state)
+
+    def _state(self) -> Json:
+        return {name: stream.state() for name, stream in self.streams.items()}
 
     def _start(self, checkpoint: Json | None, past: Past) -> None:
         """Put every type where the checkpoint says, or at its beginning."""
@@ -5589,7 +5600,7 @@ class _Made:
         return self._context.records.own_column(self._context.job, record_type, field) if self._context else iter(())
 
 
-_CHUNK_ROWS = 50  # made between two pauses: a millisecond or two, which is how long a request may have to wait
+_CHUNK_ROWS = 40  # made between two pauses: a millisecond or two, which is how long a request may have to wait
 _SAVE_ROWS = 1000  # committed together
 
 
@@ -6079,7 +6090,7 @@ class Metrics:
 
 _TURN_SECONDS = 0.02  # how long a computing job goes on before the next one has its turn
 _ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
-_ASIDE_FACTOR = 5  # times what it has just worked, so that it keeps a sixth of the time under any load
+_ASIDE_FACTOR = 4  # times what it has just worked, so that it keeps a fifth of the time under any load
 
 
 class Turns:
@@ -9128,7 +9139,7 @@ def _set_up_process(settings: Settings) -> None:
     _set_up_logging(settings)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns at every short wait
     _descriptors(wanted=4096)
-    sys.setswitchinterval(0.0005)  # a request waits for the interpreter lock a few times: let that be short
+    sys.setswitchinterval(0.0002)  # a request waits for the interpreter lock a few times: let that be short
     tempfile.tempdir = str((settings.data_dir / "tmp").absolute())  # what is too large to wait in memory waits there
 
 
