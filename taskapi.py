@@ -597,14 +597,14 @@ MOVES: Mapping[JobStatus, frozenset[JobStatus]] = {
 }
 
 
-class Shape(BaseModel):
+class ApiModel(BaseModel):
     """Base of all that goes over the wire: camelCase keys, no unknown key, no silent conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, alias_generator=to_camel, defer_build=True,
                               validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
 
-Q = TypeVar("Q", bound=Shape)
+Q = TypeVar("Q", bound=ApiModel)
 
 
 def validated(model: type[Q], validate: Callable[[], Q], names: Iterable[str] = ()) -> Q:
@@ -635,14 +635,14 @@ def check_record_type(name: str) -> str:
 NewRecordType = Annotated[RecordType, AfterValidator(check_record_type)]
 
 
-class Progress(Shape):
+class Progress(ApiModel):
     """How far a job is; `total` is null while unknown."""
 
     done: int = 0
     total: int | None = None
 
 
-class StoredFile(Shape):
+class StoredFile(ApiModel):
     """A file in the data folder: `path` is relative to it, `filename` is a label for people."""
 
     path: str
@@ -652,7 +652,7 @@ class StoredFile(Shape):
     sha256: str
 
 
-class Interruption(Shape):
+class Interruption(ApiModel):
     """Why an attempt at a job did not come to an end."""
 
     attempt: int
@@ -661,7 +661,7 @@ class Interruption(Shape):
     reason: str
 
 
-class Job(Shape):
+class Job(ApiModel):
     """A job, as GET /status/{jobId} shows it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{
@@ -724,7 +724,7 @@ DateText = Annotated[str, AfterValidator(_date_text)]
 Scalar = str | int | float | bool | None
 
 
-class Condition(Shape):
+class Condition(ApiModel):
     """What a field's value must be; several operators all have to hold."""
 
     model_config = ConfigDict(strict=False)
@@ -746,7 +746,7 @@ class Condition(Shape):
         return {fields[name].alias or name: getattr(self, name) for name in fields if name in self.model_fields_set}
 
 
-class Filters(Shape):
+class Filters(ApiModel):
     """Which records: all conditions have to hold."""
 
     record_type: RecordType | Annotated[list[RecordType], Field(min_length=1, max_length=100)] | None = None
@@ -757,7 +757,7 @@ class Filters(Shape):
     where: dict[str, Condition] = Field({}, max_length=50)
 
 
-class Health(Shape):
+class Health(ApiModel):
     """What GET / tells."""
 
     service: str = "taskapi"
@@ -1377,7 +1377,7 @@ def _file_text(file: StoredFile | None) -> str | None:
     return _json_text(file.model_dump(by_alias=False) if file else None)
 
 
-class Fenced(Interrupted):
+class LeaseLost(Interrupted):
     """The job is no longer this worker's: another attempt or an ending came first."""
 
 
@@ -1390,11 +1390,11 @@ class Claim(NamedTuple):
 
 
 _CANCELED = "canceled by a client"
-_DOOMED = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
+_TO_FAIL = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
            "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
 
 
-class Jobs:
+class JobStore:
     """The job table, which is the queue: every move of a job is one statement here, checked against MOVES."""
 
     def __init__(self, database: Database, clock: Clock, make_id: Callable[[], str] | None = None):
@@ -1559,16 +1559,16 @@ class Jobs:
                                            (job.job_id,)).fetchall()
         return Claim(job, json.loads(state) if state else None, bool(more))
 
-    def any_doomed(self) -> bool:
+    def any_dependents_to_fail(self) -> bool:
         """Whether a pending job is to follow one that was not completed."""
         with self._database.read() as connection:
-            return bool(connection.execute(f"SELECT EXISTS (SELECT 1 {_DOOMED})").fetchone()[0])
+            return bool(connection.execute(f"SELECT EXISTS (SELECT 1 {_TO_FAIL})").fetchone()[0])
 
-    def fail_followers(self) -> list[Job]:
+    def fail_dependents(self) -> list[Job]:
         """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
         def work(connection: sqlite3.Connection) -> list[Job]:
             ended = []
-            while rows := connection.execute(f"SELECT id, after {_DOOMED}").fetchall():  # failing one may doom others
+            while rows := connection.execute(f"SELECT id, after {_TO_FAIL}").fetchall():  # failing one may doom others
                 for job_id, before in rows:
                     connection.execute(
                         "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = ? WHERE id = ?",
@@ -1591,11 +1591,11 @@ class Jobs:
                 "SELECT id FROM jobs WHERE finished_at < ? ORDER BY finished_at LIMIT ?", (moment, limit))]
 
     def save_progress(self, connection: sqlite3.Connection, job: Job, progress: Progress, checkpoint: Json) -> None:
-        """Within a chunk's transaction: notes how far the job is. Raises Fenced if the job is not ours any more."""
+        """Within a chunk's transaction: notes how far the job is. Raises LeaseLost if the job is not ours any more."""
         ours = connection.execute("SELECT 1 FROM jobs WHERE id = ? AND attempt = ? AND status = 'in-progress'",
                                   (job.job_id, job.attempt)).fetchone()
         if not ours:
-            raise Fenced
+            raise LeaseLost
         connection.execute(
             "INSERT INTO _progress(job, done, total, checkpoint) VALUES (?1, ?2, ?3, ?4) "
             "ON CONFLICT(job) DO UPDATE SET done = ?2, total = ?3, checkpoint = ?4",
@@ -1603,7 +1603,7 @@ class Jobs:
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
-        """Ends a running job. Raises Fenced if it is not this attempt's any more.
+        """Ends a running job. Raises LeaseLost if it is not this attempt's any more.
 
         It is durable when this returns; a completed job, when somebody is told of it, by `get` or `page`.
         """
@@ -1618,7 +1618,7 @@ class Jobs:
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
         now = self._now()
-        self._move(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
+        self._transition(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
                    (now, _json_text(result), error, _file_text(file)))
         connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
         if status is JobStatus.COMPLETED:
@@ -1630,7 +1630,7 @@ class Jobs:
         """Puts a running job back to pending, and notes why; an attempt that is not `charged` is not counted."""
         def work(connection: sqlite3.Connection) -> Job:
             self._pending_at_most = None, 0
-            self._move(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
+            self._transition(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
                        (0 if charged else 1, self._interruptions(job, reason)))
             return self._get(connection, job.job_id)
 
@@ -1641,7 +1641,7 @@ class Jobs:
         entry = Interruption(attempt=job.attempt, started_at=job.started_at, at=self._now(), reason=reason)
         return _json_text([past.model_dump(by_alias=False) for past in (*job.interruptions, entry)][-20:])
 
-    def _move(self, connection: sqlite3.Connection, job: Job, status: JobStatus, assignments: str,
+    def _transition(self, connection: sqlite3.Connection, job: Job, status: JobStatus, assignments: str,
               values: Sequence[Json]) -> None:
         """The one way out of in-progress, fenced by id, attempt and status."""
         assert status in MOVES[JobStatus.IN_PROGRESS]
@@ -1649,7 +1649,7 @@ class Jobs:
             f"UPDATE jobs SET status = ?, {assignments} WHERE id = ? AND attempt = ? AND status = 'in-progress'",
             (status, *values, job.job_id, job.attempt)).rowcount
         if not moved:
-            raise Fenced
+            raise LeaseLost
 
     def recover(self, max_attempts: int) -> list[Job]:
         """At start: whatever was in progress when the last process ended goes on, or has been tried often enough."""
@@ -1662,9 +1662,10 @@ class Jobs:
                 elif job.attempt >= max_attempts:
                     times = "once" if job.attempt == 1 else f"{job.attempt} times"
                     status, error = JobStatus.FAILED, f"interrupted {times}: the server ended while the job ran"
-                self._move(connection, job, status, "error = ?, finished_at = ?, file = iif(?2 IS NULL, file, NULL), "
-                           "interruptions = ?", (error, self._now() if status.finished else None,
-                                                 self._interruptions(job, "the server ended while the job ran")))
+                self._transition(connection, job, status,
+                                 "error = ?, finished_at = ?, file = iif(?2 IS NULL, file, NULL), interruptions = ?",
+                                 (error, self._now() if status.finished else None,
+                                  self._interruptions(job, "the server ended while the job ran")))
             return [self._get(connection, job.job_id) for job in jobs]
 
         return self._database.write(work, durable=True)
@@ -1718,7 +1719,7 @@ class Jobs:
             return {row[0] for row in rows}
 
 
-class RecordTypeInfo(Shape):
+class RecordTypeInfo(ApiModel):
     """A record type: how many records it has, and the kind of each field."""
 
     record_type: str
@@ -2171,7 +2172,7 @@ class _Readers:
             yield block
 
 
-class Records:
+class RecordStore:
     """The record tables: one typed table a record type, with `_id`, `_job`, `_created` and the fields.
 
     Only records of completed jobs are seen by readers. Each job's records of a type are in ranges of `_id` of their
@@ -2774,7 +2775,7 @@ class Past(Protocol):
         """A field of all the job's rows of the type, in order."""
 
 
-class _Seen:
+class UniqueSet:
     """The values that a unique field has given: a set or, for many, a Bloom filter.
 
     A filter never takes a known value for a new one; it may take a new one for known, which then gets a number.
@@ -2799,7 +2800,7 @@ class _Seen:
         return new
 
 
-class _Lookup:
+class ForeignRow:
     """A record's random earlier row of a type that it is not made per; null while there is none.
 
     The record's ordinal settles which row, not the stream of draws, so that a block of rows can be fetched at once;
@@ -2849,11 +2850,11 @@ class _Stream:
         self.index = {column: slot for slot, column in enumerate(spec.schema_)}
         self.kinds: dict[str, Kind] = {}
         self.late: set[str] = set()  # fields that wait for the children: sums, and what reads them
-        self.lookups: dict[_Stream, _Lookup] = {}
+        self.lookups: dict[_Stream, ForeignRow] = {}
         self.steps: list[tuple[_Steps, _Steps]] = []  # by locale: early, late
         self.values: list[Any] = [None] * len(self.index)  # the record that is being made
         self.family: list[Row] = []  # the rows made so far for the present parent
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, UniqueSet] = {}
         self.size = self.done = self.locale = 0
 
     @property
@@ -2865,10 +2866,11 @@ class _Stream:
         """The types that this one is made per, nearest first."""
         return [self.parent, *self.parent.ancestors()] if self.parent else []
 
-    def lookup(self, target: _Stream) -> _Lookup:
+    def lookup(self, target: _Stream) -> ForeignRow:
         """The one random row of this type that all fields of a record read."""
         if target not in self.lookups:
-            self.lookups[target] = _Lookup(self.lookup_key(target), target.name, target.index, target.root is self.root)
+            self.lookups[target] = ForeignRow(self.lookup_key(target), target.name, target.index,
+                                              target.root is self.root)
         return self.lookups[target]
 
     def lookup_key(self, target: _Stream) -> int:
@@ -2886,7 +2888,7 @@ class _Stream:
     def forget(self) -> None:
         """Let go of what has been made; some of it is large."""
         self.family.clear()
-        self.seen = {column: _Seen(1, 1) for column in self.seen}
+        self.seen = {column: UniqueSet(1, 1) for column in self.seen}
         for lookup in self.lookups.values():
             lookup.block, lookup.row = {}, None
 
@@ -3842,7 +3844,7 @@ class _RecordType(_Stream):
             return draw
         if model.redraws is None or self.kinds[name] == "json":
             raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
-        self.seen[name] = _Seen(1, 1)
+        self.seen[name] = UniqueSet(1, 1)
         return partial(self._new, name, draw, model.redraws)
 
     def _new(self, name: str, draw: Draw, redraws: int) -> Any:
@@ -4053,7 +4055,7 @@ class Plan:
             # the first type's values are stock Faker's under seed_instance(seed)
             stream.start(stream.key if i else self.seed, checkpoint and checkpoint[name])
             for column in stream.seen:
-                stream.seen[column] = seen = _Seen(stream.bound, room)
+                stream.seen[column] = seen = UniqueSet(stream.bound, room)
                 for value in past.column(name, column) if stream.done else ():
                     seen.add(value)
 
@@ -4230,7 +4232,7 @@ def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
-_LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see Draft
+_LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see AtomicFile
 AHEAD = 2**23  # bytes that may wait in memory for the disk: those of one draft, or of all uploads together
 _PREAMBLE = 4096  # how far from its beginning a multipart body may have its first boundary
 _TEXT_PARTS = ("recordType", "delimiter", "encoding")
@@ -4358,7 +4360,7 @@ class InTurn:
             self._state.wait_for(lambda: not self._running)
 
 
-class Draft:
+class AtomicFile:
     """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed.
 
     Where a large block follows others, one thread writes and another hashes: both do without the interpreter lock, and
@@ -4392,7 +4394,7 @@ class Draft:
         for turn in self._aside:
             turn.put(block)
         if self._own:
-            self._settle(AHEAD)
+            self._record_outcome(AHEAD)
 
     def _append(self, block: bytes) -> None:
         with _disk_errors():
@@ -4403,7 +4405,7 @@ class Draft:
                 os.fsync(self._file.fileno())
                 self._unsynced = 0
 
-    def _settle(self, most: int = 0) -> None:
+    def _record_outcome(self, most: int = 0) -> None:
         for turn in self._aside:
             turn.settle(most)
 
@@ -4420,18 +4422,18 @@ class Draft:
     @property
     def sha256(self) -> str:
         """Of what was written so far, in hexadecimal."""
-        self._settle()
+        self._record_outcome()
         return self._hash.hexdigest()
 
     def flush(self) -> None:
         """Hands what was written to the operating system; DiskFull or StorageError if that fails."""
-        self._settle()
+        self._record_outcome()
         with _disk_errors():
             self._file.flush()
 
-    def beside(self) -> Draft:
+    def beside(self) -> AtomicFile:
         """Another draft, for something that this one is made from."""
-        return Draft(self._root)
+        return AtomicFile(self._root)
 
     def open(self) -> BinaryIO:
         """Opens what was written so far for reading."""
@@ -4450,7 +4452,7 @@ class Draft:
         return StoredFile(path=path, filename=filename, content_type=content_type, bytes=self.bytes,
                           sha256=self.sha256)
 
-    def __enter__(self) -> Draft:
+    def __enter__(self) -> AtomicFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4536,7 +4538,7 @@ class DataFolder:
         for folder in (self.root / "uploads", self.root / "exports"):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise StorageError(f"the folder {folder} cannot be written to")
-        with Draft(self.root) as draft:
+        with AtomicFile(self.root) as draft:
             draft.write(b"\0" * _BLOCK)
             draft.flush()
 
@@ -4558,7 +4560,7 @@ def file_system_check(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
 class Received(NamedTuple):
     """What an upload brought: the file as a draft, and the text parts."""
 
-    draft: Draft
+    draft: AtomicFile
     filename: str
     content_type: str
     texts: Mapping[str, str]
@@ -4638,16 +4640,16 @@ def _broken_multipart() -> Iterator[None]:
 class Reception:
     """An upload on its way in: its multipart body comes block by block, is checked, and the file goes to a draft.
 
-    `length` is -1 where unknown; `pool` and `on_step` as for a Draft. Raises BadRequest for what the head tells. After
-    `close` all is gone that was not kept.
+    `length` is -1 where unknown; `pool` and `on_step` as for an AtomicFile. Raises BadRequest for what the head
+    tells. After `close` all is gone that was not kept.
     """
 
     def __init__(self, content_type: str, length: int, folder: DataFolder, settings: Settings,
                  pool: ThreadPoolExecutor | None = None, on_step: Callable[[], None] = lambda: None):
         boundary = check_upload_head(content_type, length, settings)
         self._settings = settings
-        self._new_draft = partial(Draft, folder.root, pool, on_step)
-        self._draft: Draft | None = None
+        self._new_draft = partial(AtomicFile, folder.root, pool, on_step)
+        self._draft: AtomicFile | None = None
         with _broken_multipart():
             self._parser = multipart.PushMultipartParser(boundary, max_segment_count=16)
         self._first = f"--{boundary}".encode()
@@ -4794,7 +4796,7 @@ class Selected(NamedTuple):
 class ExportSink:
     """Takes the bytes of an export into a draft, gzipped or not."""
 
-    def __init__(self, draft: Draft, *, gzip: bool):
+    def __init__(self, draft: AtomicFile, *, gzip: bool):
         self.draft = draft
         # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
         self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
@@ -4826,7 +4828,7 @@ def _csv_name(field: str, safe: bool) -> str:
     return '"' + shown.replace('"', '""') + '"'
 
 
-def _write_text(sink: ExportSink, records: Records, wanted: Selected,
+def _write_text(sink: ExportSink, records: RecordStore, wanted: Selected,
                 layout: TextLayout) -> Generator[Progress, None, None]:
     safe = wanted.excel_safe and layout.header
     with records.lines(wanted.filters, layout.style, layout.between, fields=wanted.fields, order_by=wanted.order_by,
@@ -4842,7 +4844,7 @@ def _write_text(sink: ExportSink, records: Records, wanted: Selected,
         yield Progress(done=done, total=done)
 
 
-def _write_database(sink: ExportSink, records: Records, wanted: Selected) -> Generator[Progress, None, None]:
+def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Generator[Progress, None, None]:
     progress = Progress(done=0, total=0)
     with sink.draft.beside() as copy:
         for progress in records.copy_to(copy.path, wanted.filters, fields=wanted.fields, order_by=wanted.order_by,
@@ -4859,7 +4861,7 @@ class ExportFormat(NamedTuple):
     """How records become a file: the media type, and what writes them, saying now and then how far it is."""
 
     content_type: str
-    write: Callable[[ExportSink, Records, Selected], Generator[Progress, None, None]]
+    write: Callable[[ExportSink, RecordStore, Selected], Generator[Progress, None, None]]
 
 
 def _text_format(content_type: str, layout: TextLayout) -> ExportFormat:
@@ -4958,7 +4960,7 @@ def _texts(stream: BinaryIO, packed: bool, encoding: str | None) -> Iterator[str
         yield text
 
 
-class Cells(NamedTuple):
+class ColumnBatch(NamedTuple):
     """Some records by columns: of each field the cells as the file has them. Fields may be missing, meaning null."""
 
     columns: Mapping[str, Sequence[Json]]
@@ -5048,7 +5050,7 @@ def _ended(texts: Iterable[str]) -> Iterator[str]:
         yield "\n"
 
 
-def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line: int) -> Iterator[Cells]:
+def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line: int) -> Iterator[ColumnBatch]:
     """The records after the header; the first text begins with the header's line end."""
     row = re.escape(delimiter).join([f"({_cell_pattern(delimiter)})"] * len(fields))
     # With one field an empty line is a null. The last group takes what is left: a record that is cut, or wrong.
@@ -5060,13 +5062,13 @@ def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line:
         rows = pattern.findall(text)
         rest = rows.pop()[-1] if rows and rows[-1][-1] else ""
         if rows:
-            yield Cells(dict(zip(fields, zip(*rows, strict=True), strict=False)), len(rows))
+            yield ColumnBatch(dict(zip(fields, zip(*rows, strict=True), strict=False)), len(rows))
         line += _lines_in(text[:len(text) - len(rest)])
         _check_rest(rest, delimiter, len(fields), line, last=False)
     _check_rest(rest, delimiter, len(fields), line, last=True)
 
 
-def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[Cells]:
+def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[ColumnBatch]:
     """Records of delimited text (RFC 4180, and what is usual beside it), named by the first line."""
     texts, sample = _ended(texts), ""
     while len(sample) < _PIECE and (piece := next(texts, "")):
@@ -5084,7 +5086,7 @@ def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[Cells]:
         raise _bad_line(line, f"the first line is longer than {_PIECE} characters")
     fields = [_unquoted(cell) for cell in header]
     _check_fields(fields, line)
-    yield Cells(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
+    yield ColumnBatch(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
     yield from _csv_rows(chain([text[end:]], texts), delimiter, fields, line)
 
 
@@ -5183,7 +5185,7 @@ def _json_error(text: str, gap: re.Pattern[str], line: int, expected: str) -> Jo
     return _bad_line(line + _lines_in(text[:place]), reason)
 
 
-def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[Cells]:
+def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[ColumnBatch]:
     """Records of a JSON array or of JSON lines; of all the text one record and one piece are held at a time."""
     text, line, fields = "", 1, dict[str, None]()
     gap, end = gaps.first, gaps.empty
@@ -5196,7 +5198,7 @@ def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[Cells]:
             if new:
                 fields |= dict.fromkeys(key for key in chain.from_iterable(records) if key in new)
                 _check_fields(fields, line)
-            yield Cells({field: [record.get(field) for record in records] for field in fields}, len(records))
+            yield ColumnBatch({field: [record.get(field) for record in records] for field in fields}, len(records))
         line, text = line + _lines_in(text[:place]), text[place:]
         if len(text) > _RECORD_LIMIT:
             break
@@ -5307,7 +5309,7 @@ def _json_values(cells: Sequence[Json], kind: Kind) -> list[Json]:
 class IngestFormat(NamedTuple):
     """How files become records: how they are cut into cells, which kinds cells fit, and the values they stand for."""
 
-    read: Callable[[Iterator[str], str | None], Iterator[Cells]]
+    read: Callable[[Iterator[str], str | None], Iterator[ColumnBatch]]
     kinds_of: Callable[[Sequence[Json], Sequence[Kind]], list[Kind]]
     values_of: Callable[[Sequence[Json], Kind], list[Json]]
     kinds: Sequence[Kind]  # the first that fits is taken
@@ -5343,11 +5345,11 @@ class RecordReader:
         self._format, self._delimiter, self._encoding = INGEST_FORMATS[name], delimiter, encoding
         self._fitting: dict[str, list[Kind]] = {}
 
-    def read(self, stream: BinaryIO) -> Iterator[Cells]:
+    def read(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
         """The records in bounded memory; JobFailed with line and reason where the file is wrong."""
         return self._format.read(_texts(stream, self._packed, self._encoding), self._delimiter)
 
-    def learn(self, cells: Cells) -> None:
+    def learn(self, cells: ColumnBatch) -> None:
         """Narrows the kinds of the fields to those that fit these cells too."""
         for field, column in cells.columns.items():
             candidates = self._fitting.get(field, self._format.kinds)
@@ -5358,7 +5360,7 @@ class RecordReader:
         return {field: "text" if len(fitting) == len(self._format.kinds) else fitting[0]
                 for field, fitting in self._fitting.items()}
 
-    def rows(self, cells: Cells, kinds: Mapping[str, Kind]) -> list[tuple[Json, ...]]:
+    def rows(self, cells: ColumnBatch, kinds: Mapping[str, Kind]) -> list[tuple[Json, ...]]:
         """The records as the tables store them, values in the order of `kinds`."""
         try:
             columns = [self._format.values_of(cells.columns[field], kind) if field in cells.columns else
@@ -5371,12 +5373,12 @@ class RecordReader:
 # ==== 7 Job types: what each job means: a model and a function ====
 
 
-class JobRequest(Shape):
+class JobRequest(ApiModel):
     """Base of the requests that make a job."""
 
     after: str | None = Field(None, description="A job that has to be completed before this one runs.")
 
-    def accepted(self, settings: Settings, clock: Clock) -> Self:
+    def with_defaults(self, settings: Settings, clock: Clock) -> Self:
         """The request with its defaults filled in, after checks that need settings; raises BadRequest."""
         return self
 
@@ -5386,17 +5388,20 @@ class JobRequest(Shape):
         return None
 
 
-class Outcome(NamedTuple):
+class JobResult(NamedTuple):
     """What a job ends with: the result that clients see, and its file."""
 
     result: dict[str, Json]
     file: StoredFile | None = None
 
 
+Outcome = JobResult  # its name in 1.x
+
+
 class JobContext:
     """What a job's function may use while it runs."""
 
-    def __init__(self, job: Job, checkpoint: Json, jobs: Jobs, records: Records, folder: DataFolder,
+    def __init__(self, job: Job, checkpoint: Json, jobs: JobStore, records: RecordStore, folder: DataFolder,
                  settings: Settings, database: Database):
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
@@ -5409,7 +5414,7 @@ class JobContext:
 
     def save(self, progress: Progress, checkpoint: Json = None,
              work: Callable[[sqlite3.Connection], object] = lambda connection: None) -> None:
-        """Commits `work`, the progress and the checkpoint together; raises Fenced if the job is another's by now."""
+        """Commits `work`, the progress and the checkpoint together; raises LeaseLost if the job is another's by now."""
         def transaction(connection: sqlite3.Connection) -> None:
             self._jobs.save_progress(connection, self.job, progress, checkpoint)
             work(connection)
@@ -5418,7 +5423,7 @@ class JobContext:
         self._database.write(transaction)
 
 
-JobSteps = Generator[None, None, Outcome]
+JobSteps = Generator[None, None, JobResult]
 R = TypeVar("R", bound=JobRequest)
 
 
@@ -5443,7 +5448,7 @@ def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool =
     that leave the work to SQLite or the disk need not.
 
     It is called with a JobContext and a request of type `model`, yields wherever it may be interrupted, and returns
-    an Outcome. An exception it raises fails the job: JobFailed with its message, any other is logged as a bug.
+    a JobResult. An exception it raises fails the job: JobFailed with its message, any other is logged as a bug.
     """
     def register(run: Callable[[JobContext, R], JobSteps]) -> Callable[[JobContext, R], JobSteps]:
         if name in JOB_TYPES:
@@ -5473,7 +5478,7 @@ class GenerateRequest(JobRequest):
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
 
-    def accepted(self, settings: Settings, clock: Clock) -> GenerateRequest:
+    def with_defaults(self, settings: Settings, clock: Clock) -> GenerateRequest:
         """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
         seeds = (self.seed, settings.seed, secrets.randbelow(2**31))
         filled = self.model_copy(update={
@@ -5559,7 +5564,7 @@ class GenerateRequest(JobRequest):
         return preset_records(record_type, self.count)
 
 
-class _Made:
+class RowSource:
     """The rows of a recipe so far, for the generator to look up: committed ones in tables, the newest still here."""
 
     def __init__(self, plan: Plan, context: JobContext | None = None):
@@ -5613,7 +5618,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
             context.records.open_job(context.job, plan.columns, plan.bounds)
             state = {"versions": versions, "plan": None}
-        made = _Made(plan, context)
+        made = RowSource(plan, context)
         saved = done = context.progress.done if state["plan"] else 0
 
         def save(chunk: Chunk) -> None:
@@ -5630,7 +5635,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
             yield
         if done > saved:
             save(chunk)
-        return Outcome({"records": done, "versions": versions})
+        return JobResult({"records": done, "versions": versions})
 
 
 def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
@@ -5652,7 +5657,7 @@ def preview(request: GenerateRequest) -> str:
     plan = request.plan()
     if plan.total > _PREVIEW_MOST:
         raise BadRequest.of("records", f"make {plan.total} records together, of at most {_PREVIEW_MOST} in a preview")
-    made = _Made(plan)
+    made = RowSource(plan)
     for chunk in plan.chunks(None, made):
         made.add(chunk)
     lists = {record_type: f"[{', '.join(_record_text(plan.columns[record_type], row) for row in rows)}]"
@@ -5693,7 +5698,7 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
     wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
                       context.interrupted)
-    with Draft(context.folder.root) as draft:
+    with AtomicFile(context.folder.root) as draft:
         sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
         with closing(export_format.write(sink, context.records, wanted)) as steps:
             for number, progress in enumerate(steps):
@@ -5704,7 +5709,7 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
         context.save(progress)
         content_type = FILE_TYPES["gz"].content_type if request.gzip else export_format.content_type
         file = draft.keep(f"exports/{context.job.job_id}.{suffix}", label, content_type)
-    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "records": progress.done},
+    return JobResult({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "records": progress.done},
                    file)
 
 
@@ -5715,7 +5720,7 @@ class UploadRequest(JobRequest):
 
     filename: str
     content_type: str
-    draft: SkipValidation[Draft] = Field(exclude=True)
+    draft: SkipValidation[AtomicFile] = Field(exclude=True)
 
     def keep(self, job_id: str) -> StoredFile:
         """Gives the file its place in data/uploads, durably."""
@@ -5728,7 +5733,7 @@ def run_upload(context: JobContext, request: UploadRequest) -> JobSteps:
     """Gives an uploaded file its place in data/uploads; done while the client waits."""
     file = request.keep(context.job.job_id)
     yield
-    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
+    return JobResult({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
                     "contentType": file.content_type}, file)
 
 
@@ -5755,7 +5760,7 @@ class IngestRequest(JobRequest):
     delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
     encoding: Annotated[str, AfterValidator(_encoding)] | None = None
 
-    def accepted(self, settings: Settings, clock: Clock) -> Self:
+    def with_defaults(self, settings: Settings, clock: Clock) -> Self:
         """Checks that files of that name can hold records."""
         self.reader()
         return self
@@ -5803,7 +5808,7 @@ def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
                 done = seen
                 context.save(Progress(done=done, total=total), {**state, "done": done}, add)
             yield
-    return Outcome({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
+    return JobResult({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
                     "contentType": file.content_type, "recordType": request.record_type, "records": total}, file)
 
 
@@ -5915,7 +5920,7 @@ _FIELDS_BY_KIND: Mapping[Kind, Callable[[str, Sequence[Any]], dict[str, Json]]] 
 def inferred_field(name: str, kind: Kind, values: Sequence[Json]) -> Json:
     """The field of a schema that makes values like these, which are as the tables store them; nulls too."""
     def nested(key: str, cells: Sequence[Json]) -> Json:
-        reader, column = RecordReader("sample.json"), Cells({"": cells}, len(cells))
+        reader, column = RecordReader("sample.json"), ColumnBatch({"": cells}, len(cells))
         reader.learn(column)
         inner = reader.kinds()[""]
         return inferred_field(key, inner, [row[0] for row in reader.rows(column, {"": inner})])
@@ -6093,7 +6098,7 @@ _ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
 _ASIDE_FACTOR = 4  # times what it has just worked, so that it keeps a fifth of the time under any load
 
 
-class Turns:
+class CpuGate:
     """Lets computing jobs run one at a time, in order of arrival, and step aside while requests are answered.
 
     Python threads that compute at the same time make less together than one alone, and each makes every request wait
@@ -6163,12 +6168,12 @@ class JobQueue:
 
     def __init__(self, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
                  make_id: Callable[[], str] | None = None, runner: Runner | None = None):
-        self.jobs = Jobs(database, clock, make_id)
-        self.records = Records(database)
+        self.jobs = JobStore(database, clock, make_id)
+        self.records = RecordStore(database)
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._crew = Workers(settings.workers) if runner is None else None
-        self._runner = cast(Runner, self._crew if runner is None else runner)
-        self.metrics, self.turns = Metrics(), Turns()
+        self._executor = Workers(settings.workers) if runner is None else None
+        self._runner = cast(Runner, self._executor if runner is None else runner)
+        self.metrics, self.turns = Metrics(), CpuGate()
         self._state = threading.Condition()  # guards all below
         self._active = 0  # runs submitted and not ended
         self._looking = 0  # runs that look for work, or are about to
@@ -6182,7 +6187,7 @@ class JobQueue:
         self._waiters: dict[str, list[threading.Event]] = {}  # by job
         self._stopping = threading.Event()  # no more work is begun, and nobody waits for any
         self._closed = False  # no more jobs are taken in
-        self._keeper: threading.Thread | None = None
+        self._housekeeper: threading.Thread | None = None
         self._first: Callable[[Callable[[], bool]], None] = lambda interrupted: None
 
     # From outside
@@ -6201,9 +6206,9 @@ class JobQueue:
         swept = self._folder.sweep(self.jobs.stored_paths())
         if swept:
             _LOG.info("removed %d files that no job had finished", swept)
-        if self._crew:
-            self._keeper = threading.Thread(target=self._keep, name="taskapi-keeper", daemon=True)
-            self._keeper.start()
+        if self._executor:
+            self._housekeeper = threading.Thread(target=self._housekeeping, name="taskapi-keeper", daemon=True)
+            self._housekeeper.start()
         else:
             first(self._stopping.is_set)
             self._discard_orphans()
@@ -6217,25 +6222,26 @@ class JobQueue:
         `keep` puts the job's file in place under the job's id; it is removed again if no job comes of it.
         """
         self._refuse_when_closed()
-        accepted = request.accepted(self._settings, self._clock)
+        with_defaults = request.with_defaults(self._settings, self._clock)
         job_id = self.jobs.new_id()
         with ExitStack() as undo:
             file = keep(job_id) if keep else None
             if file:
                 undo.callback(self._folder.remove, file)
-            job, new = self.jobs.insert(job_type_name, accepted.model_dump(mode="json", exclude_none=True),
-                                        record_type=accepted.makes, after=accepted.after, key=key, key_hash=key_hash,
-                                        max_pending=self._settings.max_pending, job_id=job_id, file=file)
+            job, new = self.jobs.insert(job_type_name, with_defaults.model_dump(mode="json", exclude_none=True),
+                                        record_type=with_defaults.makes, after=with_defaults.after, key=key,
+                                        key_hash=key_hash, max_pending=self._settings.max_pending, job_id=job_id,
+                                        file=file)
             if new:
                 undo.pop_all()
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
             self.wake()
-            if not self._crew:
+            if not self._executor:
                 job = self.jobs.get(job.job_id)  # it may have run within wake()
         return job, new
 
-    def perform(self, job_type_name: str, request: JobRequest, key: str | None = None,
+    def run_now(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
         """Does a quick job at once, in this thread, and adds it as completed; otherwise like `enqueue`."""
         self._refuse_when_closed()
@@ -6258,12 +6264,12 @@ class JobQueue:
         self._count(job)
         return job, new
 
-    def _run_out(self, steps: JobSteps) -> Outcome:
+    def _run_out(self, steps: JobSteps) -> JobResult:
         while True:
             try:
                 next(steps)
             except StopIteration as end:
-                return cast(Outcome, end.value)
+                return cast(JobResult, end.value)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
@@ -6368,8 +6374,8 @@ class JobQueue:
         with self._state:
             ended = self._state.wait_for(lambda: not self._active, seconds)
         self._runner.shutdown(wait=ended, cancel_futures=True)
-        if self._keeper:
-            self._keeper.join(seconds)
+        if self._housekeeper:
+            self._housekeeper.join(seconds)
         return ended
 
     def check(self, seconds: float = 1.0) -> None:
@@ -6420,7 +6426,7 @@ class JobQueue:
         Threads that share the interpreter are slower than one, and jobs that gather meanwhile are taken in one go.
         """
         with self._state:
-            while self._crew and not self._waiters and not self._stopping.is_set() and (
+            while self._executor and not self._waiters and not self._stopping.is_set() and (
                     wait := self._moved + _HOLD_SECONDS - monotonic()) > 0:
                 self._state.wait(wait)
 
@@ -6470,12 +6476,12 @@ class JobQueue:
         cancels = self._cancels
         if claim := self.jobs.claim():
             return self._begin(claim, cancels)
-        if self.jobs.any_doomed():
-            self._fail_followers()
+        if self.jobs.any_dependents_to_fail():
+            self._fail_dependents()
         return None
 
-    def _fail_followers(self) -> None:
-        for job in self.jobs.fail_followers():
+    def _fail_dependents(self) -> None:
+        for job in self.jobs.fail_dependents():
             _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
             self._count(job)
             self._announce([job.job_id])
@@ -6509,8 +6515,8 @@ class JobQueue:
         request = kind.model.model_validate_json(json.dumps(job.request))
         run = kind.run(context, request)
         outcome = (yield from run) if isinstance(run, Generator) else run
-        if not isinstance(outcome, Outcome):
-            raise TypeError(f"the function of job type {job.type!r} returned no Outcome")
+        if not isinstance(outcome, JobResult):
+            raise TypeError(f"the function of job type {job.type!r} returned no JobResult")
         return outcome
 
     def _work(self, task: _Task) -> _Task | None:
@@ -6532,12 +6538,12 @@ class JobQueue:
                             return None
             self._interrupt(task)
         except StopIteration as end:
-            return self._complete(job, cast(Outcome, end.value))
+            return self._complete(job, cast(JobResult, end.value))
         except BaseException as error:
             self._fail(task, error)
         return None
 
-    def _complete(self, job: Job, outcome: Outcome) -> _Task | None:
+    def _complete(self, job: Job, outcome: JobResult) -> _Task | None:
         """Writes down the result; takes the next job along, unless a parked one comes first or the end."""
         claim: Claim | None = None
         looked = False
@@ -6554,7 +6560,7 @@ class JobQueue:
         with self._state:
             self._looking += 1
             seen = self._wakes
-        self._settle(job, write_down)
+        self._record_outcome(job, write_down)
         task = self._begin(claim, cancels) if claim else None
         with self._state:
             self._looking -= 1
@@ -6590,26 +6596,27 @@ class JobQueue:
         except Exception:
             _LOG.exception("job %s %s did not end as it was asked to", job.job_id, job.type)
         if task.context.interruption == "stopped":
-            self._settle(job, lambda: self.jobs.release(job, "the program was stopped", charged=False))
+            self._record_outcome(job, lambda: self.jobs.release(job, "the program was stopped", charged=False))
         else:
-            self._settle(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, _CANCELED))
+            self._record_outcome(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, _CANCELED))
 
     def _fail(self, task: _Task, error: BaseException) -> None:
         """Decides what an exception out of a job's function means."""
         job = task.context.job
-        if isinstance(error, Fenced):
-            self._settle(job, None)
+        if isinstance(error, LeaseLost):
+            self._record_outcome(job, None)
         elif isinstance(error, (Interrupted, StorageError)) and task.context.interruption:
             self._interrupt(task)
         elif isinstance(error, StorageError) and not isinstance(error, DiskFull) and (
                 job.attempt < self._settings.max_attempts):
             _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, error)
-            self._settle(job, lambda: self.jobs.release(job, str(error), charged=True))
+            self._record_outcome(job, lambda: self.jobs.release(job, str(error), charged=True))
         elif isinstance(error, (TaskError, ValidationError)):
-            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
+            self._record_outcome(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
         else:
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
-            self._settle(job, lambda: self._end_without_trace(job, JobStatus.FAILED, _BUG.format(type(error).__name__)))
+            self._record_outcome(job, lambda: self._end_without_trace(
+                job, JobStatus.FAILED, _BUG.format(type(error).__name__)))
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
@@ -6619,14 +6626,14 @@ class JobQueue:
             self._folder.remove(job.file)
         return ended
 
-    def _settle(self, job: Job, write_down: Callable[[], Job] | None) -> None:
+    def _record_outcome(self, job: Job, write_down: Callable[[], Job] | None) -> None:
         """Writes down how a run ended; tries until the database can be used again or the process ends."""
         while write_down:
             try:
                 job = write_down()
                 _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
                 break
-            except Fenced:
+            except LeaseLost:
                 break
             except StorageError as error:
                 _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
@@ -6657,19 +6664,19 @@ class JobQueue:
 
     # In the background
 
-    def _keep(self) -> None:
+    def _housekeeping(self) -> None:
         """Housekeeping: finishes what is left to delete, and wakes the workers now and then, for what errors left."""
         self.wake()
         self._first(self._stopping.is_set)
         while True:
             try:
-                if self._crew and (died := self._crew.revive()):
+                if self._executor and (died := self._executor.revive()):
                     _LOG.error("replaced %d worker threads that had died", died)
                 self.jobs.sync()
                 self._discard_orphans()
                 self._retire()
-                if self.jobs.any_doomed():
-                    self._fail_followers()
+                if self.jobs.any_dependents_to_fail():
+                    self._fail_dependents()
                 self.wake()
                 self._folder.free_space()
             except DiskFull as error:
@@ -6886,7 +6893,7 @@ def check_json(raw: bytes) -> None:
         raise BadRequest(f"the body is not as expected: invalid JSON: {error}") from None
 
 
-class Call:
+class Request:
     """One request on its way through a handler: the engine behind it, the query, the body."""
 
     def __init__(self, engine: Engine):
@@ -6956,23 +6963,23 @@ def prefers_html(accept: str | None) -> bool:
 class Route(NamedTuple):
     """One method of one path: its handler, the shapes it takes, and the statuses it may answer.
 
-    An answer is a Shape, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing; a tuple
-    where the client may choose.
+    An answer is an ApiModel, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing; a
+    tuple where the client may choose.
     """
 
     method: str
     path: str
     handler: Callable[..., Any]
-    query: type[Shape] | None
-    body: type[Shape] | None
+    query: type[ApiModel] | None
+    body: type[ApiModel] | None
     answers: Mapping[int, Any]
 
 
 ROUTES: list[Route] = []
 
 
-def route(method: str, path: str, answers: Mapping[int, Any], query: type[Shape] | None = None,
-          body: type[Shape] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def route(method: str, path: str, answers: Mapping[int, Any], query: type[ApiModel] | None = None,
+          body: type[ApiModel] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a handler, and returns it unchanged; the parts of the path in braces become its arguments."""
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
         ROUTES.append(Route(method, path, handler, query, body, answers))
@@ -6981,7 +6988,7 @@ def route(method: str, path: str, answers: Mapping[int, Any], query: type[Shape]
     return register
 
 
-class ErrorBody(Shape):
+class ErrorBody(ApiModel):
     """Every error."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [BadRequest.of("count", "is required").body()]})
@@ -6992,8 +6999,8 @@ class ErrorBody(Shape):
 
 
 def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **headers: str) -> bottle.HTTPResponse:
-    """An answer: a Shape, or anything else that is JSON, or a text; keyword `Retry_After` is the header Retry-After."""
-    text = body.model_dump_json(exclude_none=False) if isinstance(body, Shape) else body
+    """An answer: an ApiModel, or anything else that is JSON, or a text; keyword `Retry_After` is its header."""
+    text = body.model_dump_json(exclude_none=False) if isinstance(body, ApiModel) else body
     if not isinstance(text, (str, bytes)):
         text = json.dumps(text, ensure_ascii=False)
     data = text.encode() if isinstance(text, str) else text
@@ -7013,11 +7020,11 @@ def error_reply(error: TaskError) -> bottle.HTTPResponse:
     return response
 
 
-BROWSER_PAGES: dict[str, Callable[[Call], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
+BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
 
 
 @route("GET", "/", {200: (Health, "text/html"), 503: Health})
-def get_health(call: Call) -> bottle.HTTPResponse:
+def get_health(call: Request) -> bottle.HTTPResponse:
     """The health check: really writes to the database and the disk, and asks the workers. A browser gets the page."""
     if prefers_html(call.header("Accept")):
         response = BROWSER_PAGES["/"](call)
@@ -7035,14 +7042,14 @@ def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
     return reply(job, status, Location=job.links["self"])
 
 
-def _idempotency_key(call: Call) -> str | None:
+def _idempotency_key(call: Request) -> str | None:
     key = call.header("Idempotency-Key")
     if key is not None and not 1 <= len(key) <= 200:
         raise BadRequest.of("Idempotency-Key", "must have 1 to 200 characters")
     return key
 
 
-class UploadForm(Shape):
+class UploadForm(ApiModel):
     """The parts of an upload."""
 
     file: bytes = Field(description="The file; its name tells its type.", json_schema_extra={"format": "binary"})
@@ -7052,7 +7059,7 @@ class UploadForm(Shape):
 
 
 @route("POST", "/upload", {201: Job, 409: ErrorBody}, body=UploadForm)
-def post_upload(call: Call) -> bottle.HTTPResponse:
+def post_upload(call: Request) -> bottle.HTTPResponse:
     """Takes one file, as multipart/form-data with a part named `file`."""
     engine = call.engine
     with call.upload() as received:
@@ -7063,10 +7070,10 @@ def post_upload(call: Call) -> bottle.HTTPResponse:
             digest = f"ingest {ingest.model_dump_json()} {received.draft.sha256}"
             return _made(engine.queue.enqueue("ingest", ingest, _idempotency_key(call), digest, request.keep), 201)
         digest = f"upload {received.filename} {received.draft.sha256}"
-        return _made(engine.queue.perform("upload", request, _idempotency_key(call), digest), 201)
+        return _made(engine.queue.run_now("upload", request, _idempotency_key(call), digest), 201)
 
 
-class InferForm(Shape):
+class InferForm(ApiModel):
     """The parts of a multipart /infer."""
 
     record_type: NewRecordType | None = None
@@ -7081,7 +7088,7 @@ def _type_named_like(filename: str) -> str:
 
 
 @route("POST", "/infer", {200: GenerateRequest}, body=UploadForm)
-def post_infer(call: Call) -> bottle.HTTPResponse:
+def post_infer(call: Request) -> bottle.HTTPResponse:
     """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
     if (call.header("Content-Type") or "").partition(";")[0].strip().lower() == _JSON_TYPE:
         return reply(infer(io.BytesIO(call.raw()), RecordReader("body.json"), "record"))
@@ -7094,7 +7101,7 @@ def post_infer(call: Call) -> bottle.HTTPResponse:
             return reply(infer(stream, request.reader(), request.record_type))
 
 
-class WaitQuery(Shape):
+class WaitQuery(ApiModel):
     """Query of GET /status/{jobId}."""
 
     model_config = ConfigDict(strict=False)
@@ -7104,14 +7111,14 @@ class WaitQuery(Shape):
 
 
 @route("GET", "/status/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
-def get_status(call: Call, job_id: str) -> bottle.HTTPResponse:
+def get_status(call: Request, job_id: str) -> bottle.HTTPResponse:
     """A job; with `wait`, as soon as it has finished."""
     gone = call.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
     job = call.engine.wait_politely(job_id, call.query(WaitQuery).wait, gone)
     return reply(job) if job.status.finished else reply(job, Retry_After="1")
 
 
-class JobsQuery(Shape):
+class JobsQuery(ApiModel):
     """Query of GET /jobs."""
 
     model_config = ConfigDict(strict=False)
@@ -7122,7 +7129,7 @@ class JobsQuery(Shape):
     after: str | None = Field(None, description="The `next` of the page before.")
 
 
-class JobPage(Shape):
+class JobPage(ApiModel):
     """Jobs, newest first."""
 
     items: list[Job]
@@ -7130,7 +7137,7 @@ class JobPage(Shape):
 
 
 @route("GET", "/jobs", {200: JobPage}, query=JobsQuery)
-def get_jobs(call: Call) -> bottle.HTTPResponse:
+def get_jobs(call: Request) -> bottle.HTTPResponse:
     """Jobs, newest first, a page at a time."""
     query = call.query(JobsQuery)
     jobs, more = call.engine.queue.jobs.page(query.status, query.type, query.limit, query.after)
@@ -7138,25 +7145,25 @@ def get_jobs(call: Call) -> bottle.HTTPResponse:
 
 
 @route("POST", "/jobs/{jobId}/cancel", {200: Job, 404: ErrorBody, 409: ErrorBody})
-def post_cancel(call: Call, job_id: str) -> bottle.HTTPResponse:
+def post_cancel(call: Request, job_id: str) -> bottle.HTTPResponse:
     """Cancels a job: at once if it is pending, within a second if it runs."""
     return reply(call.engine.queue.cancel(job_id))
 
 
 @route("POST", "/jobs/{jobId}/retry", {202: Job, 404: ErrorBody, 409: ErrorBody})
-def post_retry(call: Call, job_id: str) -> bottle.HTTPResponse:
+def post_retry(call: Request, job_id: str) -> bottle.HTTPResponse:
     """Makes a failed or canceled job pending again."""
     return _made((call.engine.queue.retry(job_id), True), 202)
 
 
 @route("DELETE", "/jobs/{jobId}", {204: None, 404: ErrorBody, 409: ErrorBody})
-def delete_job(call: Call, job_id: str) -> bottle.HTTPResponse:
+def delete_job(call: Request, job_id: str) -> bottle.HTTPResponse:
     """Deletes a finished job, its file and its records."""
     call.engine.queue.remove(job_id)
     return bottle.HTTPResponse(b"", 204)
 
 
-class RecordTypes(Shape):
+class RecordTypes(ApiModel):
     """All record types."""
 
     items: list[RecordTypeInfo]
@@ -7164,12 +7171,12 @@ class RecordTypes(Shape):
 
 
 @route("GET", "/records", {200: RecordTypes})
-def get_record_types(call: Call) -> bottle.HTTPResponse:
+def get_record_types(call: Request) -> bottle.HTTPResponse:
     """The record types, with counts and fields."""
     return reply(RecordTypes(items=call.engine.queue.records.types()))
 
 
-class RecordsQuery(Shape):
+class RecordsQuery(ApiModel):
     """Query of GET /records/{recordType}."""
 
     model_config = ConfigDict(strict=False)
@@ -7179,7 +7186,7 @@ class RecordsQuery(Shape):
     after: int | None = Field(None, ge=0, le=2**63 - 1, description="The `next` of the page before.")
 
 
-class RecordPage(Shape):
+class RecordPage(ApiModel):
     """Records of one type, as objects of their fields."""
 
     items: list[dict[str, Json]]
@@ -7187,7 +7194,7 @@ class RecordPage(Shape):
 
 
 @route("GET", "/records/{recordType}", {200: RecordPage, 404: ErrorBody}, query=RecordsQuery)
-def get_records(call: Call, record_type: str) -> bottle.HTTPResponse:
+def get_records(call: Request, record_type: str) -> bottle.HTTPResponse:
     """Records of one type, oldest first, a page at a time."""
     query = call.query(RecordsQuery)
     filters = Filters.model_construct(record_type=record_type, job_id=query.job_id, where={})
@@ -7243,7 +7250,7 @@ def content_disposition(filename: str) -> str:
 
 
 @route("GET", "/download/{jobId}", {200: bytes, 206: bytes, 304: None, 404: ErrorBody, 416: ErrorBody})
-def get_download(call: Call, job_id: str) -> bottle.HTTPResponse:
+def get_download(call: Request, job_id: str) -> bottle.HTTPResponse:
     """A job's file: whole, or the range that was asked for."""
     job = call.engine.queue.jobs.get(job_id)
     if not job.file:
@@ -7274,13 +7281,13 @@ def get_download(call: Call, job_id: str) -> bottle.HTTPResponse:
 
 
 @route("GET", "/metrics", {200: "text/plain"})
-def get_metrics(call: Call) -> bottle.HTTPResponse:
+def get_metrics(call: Request) -> bottle.HTTPResponse:
     """Figures for Prometheus."""
     text = call.engine.queue.metrics.text(call.engine.gauges())
     return reply(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-class FieldsQuery(Shape):
+class FieldsQuery(ApiModel):
     """Query of GET /fields."""
 
     model_config = ConfigDict(strict=False)
@@ -7289,7 +7296,7 @@ class FieldsQuery(Shape):
     q: str | None = Field(None, description="Words to look for in names and descriptions.", max_length=100)
 
 
-class FieldList(Shape):
+class FieldList(ApiModel):
     """What a schema may use."""
 
     items: list[dict[str, Json]]
@@ -7297,26 +7304,26 @@ class FieldList(Shape):
 
 
 @route("GET", "/fields", {200: FieldList}, query=FieldsQuery)
-def get_fields(call: Call) -> bottle.HTTPResponse:
+def get_fields(call: Request) -> bottle.HTTPResponse:
     """The types and Faker methods that a schema may use; without a search, the presets too."""
     query = call.query(FieldsQuery)
     types = catalogue(query.locale, query.q)
     return reply({"items": types} | ({} if query.q else {"presets": PRESETS}))
 
 
-class Preview(Shape):
+class Preview(ApiModel):
     """The records; for several types an object of such lists, by type."""
 
     records: list[dict[str, Json]] | dict[str, list[dict[str, Json]]]
 
 
 @route("POST", "/preview", {200: Preview}, body=GenerateRequest)
-def post_preview(call: Call) -> bottle.HTTPResponse:
+def post_preview(call: Request) -> bottle.HTTPResponse:
     """What /generate would make, up to 100 records, at once; nothing is stored."""
     request = call.body(GenerateRequest)
     if (request.count or 0) > 100:
         raise BadRequest.of("count", "must be at most 100 in a preview")
-    return reply(preview(request.accepted(call.engine.settings, call.engine.clock)))
+    return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
 
 
 @lru_cache(maxsize=256)
@@ -7394,7 +7401,7 @@ def check_path(raw: str) -> None:
         raise BadRequest("the path is not UTF-8") from None
 
 
-class _Gate:
+class Middleware:
     """The one Bottle plugin: checks before each handler, failures into answers, headers on all of them."""
 
     name, api = "gate", 2
@@ -7416,7 +7423,7 @@ class _Gate:
 
     def answer(self, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
         """What the handler answers, or the answer to what it raises."""
-        call = Call(self._engine)
+        call = Request(self._engine)
         mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
         try:
             raw_path = call.environ.get("bottle.raw_path", "")
@@ -7441,8 +7448,8 @@ class _Gate:
 
 def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
-    def poster(kind: JobType) -> Callable[[Call], bottle.HTTPResponse]:
-        def post_job(call: Call) -> bottle.HTTPResponse:
+    def poster(kind: JobType) -> Callable[[Request], bottle.HTTPResponse]:
+        def post_job(call: Request) -> bottle.HTTPResponse:
             request, key = call.body(kind.model), _idempotency_key(call)
             digest = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest() if key else ""
             return _made(call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202)
@@ -7471,7 +7478,7 @@ _ANSWER_HEADERS: Mapping[int | type, Mapping[str, str]] = {  # by status; `bytes
 
 
 def _reference(shape: type) -> Json:
-    return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, Shape) else {"type": "object"}
+    return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, ApiModel) else {"type": "object"}
 
 
 def _content(shape: Any) -> tuple[str, Json]:
@@ -7521,8 +7528,8 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     """The OpenAPI 3.1 document, made from the routes and their models."""
     routes = list(routes)
     used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
-    shapes: set[type[Shape]] = {ErrorBody}
-    shapes |= {shape for shape in used if isinstance(shape, type) and issubclass(shape, Shape)}
+    shapes: set[type[ApiModel]] = {ErrorBody}
+    shapes |= {shape for shape in used if isinstance(shape, type) and issubclass(shape, ApiModel)}
     inputs = {entry.body for entry in routes} | {entry.query for entry in routes}
     _, definitions = models_json_schema(
         [(shape, "validation" if shape in inputs else "serialization")
@@ -7539,7 +7546,7 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
 
 
 @route("GET", "/openapi.json", {200: dict})
-def get_openapi(call: Call) -> bottle.HTTPResponse:
+def get_openapi(call: Request) -> bottle.HTTPResponse:
     """This description, for programs."""
     return reply(openapi(all_routes()))
 
@@ -7547,13 +7554,13 @@ def get_openapi(call: Call) -> bottle.HTTPResponse:
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
     app = bottle.Bottle()
-    gate = _Gate(engine)
+    gate = Middleware(engine)
     app.install(gate)
     routes = all_routes()
     for entry in routes:
         app.route(re.sub(r"{(\w+)}", lambda match: f"<{_snake(match[1])}>", entry.path), entry.method, entry.handler)
 
-    def refuse(_: Call, error: bottle.HTTPError) -> bottle.HTTPResponse:
+    def refuse(_: Request, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """Bottle's own refusals (no such path, wrong method, a path that is not UTF-8), in our shape."""
         method, path = bottle.request.method, bottle.request.path
         if error.status_code == 405:
@@ -7669,7 +7676,7 @@ def _page_reply(page: str, style: str, script: str = "") -> Any:
 
 
 @route("GET", "/docs", {200: "text/html"})
-def get_docs(call: Call) -> Any:
+def get_docs(call: Request) -> Any:
     """This description, for people."""
     return _page_reply(docs_page(openapi(all_routes())), _STYLE)
 
@@ -8541,7 +8548,7 @@ _ICON = "data:image/svg+xml," + quote(
 
 
 @route("GET", "/ui", {200: "text/html"})
-def get_ui(call: Call) -> Any:
+def get_ui(call: Request) -> Any:
     """The page: jobs, records, and forms to generate, upload and export."""
     style = _STYLE + _UI_STYLE
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>taskapi</title>'
@@ -8798,7 +8805,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
     """
 
     task_class, error_task_class = _WSGITask, _ErrorTask
-    turns: ClassVar[Turns]
+    turns: ClassVar[CpuGate]
     parser_class: Any
     arrival: ClassVar[Callable[[str, int, Callable[[], None]], _Arrival]]
     request: Any = None  # the one that is coming in; threads take it away with a refusal
@@ -9146,10 +9153,10 @@ def _set_up_process(settings: Settings) -> None:
 # ---- The command line: every command is a client, of the application in this process or of a running server ----
 
 # Where requests go: method, path, headers, body and its length in; status and the body's blocks out.
-End = Callable[[str, str, Mapping[str, str], BinaryIO, int], tuple[int, Iterator[bytes]]]
+Transport = Callable[[str, str, Mapping[str, str], BinaryIO, int], tuple[int, Iterator[bytes]]]
 
 
-def _app_end(app: Callable[..., Iterable[bytes]]) -> End:
+def _app_end(app: Callable[..., Iterable[bytes]]) -> Transport:
     """Calls an application of this process."""
     def request(method: str, path: str, headers: Mapping[str, str], body: BinaryIO,
                 length: int) -> tuple[int, Iterator[bytes]]:
@@ -9164,7 +9171,7 @@ def _app_end(app: Callable[..., Iterable[bytes]]) -> End:
     return request
 
 
-def _http_end(url: str) -> End:
+def _http_end(url: str) -> Transport:
     """Sends requests to a server, each on a connection of its own; StartupError if it does not answer."""
     host = urlsplit(url).hostname or ""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compares, binds nothing
@@ -9245,7 +9252,7 @@ class _Bar:
 class Client:
     """What the commands work with: requests to one end, and the flags that were given."""
 
-    def __init__(self, end: End, flags: Mapping[str, Json], interrupted: Callable[[], bool] = lambda: False,
+    def __init__(self, end: Transport, flags: Mapping[str, Json], interrupted: Callable[[], bool] = lambda: False,
                  url: str | None = None):
         self._end, self.flags, self._interrupted, self.url = end, flags, interrupted, url
         self._bar = _Bar(sys.stderr)

@@ -66,7 +66,7 @@ from hypothesis import HealthCheck, given, settings
 import taskapi
 from taskapi import BadRequest, Kind, Plan, RecordSpec, TaskError, fast_faker, preset_records
 
-# ==== Tools ====
+# ==== Builders ====
 
 HERE = Path(__file__).parent
 
@@ -246,7 +246,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     @register
     def nothing(context: taskapi.JobContext) -> taskapi.JobSteps:
         yield
-        return taskapi.Outcome({})
+        return taskapi.JobResult({})
 
     return register
 
@@ -271,7 +271,7 @@ def run_rows(context: taskapi.JobContext, request: RowsRequest) -> taskapi.JobSt
     context.save(taskapi.Progress(done=len(rows), total=len(rows)), {"stored": len(rows)}, lambda connection: (
         context.records.append(connection, job, name, list(request.columns), rows)))
     yield
-    return taskapi.Outcome({"records": len(rows)})
+    return taskapi.JobResult({"records": len(rows)})
 
 
 def store(service: taskapi.Service, columns: dict[str, str], rows: Sequence[Sequence[Any]],
@@ -707,9 +707,9 @@ def database(tmp_path: Path) -> Iterator[taskapi.Database]:
 
 
 @pytest.fixture
-def jobs(database: taskapi.Database) -> taskapi.Jobs:
+def jobs(database: taskapi.Database) -> taskapi.JobStore:
     """The job table."""
-    return taskapi.Jobs(database, FakeClock())
+    return taskapi.JobStore(database, FakeClock())
 
 
 def threads(count: int, work: Callable[[int], Any], seconds: float = 30) -> list[Any]:
@@ -730,7 +730,7 @@ def threads(count: int, work: Callable[[int], Any], seconds: float = 30) -> list
     return results
 
 
-def test_every_job_is_claimed_once_and_the_oldest_first(jobs: taskapi.Jobs) -> None:
+def test_every_job_is_claimed_once_and_the_oldest_first(jobs: taskapi.JobStore) -> None:
     """Many threads, one table."""
     ids = [jobs.insert("script", {})[0].job_id for _ in range(60)]
     taken = threads(8, lambda _: [task[0] for task in iter(jobs.claim, None)])
@@ -741,7 +741,7 @@ def test_every_job_is_claimed_once_and_the_oldest_first(jobs: taskapi.Jobs) -> N
 
 
 def test_finished_jobs_cost_claims_counts_and_lists_nothing(
-        jobs: taskapi.Jobs, database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        jobs: taskapi.JobStore, database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every statement of them goes by key or by an index that holds only jobs of the status it asks for."""
     statements: list[str] = []
     connect = database._connect
@@ -760,11 +760,11 @@ def test_finished_jobs_cost_claims_counts_and_lists_nothing(
     jobs.insert("script", {}, after=first.job_id)
     jobs.release(jobs.get(second.job_id), "a test", charged=True)
     jobs.claim()
-    jobs.fail_followers()
+    jobs.fail_dependents()
     for status in ("pending", "in-progress", "failed", "canceled"):
         jobs.page(status, None, 9, None)
     assert jobs.counts() == (1, 1)
-    assert not jobs.any_doomed()
+    assert not jobs.any_dependents_to_fail()
     assert jobs.oldest_pending()
     with closing(sqlite3.connect(database.path)) as connection:
         plans = {row[3] for statement in statements if re.match("SELECT|UPDATE|INSERT", statement)
@@ -774,7 +774,7 @@ def test_finished_jobs_cost_claims_counts_and_lists_nothing(
     assert not {plan for plan in scans if not re.search("USING (COVERING )?INDEX jobs_(?!finished|key)", plan)}
 
 
-def test_the_limit_of_pending_jobs_is_exact_whatever_moves_them(jobs: taskapi.Jobs) -> None:
+def test_the_limit_of_pending_jobs_is_exact_whatever_moves_them(jobs: taskapi.JobStore) -> None:
     """Though they are not counted anew for each."""
     def room() -> int:
         before = len(ids)
@@ -800,26 +800,26 @@ def test_the_limit_of_pending_jobs_is_exact_whatever_moves_them(jobs: taskapi.Jo
     assert room() == 1
 
 
-def test_only_the_current_attempt_can_finish_a_job(jobs: taskapi.Jobs) -> None:
+def test_only_the_current_attempt_can_finish_a_job(jobs: taskapi.JobStore) -> None:
     """The fence is id, attempt and status."""
     jobs.insert("script", {})
     first = jobs.claim().job
     jobs.release(first, charged=True, reason="a test")
     second = jobs.claim().job
     assert second.attempt == 2
-    with pytest.raises(taskapi.Fenced):
+    with pytest.raises(taskapi.LeaseLost):
         jobs.finish(first, taskapi.JobStatus.COMPLETED, result={})
     assert jobs.get(first.job_id).status == "in-progress"
     jobs.finish(second, taskapi.JobStatus.FAILED, error="it was not to be")
-    with pytest.raises(taskapi.Fenced):
+    with pytest.raises(taskapi.LeaseLost):
         jobs.finish(second, taskapi.JobStatus.COMPLETED, result={})
-    with pytest.raises(taskapi.Fenced):
+    with pytest.raises(taskapi.LeaseLost):
         jobs.release(second, charged=False, reason="a test")
     assert (jobs.get(first.job_id).status, jobs.get(first.job_id).error) == ("failed", "it was not to be")
 
 
 def test_works_that_wait_share_one_commit_and_one_that_fails_undoes_only_itself(
-        database: taskapi.Database, jobs: taskapi.Jobs) -> None:
+        database: taskapi.Database, jobs: taskapi.JobStore) -> None:
     """Group commit."""
     statements: list[str] = []
     holding, go = threading.Event(), threading.Event()
@@ -873,7 +873,7 @@ def power_loss(database: taskapi.Database, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_a_client_is_told_survives_a_loss_of_power(
-        jobs: taskapi.Jobs, power_loss: Callable[[], list[str]]) -> None:
+        jobs: taskapi.JobStore, power_loss: Callable[[], list[str]]) -> None:
     """Each of these returns only when it is on the disk; a claim may be lazier, and comes along with the next."""
     job_id = jobs.insert("script", {})[0].job_id
     assert power_loss() == ["pending"]
@@ -894,8 +894,8 @@ def test_what_a_client_is_told_survives_a_loss_of_power(
                                   lambda jobs, job_id: jobs.page(None, None, 10, None)[0][0],
                                   lambda jobs, job_id: jobs.sync() or jobs.get(job_id)])
 def test_a_completed_job_is_fsynced_before_anybody_is_shown_it(
-        jobs: taskapi.Jobs, power_loss: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch,
-        look: Callable[[taskapi.Jobs, str], taskapi.Job]) -> None:
+        jobs: taskapi.JobStore, power_loss: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch,
+        look: Callable[[taskapi.JobStore, str], taskapi.Job]) -> None:
     """Once: while it runs, and when it is looked at again, nothing is flushed."""
     job_id = jobs.insert("script", {})[0].job_id
     claim = jobs.claim()
@@ -934,7 +934,7 @@ def test_others_write_while_one_waits_for_the_disk_and_one_flush_serves_all_who_
 
 
 def test_a_flush_that_fails_is_told_and_tried_again(
-        jobs: taskapi.Jobs, power_loss: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+        jobs: taskapi.JobStore, power_loss: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk, not SQLite, fails here."""
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -1003,7 +1003,7 @@ def test_a_refused_second_database_leaves_the_folder_free(tmp_path: Path) -> Non
 
 
 def test_a_reader_that_outlives_a_replaced_file_is_not_used_again(
-        database: taskapi.Database, jobs: taskapi.Jobs) -> None:
+        database: taskapi.Database, jobs: taskapi.JobStore) -> None:
     """A restored copy is what everybody reads from then on."""
     jobs.insert("script", {})
     path, copy = database.path, database.path.with_suffix(".copy")
@@ -1063,6 +1063,15 @@ def plain_count(path: Path) -> int:
     """Rows that plain sqlite3 sees."""
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("SELECT count(*) FROM _heartbeat").fetchone()[0])
+
+
+def test_a_second_lock_that_is_refused_lets_go_of_the_first(tmp_path: Path) -> None:
+    """Two folders must not share a database; the folder of the one that is refused stays free."""
+    with taskapi.open_service(tmp_path / "a"):
+        with pytest.raises(taskapi.StartupError, match=r"the database .* is in use by process"):
+            taskapi.open_service(tmp_path / "b", database=tmp_path / "a" / "taskapi.db")
+        with taskapi.open_service(tmp_path / "b", inline=True) as service:
+            assert service.health().status == "ok"
 
 
 # ==== 4 Store: records ====
@@ -1419,6 +1428,42 @@ def test_excel_safe_guards_formulas_and_leaves_numbers(service: taskapi.Service)
     assert found == ["'=1+1", "'@x", "'+cmd|x", "'-2+3", "'\t=1", "-5", "'+49 30", "plain", "", "a=b", "-1.5"]
     plainly = [row[0] for row in csv.reader(io.StringIO(exported(service, "csv").decode(), newline=""))][1:]
     assert plainly == values
+
+
+@pytest.mark.parametrize(("filters", "message"), [
+    ({"to": "20261122"}, "is not a date such as"), ({"from": "2026-W01-1"}, "is not a date such as"),
+    ({"where": {"id": {"eq": "nan"}}}, "cannot be compared"), ({"where": {"id": {"eq": "1"}}}, None)])
+def test_a_filter_that_could_be_misread_is_refused(service: taskapi.Service, filters: Any, message: str | None) -> None:
+    """Other ISO forms of a date, and what is not a number."""
+    service.enqueue("generate", PERSONS)
+    request = {"format": "csv", "filters": {"recordType": "person", **filters}}
+    if "where" not in filters:
+        with pytest.raises(BadRequest, match=message):
+            service.enqueue("export", request)
+        return
+    job = service.enqueue("export", request)
+    assert (message or "") in (job.error or "")
+    assert job.status == ("failed" if message else "completed")
+
+
+def test_a_field_named_as_the_label_of_the_types_is_exported_beside_it(service: taskapi.Service) -> None:
+    """The label gets an underscore, and nothing is lost."""
+    store(service, {"recordType": "text"}, [["mine"]], "odd")
+    store(service, {"n": "int"}, [[1]], "plain")
+    for export_format, expected in (
+            ("ndjson", [{"_recordType": "odd", "recordType": "mine"}, {"_recordType": "plain", "n": 1}]),
+            ("csv", [["_recordType", "recordType", "n"], ["odd", "mine", ""], ["plain", "", "1"]])):
+        data = service.folder.root / service.enqueue("export", {"format": export_format}).file.path
+        text = data.read_text(encoding="utf-8")
+        assert (list(csv.reader(text.splitlines())) if export_format == "csv" else [
+            json.loads(line) for line in text.splitlines()]) == expected
+    assert service.enqueue("export", {"format": "sqlite"}).status == "completed"
+
+
+def test_a_record_type_may_have_no_fields(service: taskapi.Service) -> None:
+    """As a job type of one's own may make it; its table is there all the same."""
+    store(service, {}, [[], []], "bare")
+    assert plain(service.folder.root, "SELECT count(*) FROM bare") == [2]
 
 
 # ==== 5 Generator ====
@@ -2545,7 +2590,7 @@ def test_an_upload_is_refused_at_its_first_wrong_block(
 
 @pytest.mark.parametrize(("broken", "status", "word"), [
     (taskapi.DiskFull("the disk is full"), 500, "full"), (ValueError("secret"), 500, "internal error")])
-@pytest.mark.parametrize("place", ["Draft._append", "Reception.feed"])
+@pytest.mark.parametrize("place", ["AtomicFile._append", "Reception.feed"])
 def test_what_fails_under_an_upload_is_answered_while_it_comes(
         service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch, place: str, broken: Exception, status: int,
         word: str) -> None:
@@ -2587,9 +2632,9 @@ def test_an_upload_that_the_disk_lags_behind_is_not_read_on(
         service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Little waits in memory, other requests are answered meanwhile, and the file is whole in the end."""
     paused, go_on, waiting = threading.Event(), threading.Event(), []
-    append, behind = taskapi.Draft._append, taskapi._Arrival.behind
+    append, behind = taskapi.AtomicFile._append, taskapi._Arrival.behind
 
-    def slow(self: taskapi.Draft, block: bytes) -> None:
+    def slow(self: taskapi.AtomicFile, block: bytes) -> None:
         go_on.wait(30)
         append(self, block)
 
@@ -2599,7 +2644,7 @@ def test_an_upload_that_the_disk_lags_behind_is_not_read_on(
             paused.set()
         return lags
 
-    monkeypatch.setattr(taskapi.Draft, "_append", slow)
+    monkeypatch.setattr(taskapi.AtomicFile, "_append", slow)
     monkeypatch.setattr(taskapi._Arrival, "behind", told)
     content = b"0123456789abcde\n" * (40 * 2**16)
     with ThreadPoolExecutor(1) as pool:
@@ -2649,7 +2694,6 @@ def test_requests_that_follow_an_upload_on_its_connection_are_answered_in_turn(
     assert statuses == [201, 200, 201, 201, 400, 200]
     assert len(parsed(data[data.rindex(b"HTTP/1.1 "):]).json["items"]) == 3
     assert_sound(service.folder.root)
-
 
 
 def text_part(name: str, value: str) -> bytes:
@@ -2801,6 +2845,45 @@ def test_a_job_without_a_file_has_no_download(service: taskapi.Service, url: str
     refused(ask(url, "GET", job["links"]["download"]), 404)
 
 
+@pytest.mark.parametrize("name", ["nope", "hex", "rot13", "undefined", "zip", "a\0b", ""])
+@pytest.mark.parametrize("path", ["/upload", "/infer"])
+def test_an_encoding_that_is_none_is_named(url: str, name: str, path: str) -> None:
+    """Whether it comes before the file or after it."""
+    text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{name}\r\n'.encode()
+    kind = b'--XX\r\nContent-Disposition: form-data; name="recordType"\r\n\r\nthing\r\n'
+    for body in (kind + text + form(), part() + kind + text + b"--XX--\r\n"):
+        refused(ask(url, "POST", path, body, FORM), 400, "encoding")
+
+
+def test_utf_16_without_its_mark_is_refused(url: str) -> None:
+    """Named as the encoding, it could be either order; with the order in the name it is read."""
+    def asked(encoding: str) -> Answer:
+        text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{encoding}\r\n'.encode()
+        return ask(url, "POST", "/infer", text + form("a,b\n1,2\n".encode("utf-16-le")), FORM)
+
+    assert asked("utf-16-le").status == 200
+    refused(asked("utf-16"), 400, "is not csv")
+
+
+def test_a_file_type_that_the_settings_add_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Its content is not looked at; one that they leave out is refused."""
+    with taskapi.open_service(tmp_path, inline=True, upload_types=["csv", "log"]) as service, service.serving(
+            port=0) as url:
+        job = ask(url, "POST", "/upload", form(b"\0\xff", "a.log"), FORM)
+        assert (job.status, job.json["result"]["contentType"]) == (201, "application/octet-stream")
+        assert ask(url, "GET", job.json["links"]["download"]).body == b"\0\xff"
+        refused(ask(url, "POST", "/upload", form(b"a", "a.txt"), FORM), 400, "csv, log")
+
+
+def test_a_header_cannot_be_a_formula(service: taskapi.Service) -> None:
+    """With excelSafe; it may come from somebody's file."""
+    store(service, {"=1+1": "text", "+a": "int", "plain": "int"}, [["x", 1, 2]], "odd")
+    for safe, expected in ((True, ["'=1+1", "'+a", "plain"]), (False, ["=1+1", "+a", "plain"])):
+        job = service.enqueue("export", {"format": "csv", "excelSafe": safe, "filters": {"recordType": "odd"}})
+        text = (service.folder.root / job.file.path).read_text(encoding="utf-8-sig")
+        assert next(csv.reader(text.splitlines())) == expected
+
+
 # ==== 7 Job types ====
 
 
@@ -2808,7 +2891,7 @@ def test_a_name_is_registered_once_and_the_function_stays_what_it_was() -> None:
     """A job type is one model and one function; a second of the same name is refused."""
     def run(context: taskapi.JobContext, request: ScriptRequest) -> taskapi.JobSteps:
         yield
-        return taskapi.Outcome({})
+        return taskapi.JobResult({})
 
     with pytest.raises(ValueError, match="'export'"):
         taskapi.job_type("export", ScriptRequest)(run)
@@ -3112,7 +3195,7 @@ def test_an_upload_that_fails_leaves_no_record_and_no_file(app, tmp_path):
 
 KILLED = """
     import sys, taskapi, webtest
-    append, calls = taskapi.Records.append, 0
+    append, calls = taskapi.RecordStore.append, 0
     def dying(*arguments):
         global calls
         calls += 1
@@ -3120,7 +3203,7 @@ KILLED = """
             import os, signal
             os.kill(os.getpid(), signal.SIGKILL)
         return append(*arguments)
-    taskapi.Records.append = dying
+    taskapi.RecordStore.append = dying
     with taskapi.open_service(data_dir=sys.argv[1], inline=True) as service:
         files = [("file", "a.csv", open(sys.argv[2], "rb").read())]
         webtest.TestApp(service.app).post("/upload", [("recordType", "t")], upload_files=files)
@@ -3180,6 +3263,24 @@ def test_a_schema_inferred_from_a_sample_makes_such_records(app):
     assert schema["on"] == {"type": "date", "from": "2026-01-01", "to": "2026-01-28"}
     assert schema["sum"] == {"type": "decimal", "min": "1.50", "max": "199.50", "places": 2}
     taskapi.GenerateRequest.model_validate(answer)
+
+
+def test_a_recipe_is_checked_against_its_own_now(service: taskapi.Service) -> None:
+    """To the second, before a job exists; an instant that is none, and an empty schema, are refused."""
+    schema = {"at": {"type": "datetime", "from": "2026-01-01T12:00:00Z", "to": "now"}}
+    body = {"recordType": "thing", "count": 3, "schema": schema}
+    assert service.enqueue("generate", {**body, "now": "2026-01-01T23:00:00Z"}).status == "completed"
+    for wrong in ({"now": "2026-01-01T11:00:00Z"}, {"now": "2026-01-01Tgarbage"}, {"schema": {}}):
+        with pytest.raises(BadRequest):
+            service.enqueue("generate", {**body, **wrong})
+    with pytest.raises(BadRequest, match="did you mean 'generate'"):
+        service.enqueue("genrate", {})
+
+
+def test_a_job_remembers_the_versions_it_was_made_with(service: taskapi.Service) -> None:
+    """Those that its values depend on."""
+    job = service.enqueue("generate", PERSONS)
+    assert job.result["versions"] == {"taskapi": taskapi.__version__, "faker": faker.VERSION}
 
 
 # ==== 8 Queue ====
@@ -3403,7 +3504,7 @@ def test_an_ending_that_cannot_be_written_down_fails_the_job(
         yield from run_rows(context, RowsRequest(columns={"n": "int"}, rows=[[1]]))
         if fails:
             raise taskapi.JobFailed("\ud800")
-        return taskapi.Outcome({"text": "\ud800"})
+        return taskapi.JobResult({"text": "\ud800"})
 
     monkeypatch.setattr(taskapi, "_RETRY_SECONDS", 0)
     with taskapi.open_service(tmp_path, workers=1) as service:
@@ -3416,11 +3517,11 @@ def test_an_ending_that_cannot_be_written_down_fails_the_job(
 def test_worker_threads_that_die_are_replaced(tmp_path: Path) -> None:
     """All of them at once, as only the interpreter can have it, and the next job is done as ever."""
     with taskapi.open_service(tmp_path, workers=2) as service:
-        together, pool = threading.Barrier(3), service.queue._crew._pools[0]
+        together, pool = threading.Barrier(3), service.queue._executor._pools[0]
         for _ in range(2):
             pool.submit(together.wait)
         together.wait(20)  # so that both threads are there
-        died = [*service.queue._crew._threads]
+        died = [*service.queue._executor._threads]
         assert len(died) == 2
 
         def dead(thread: threading.Thread) -> bool:
@@ -3467,7 +3568,100 @@ def test_a_job_that_meets_a_broken_disk_is_tried_again_and_one_that_meets_a_full
         assert ["on fire" in found[0].error, "full" in found[1].error] == [True, True]
 
 
-# ==== 9 HTTP: health ====
+def test_a_job_follows_another(tmp_path: Path) -> None:
+    """Generate and its export posted in one go: the export waits, and has all the records."""
+    with held(tmp_path) as (service, runner):
+        first = service.enqueue("generate", PERSONS)
+        after = {"format": "json", "filters": {"jobId": first.job_id}, "after": first.job_id}
+        follower = service.enqueue("export", after)
+        assert service.queue.jobs.claim()[0].job_id == first.job_id
+        assert service.queue.jobs.claim() is None
+        service.queue.jobs.release(service.queue.jobs.get(first.job_id), "a test", charged=False)
+        service.queue.wake()
+        runner.run()
+        done = service.queue.jobs.get(follower.job_id)
+    assert (done.status, done.after, done.result["records"]) == ("completed", first.job_id, 10)
+
+
+def test_what_follows_a_failed_job_fails_and_so_on(tmp_path: Path) -> None:
+    """All along the chain, with the job's id in the message; an unknown job is refused at once."""
+    with held(tmp_path) as (service, runner):
+        first = service.enqueue("export", {"format": "csv", "filters": {"recordType": "nobody"}})
+        second = service.enqueue("generate", {**PERSONS, "after": first.job_id})
+        third = service.enqueue("export", {"format": "csv", "after": second.job_id})
+        runner.run()
+        ends = [service.queue.jobs.get(job.job_id) for job in (second, third)]
+        assert [(job.status, job.error.startswith(f"job {before.job_id}, which this one was to follow"))
+                for job, before in zip(ends, (first, second), strict=True)] == [("failed", True)] * 2
+        with pytest.raises(BadRequest, match="after"):
+            service.enqueue("export", {"format": "csv", "after": "nothing"})
+
+
+def test_after_a_crash_suspects_run_one_at_a_time(jobs: taskapi.JobStore) -> None:
+    """A job that was interrupted waits while another such job runs; fresh ones do not."""
+    for _ in range(2):
+        jobs.insert("script", {})
+    suspects = [jobs.claim()[0] for _ in range(2)]
+    for job in suspects:
+        jobs.release(job, "a crash", charged=True)
+    fresh = jobs.insert("script", {})[0]
+    assert jobs.claim()[0].attempt == 2
+    assert jobs.claim()[0].job_id == fresh.job_id
+    assert jobs.claim() is None
+    assert [entry.reason for entry in jobs.get(suspects[1].job_id).interruptions] == ["a crash"]
+
+
+def test_retention_removes_what_is_old_and_nothing_in_use(tmp_path: Path) -> None:
+    """Jobs, files and records; a file that is being downloaded stays until that ends."""
+    clock = FakeClock()
+    with taskapi.open_service(tmp_path, inline=True, clock=clock, retention_days=2) as service:
+        old = service.enqueue("generate", PERSONS)
+        export = service.enqueue("export", {"format": "csv"})
+        clock.now += timedelta(days=3)
+        young = service.enqueue("generate", {**PERSONS, "recordType": "company"})
+        with service.folder.open(export.file):
+            service.queue._retire()
+            assert {job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]} == {
+                young.job_id, export.job_id}
+        service.queue._retire()
+        assert [job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]] == [young.job_id]
+        assert old.job_id != young.job_id
+    assert not list((tmp_path / "exports").iterdir())
+    assert plain(tmp_path, "SELECT count(*) FROM person") == [0]
+    assert plain(tmp_path, "SELECT count(*) FROM company") == [10]
+
+
+def test_metrics_count_what_happened(service: taskapi.Service, url: str) -> None:
+    """Jobs, records, bytes and requests, exactly, in Prometheus' text format."""
+    service.enqueue("generate", PERSONS)
+    service.enqueue("export", {"format": "csv", "filters": {"recordType": "nobody"}})
+    ask(url, "GET", "/nowhere")
+    answer = ask(url, "GET", "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    values = dict(line.rsplit(" ", 1) for line in answer.body.decode().splitlines() if not line.startswith("#"))
+    assert values['taskapi_jobs_total{type="generate",status="completed"}'] == "1"
+    assert values['taskapi_jobs_total{type="export",status="failed"}'] == "1"
+    assert values["taskapi_records_total"] == "10"
+    assert values['taskapi_requests_total{method="GET",route="none",status="404"}'] == "1"
+    assert values['taskapi_job_seconds_bucket{type="generate",le="+Inf"}'] == "1"
+    assert values["taskapi_jobs_pending"] == "0"
+
+
+@pytest.mark.parametrize("returned", [None, {"n": 1}, taskapi.JobResult({"when": datetime(2026, 1, 1)})])
+def test_a_job_function_that_returns_the_wrong_thing_fails_its_job(tmp_path: Path, script: Any, returned: Any) -> None:
+    """No JobResult, or one that JSON cannot hold: failed and logged, not in progress for ever."""
+    @script
+    def wrong(context: taskapi.JobContext) -> taskapi.JobSteps:
+        yield
+        return returned
+
+    with taskapi.open_service(tmp_path, inline=True) as service:
+        job = service.enqueue("script", {})
+    assert job.status == "failed"
+    assert "TypeError" in job.error
+
+
+# ==== 9 HTTP ====
 
 
 def test_health_says_what_the_contract_shows(service: taskapi.Service, url: str) -> None:
@@ -3784,6 +3978,70 @@ def test_a_damaged_database_is_not_started_on_and_not_touched(tmp_path: Path) ->
         Live(tmp_path / "data")
     assert "Traceback" not in str(error.value)
     assert (tmp_path / "data" / "taskapi.db").read_bytes() == b"noise" * 5000
+
+
+def test_the_openapi_document_has_every_route_and_resolves(url: str) -> None:
+    """Each route and method, its path parameters, and nothing that points nowhere."""
+    document = ask(url, "GET", "/openapi.json").json
+    assert document["openapi"] == "3.1.0"
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(entry.method, entry.path) for entry in taskapi.all_routes()}
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references <= schemas.keys()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            told = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"}
+            assert told == set(re.findall(r"{(\w+)}", path))
+            assert {"400", "500", "503"} <= operation["responses"].keys()
+            assert operation["summary"]
+
+
+def test_the_openapi_document_tells_headers_and_has_examples_that_are_right(url: str) -> None:
+    """Where a made job is, what a file comes with, when to come again; a JSON body's example is accepted."""
+    document = ask(url, "GET", "/openapi.json").json
+    calls = {f"{method.upper()} {path}": operation for path, methods in document["paths"].items()
+             for method, operation in methods.items()}
+    for operation in calls.values():
+        for status, answer in operation["responses"].items():
+            assert ("Location" in answer.get("headers", {})) == (status in ("201", "202"))
+            assert ("Retry-After" in answer.get("headers", {})) == (status == "503")
+    download = calls["GET /download/{jobId}"]["responses"]["206"]["headers"]
+    assert download.keys() == {"ETag", "Last-Modified", "Accept-Ranges", "Content-Disposition"}
+    for name in ("GenerateRequest", "ExportRequest", "Job", "ErrorBody"):
+        for example in document["components"]["schemas"][name]["examples"]:
+            links = example.pop("links", None)
+            shown = getattr(taskapi, name).model_validate_json(json.dumps(example)).model_dump(mode="json")
+            assert links is None or shown["links"].items() >= links.items()
+
+
+def test_the_request_is_told_as_it_is_written(service: taskapi.Service, url: str) -> None:
+    """Related types too have a `schema`; and names of Python are no keys."""
+    body = {"records": {"customer": {"count": 2, "schema": {"id": "sequence"}},
+                        "order": {"per": "customer", "count": [1, 2], "schema": {"n": "int"}}}}
+    job = ask(url, "POST", "/generate", body)
+    assert job.json["request"]["records"] == body["records"]
+    again = {key: value for key, value in job.json["request"].items() if key in ("records", "seed", "now", "locale")}
+    assert ask(url, "POST", "/generate", again).status == 202
+    for path, wrong, field in (
+            ("/generate", {"record_type": "person", "count": 1}, "record_type"),
+            ("/generate", {"count": 1, "recordType": "x", "schema_": {"a": "int"}}, "schema_"),
+            ("/generate", {"count": 1, "recordType": "x", "schema": {"a": {"type": "date", "from_": "-1d"}}}, "from_"),
+            ("/export", {"format": "csv", "order_by": "name"}, "order_by"),
+            ("/export", {"format": "csv", "filters": {"date_field": "joined"}}, "date_field"),
+            ("/export", {"format": "csv", "filters": {"where": {"id": {"in_": [1]}}}}, "in_"),
+            ("/export", {"format": "csv", "filters": {"from": "2026-02-30"}}, "from")):
+        refused(ask(url, "POST", path, wrong), 400, field)
+
+
+def test_every_status_that_the_tests_have_met_is_described() -> None:
+    """Runs after the others: a status that a route may answer has to be in the OpenAPI document."""
+    paths = taskapi.openapi(taskapi.all_routes())["paths"]
+    for method, path, status in SEEN:
+        for pattern, methods in paths.items():
+            operation = methods.get("get" if method == "HEAD" else method.lower())
+            if operation and re.fullmatch(re.sub("{[a-zA-Z]+}", "[^/]+", pattern), path):
+                assert str(status) in operation["responses"], (method, path, status)
 
 
 # ==== 10 Page ====
@@ -4177,6 +4435,15 @@ def test_in_a_browser_the_page_outlives_the_server(tmp_path: Path, tab: Tab) -> 
             assert [job["progress"]["done"] for job in again.ask("GET", "/jobs").json["items"]] == [7]
 
 
+def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
+    """Every path is on it; no script, no address of another host."""
+    answer = ask(url, "GET", "/docs")
+    page = answer.body.decode()
+    assert not [entry.path for entry in taskapi.all_routes() if entry.path not in page]
+    assert not re.search(r"<script|https?://|src=", page)
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
 # ==== 11 Server ====
 
 
@@ -4226,7 +4493,7 @@ def test_a_job_that_never_pauses_cannot_keep_the_process(tmp_path: Path) -> None
         "def run(context, request):\n"
         "    if not os.path.exists('go'): threading.Event().wait()\n"
         "    yield\n"
-        "    return taskapi.Outcome({})\n"
+        "    return taskapi.JobResult({})\n"
         "sys.exit(taskapi.main())\n")
     with Live(tmp_path / "data", program=str(program)) as live:
         job_id = live.make("/stubborn", {})
@@ -4309,7 +4576,7 @@ def test_enqueue_wait_and_drain_work_without_http(tmp_path: Path, script: Any) -
     def waits(context: taskapi.JobContext) -> taskapi.JobSteps:
         yield
         assert go.wait(20)
-        return taskapi.Outcome({"went": True})
+        return taskapi.JobResult({"went": True})
 
     with taskapi.open_service(tmp_path) as service:
         job = service.enqueue("script", {})
@@ -4332,7 +4599,7 @@ def test_a_wrong_setting_in_python_is_a_setting_error(tmp_path: Path) -> None:
         taskapi.open_service(tmp_path, wokers=1)
 
 
-# ==== The HTTP edge: what is broken, slow, hostile or cross-site ====
+# ==== 11 Server: the HTTP edge, what is broken, slow, hostile or cross-site ====
 
 SERVED = [entry for entry in taskapi.all_routes() if entry.path not in ("/script", "/rows")]  # by a Live
 MAKING = ("/generate", "/preview", "/export")
@@ -4724,8 +4991,6 @@ def hostile_site(target: str, routes: Sequence[tuple[str, str]], port: int = 0) 
             thread.join()
 
 
-
-
 @contextmanager
 def browser_at(address: str, folder: Path, *flags: str) -> Iterator[None]:
     """Chromium with a page open."""
@@ -4763,7 +5028,7 @@ def test_a_page_of_another_site_can_neither_read_nor_cause_anything(tmp_path: Pa
         assert not [*(tmp_path / "data" / "uploads").iterdir()]
 
 
-# ==== 11, more: command line, fixtures, embedding ====
+# ==== 11 Server: the command line, fixtures, embedding ====
 
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals, pipes and rights to make links")
@@ -5203,7 +5468,7 @@ class QueueMachine(stateful.RuleBasedStateMachine):
 
     def open(self) -> None:
         self.database = taskapi.Database(Path(self.folder.name) / "taskapi.db")
-        self.jobs = taskapi.Jobs(self.database, self.clock)
+        self.jobs = taskapi.JobStore(self.database, self.clock)
 
     def teardown(self) -> None:
         self.database.close()
@@ -5281,7 +5546,7 @@ class QueueMachine(stateful.RuleBasedStateMachine):
         for job in self.stale[number:number + 1]:
             status, attempt, _ = self.model.get(job.job_id, ["gone", 0, False])
             if status != "in-progress" or attempt != job.attempt:  # an uncharged attempt has the same number again
-                with pytest.raises(taskapi.Fenced):
+                with pytest.raises(taskapi.LeaseLost):
                     self.jobs.finish(job, taskapi.JobStatus.COMPLETED, result={})
 
     @stateful.rule(number=numbers)
@@ -5339,6 +5604,87 @@ class QueueMachine(stateful.RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+
+
+# ==== Determinism: the same request makes the same records, whatever happens on the way ====
+
+RELATED = {"seed": 11, "now": "2026-01-01T00:00:00Z", "locale": ["en_US", "de_DE"], "records": {
+    "customer": {"count": 3000, "schema": {
+        "id": "sequence", "email": {"type": "email", "unique": True}, "name": {"type": "name", "null": 0.05},
+        "score": {"type": "float", "min": 0, "max": 9, "mean": 4, "sd": 2}}},
+    "order": {"per": "customer", "count": [0, 4], "schema": {
+        "id": "uuid", "customerId": {"type": "ref", "field": "customer.id"}, "at": {"type": "datetime", "from": "-90d"},
+        "number": {"type": "pattern", "pattern": "######", "unique": True}, "tags": {"type": "list", "of": "word"},
+        "total": {"type": "sum", "field": "item.amount", "places": 2}}},
+    "item": {"per": "order", "count": [1, 3], "schema": {
+        "amount": {"type": "decimal", "min": "0.01", "max": "99.99"},
+        "who": {"type": "ref", "field": "customer.email"}}},
+    "visit": {"count": 2000, "schema": {"by": {"type": "ref", "field": "customer.email"}, "ip": "ipv4"}}}}
+
+
+def dump(folder: Path, job_id: str) -> str:
+    """The record tables as SQL text; what names the job and its time is made neutral."""
+    with closing(sqlite3.connect(folder / "taskapi.db")) as connection:
+        created, = connection.execute("SELECT created_at FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        statements = [statement for statement in connection.iterdump()
+                      if re.match(rf'(INSERT INTO|CREATE TABLE) "({"|".join(RELATED["records"])})"', statement)]
+    return "\n".join(statements).replace(job_id, "JOB").replace(created, "CREATED")
+
+
+def run_killed(folder: Path, kills: int) -> str:
+    """The dump after a generate job whose server was killed so many times at random points on the way."""
+    chance, job_id = Random(kills), ""
+
+    def goes_on(live: Live, before: int) -> bool:
+        job = live.job(job_id)
+        return job["progress"]["done"] > before or job["status"] == "completed"
+
+    for _ in range(kills):
+        with Live(folder, "--max-attempts", "99") as live:
+            job_id = job_id or live.make("/generate", RELATED)
+            until(partial(goes_on, live, live.job(job_id)["progress"]["done"]))
+            threading.Event().wait(chance.random() / 10)
+            live.end(signal.SIGKILL)
+    with Live(folder, "--max-attempts", "99", "--workers", "1") as live:
+        job_id = job_id or live.make("/generate", RELATED)
+        assert until(lambda: live.job(job_id, 10)["result"], 60)
+        live.end()
+    assert_sound(folder)
+    return dump(folder, job_id)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_ends_equal_to_an_uninterrupted_one(tmp_path: Path, kills: int) -> None:
+    """Byte for byte in a dump: related types, two locales, unique fields, refs to earlier rows."""
+    whole, killed = run_killed(tmp_path / "whole", 0), run_killed(tmp_path / "killed", kills)
+    assert len(whole) > 1_000_000
+    assert hashlib.sha256(killed.encode()).hexdigest() == hashlib.sha256(whole.encode()).hexdigest()
+
+
+def test_what_else_runs_changes_nothing(tmp_path: Path) -> None:
+    """Four jobs at once on four workers make the tables that the same job alone makes; posting `request` again too."""
+    with taskapi.open_service(tmp_path / "alone", inline=True) as service:
+        job = service.enqueue("generate", RELATED)
+        alone = dump(tmp_path / "alone", job.job_id)
+    with taskapi.open_service(tmp_path / "busy", workers=4) as service:
+        others = [{"recordType": f"other{number}", "count": 3000, "schema": {"n": "name"}} for number in range(3)]
+        jobs = [service.enqueue("generate", body) for body in (job.request, *others)]
+        assert service.drain(60)
+    assert dump(tmp_path / "busy", jobs[0].job_id) == alone
+
+
+def test_foreign_keys_hold_and_totals_are_sums(tmp_path: Path) -> None:
+    """Asked of plain sqlite3: no child without its parent, no order whose total is not its items' sum."""
+    with taskapi.open_service(tmp_path, inline=True) as service:
+        assert service.enqueue("generate", {"recordType": "shop", "count": 300, "seed": 5}).status == "completed"
+    assert plain(tmp_path, 'SELECT count(*) FROM "order" WHERE customerId NOT IN (SELECT id FROM customer)') == [0]
+    assert plain(tmp_path, 'SELECT count(*) FROM item WHERE orderId NOT IN (SELECT id FROM "order")') == [0]
+    rows = plain(tmp_path, 'SELECT total, group_concat(amount), placedAt, joined FROM "order" JOIN item ON orderId = '
+                           '"order".id JOIN customer ON customer.id = customerId GROUP BY "order".id')
+    assert rows
+    for total, amounts, placed, joined in rows:
+        assert Decimal(total) == sum(map(Decimal, amounts.split(",")))
+        assert placed >= joined
 
 
 # ==== Crashes ====
@@ -5681,358 +6027,6 @@ def test_importing_does_nothing_but_define(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout + ended.stderr == ""
     assert not [*tmp_path.iterdir()]
-
-
-# ==== 8 and 9, more: followers, suspects, retention, metrics, documentation ====
-
-
-def test_a_job_follows_another(tmp_path: Path) -> None:
-    """Generate and its export posted in one go: the export waits, and has all the records."""
-    with held(tmp_path) as (service, runner):
-        first = service.enqueue("generate", PERSONS)
-        after = {"format": "json", "filters": {"jobId": first.job_id}, "after": first.job_id}
-        follower = service.enqueue("export", after)
-        assert service.queue.jobs.claim()[0].job_id == first.job_id
-        assert service.queue.jobs.claim() is None
-        service.queue.jobs.release(service.queue.jobs.get(first.job_id), "a test", charged=False)
-        service.queue.wake()
-        runner.run()
-        done = service.queue.jobs.get(follower.job_id)
-    assert (done.status, done.after, done.result["records"]) == ("completed", first.job_id, 10)
-
-
-def test_what_follows_a_failed_job_fails_and_so_on(tmp_path: Path) -> None:
-    """All along the chain, with the job's id in the message; an unknown job is refused at once."""
-    with held(tmp_path) as (service, runner):
-        first = service.enqueue("export", {"format": "csv", "filters": {"recordType": "nobody"}})
-        second = service.enqueue("generate", {**PERSONS, "after": first.job_id})
-        third = service.enqueue("export", {"format": "csv", "after": second.job_id})
-        runner.run()
-        ends = [service.queue.jobs.get(job.job_id) for job in (second, third)]
-        assert [(job.status, job.error.startswith(f"job {before.job_id}, which this one was to follow"))
-                for job, before in zip(ends, (first, second), strict=True)] == [("failed", True)] * 2
-        with pytest.raises(BadRequest, match="after"):
-            service.enqueue("export", {"format": "csv", "after": "nothing"})
-
-
-def test_after_a_crash_suspects_run_one_at_a_time(jobs: taskapi.Jobs) -> None:
-    """A job that was interrupted waits while another such job runs; fresh ones do not."""
-    for _ in range(2):
-        jobs.insert("script", {})
-    suspects = [jobs.claim()[0] for _ in range(2)]
-    for job in suspects:
-        jobs.release(job, "a crash", charged=True)
-    fresh = jobs.insert("script", {})[0]
-    assert jobs.claim()[0].attempt == 2
-    assert jobs.claim()[0].job_id == fresh.job_id
-    assert jobs.claim() is None
-    assert [entry.reason for entry in jobs.get(suspects[1].job_id).interruptions] == ["a crash"]
-
-
-def test_retention_removes_what_is_old_and_nothing_in_use(tmp_path: Path) -> None:
-    """Jobs, files and records; a file that is being downloaded stays until that ends."""
-    clock = FakeClock()
-    with taskapi.open_service(tmp_path, inline=True, clock=clock, retention_days=2) as service:
-        old = service.enqueue("generate", PERSONS)
-        export = service.enqueue("export", {"format": "csv"})
-        clock.now += timedelta(days=3)
-        young = service.enqueue("generate", {**PERSONS, "recordType": "company"})
-        with service.folder.open(export.file):
-            service.queue._retire()
-            assert {job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]} == {
-                young.job_id, export.job_id}
-        service.queue._retire()
-        assert [job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]] == [young.job_id]
-        assert old.job_id != young.job_id
-    assert not list((tmp_path / "exports").iterdir())
-    assert plain(tmp_path, "SELECT count(*) FROM person") == [0]
-    assert plain(tmp_path, "SELECT count(*) FROM company") == [10]
-
-
-def test_metrics_count_what_happened(service: taskapi.Service, url: str) -> None:
-    """Jobs, records, bytes and requests, exactly, in Prometheus' text format."""
-    service.enqueue("generate", PERSONS)
-    service.enqueue("export", {"format": "csv", "filters": {"recordType": "nobody"}})
-    ask(url, "GET", "/nowhere")
-    answer = ask(url, "GET", "/metrics")
-    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    values = dict(line.rsplit(" ", 1) for line in answer.body.decode().splitlines() if not line.startswith("#"))
-    assert values['taskapi_jobs_total{type="generate",status="completed"}'] == "1"
-    assert values['taskapi_jobs_total{type="export",status="failed"}'] == "1"
-    assert values["taskapi_records_total"] == "10"
-    assert values['taskapi_requests_total{method="GET",route="none",status="404"}'] == "1"
-    assert values['taskapi_job_seconds_bucket{type="generate",le="+Inf"}'] == "1"
-    assert values["taskapi_jobs_pending"] == "0"
-
-
-def test_the_openapi_document_has_every_route_and_resolves(url: str) -> None:
-    """Each route and method, its path parameters, and nothing that points nowhere."""
-    document = ask(url, "GET", "/openapi.json").json
-    assert document["openapi"] == "3.1.0"
-    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert described == {(entry.method, entry.path) for entry in taskapi.all_routes()}
-    schemas = document["components"]["schemas"]
-    references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(document)))
-    assert references <= schemas.keys()
-    for path, methods in document["paths"].items():
-        for operation in methods.values():
-            told = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"}
-            assert told == set(re.findall(r"{(\w+)}", path))
-            assert {"400", "500", "503"} <= operation["responses"].keys()
-            assert operation["summary"]
-
-
-def test_the_openapi_document_tells_headers_and_has_examples_that_are_right(url: str) -> None:
-    """Where a made job is, what a file comes with, when to come again; a JSON body's example is accepted."""
-    document = ask(url, "GET", "/openapi.json").json
-    calls = {f"{method.upper()} {path}": operation for path, methods in document["paths"].items()
-             for method, operation in methods.items()}
-    for operation in calls.values():
-        for status, answer in operation["responses"].items():
-            assert ("Location" in answer.get("headers", {})) == (status in ("201", "202"))
-            assert ("Retry-After" in answer.get("headers", {})) == (status == "503")
-    download = calls["GET /download/{jobId}"]["responses"]["206"]["headers"]
-    assert download.keys() == {"ETag", "Last-Modified", "Accept-Ranges", "Content-Disposition"}
-    for name in ("GenerateRequest", "ExportRequest", "Job", "ErrorBody"):
-        for example in document["components"]["schemas"][name]["examples"]:
-            links = example.pop("links", None)
-            shown = getattr(taskapi, name).model_validate_json(json.dumps(example)).model_dump(mode="json")
-            assert links is None or shown["links"].items() >= links.items()
-
-
-def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
-    """Every path is on it; no script, no address of another host."""
-    answer = ask(url, "GET", "/docs")
-    page = answer.body.decode()
-    assert not [entry.path for entry in taskapi.all_routes() if entry.path not in page]
-    assert not re.search(r"<script|https?://|src=", page)
-    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-
-
-@pytest.mark.parametrize("returned", [None, {"n": 1}, taskapi.Outcome({"when": datetime(2026, 1, 1)})])
-def test_a_job_function_that_returns_the_wrong_thing_fails_its_job(tmp_path: Path, script: Any, returned: Any) -> None:
-    """No Outcome, or one that JSON cannot hold: failed and logged, not in progress for ever."""
-    @script
-    def wrong(context: taskapi.JobContext) -> taskapi.JobSteps:
-        yield
-        return returned
-
-    with taskapi.open_service(tmp_path, inline=True) as service:
-        job = service.enqueue("script", {})
-    assert job.status == "failed"
-    assert "TypeError" in job.error
-
-
-def test_a_recipe_is_checked_against_its_own_now(service: taskapi.Service) -> None:
-    """To the second, before a job exists; an instant that is none, and an empty schema, are refused."""
-    schema = {"at": {"type": "datetime", "from": "2026-01-01T12:00:00Z", "to": "now"}}
-    body = {"recordType": "thing", "count": 3, "schema": schema}
-    assert service.enqueue("generate", {**body, "now": "2026-01-01T23:00:00Z"}).status == "completed"
-    for wrong in ({"now": "2026-01-01T11:00:00Z"}, {"now": "2026-01-01Tgarbage"}, {"schema": {}}):
-        with pytest.raises(BadRequest):
-            service.enqueue("generate", {**body, **wrong})
-    with pytest.raises(BadRequest, match="did you mean 'generate'"):
-        service.enqueue("genrate", {})
-
-
-@pytest.mark.parametrize(("filters", "message"), [
-    ({"to": "20261122"}, "is not a date such as"), ({"from": "2026-W01-1"}, "is not a date such as"),
-    ({"where": {"id": {"eq": "nan"}}}, "cannot be compared"), ({"where": {"id": {"eq": "1"}}}, None)])
-def test_a_filter_that_could_be_misread_is_refused(service: taskapi.Service, filters: Any, message: str | None) -> None:
-    """Other ISO forms of a date, and what is not a number."""
-    service.enqueue("generate", PERSONS)
-    request = {"format": "csv", "filters": {"recordType": "person", **filters}}
-    if "where" not in filters:
-        with pytest.raises(BadRequest, match=message):
-            service.enqueue("export", request)
-        return
-    job = service.enqueue("export", request)
-    assert (message or "") in (job.error or "")
-    assert job.status == ("failed" if message else "completed")
-
-
-def test_the_request_is_told_as_it_is_written(service: taskapi.Service, url: str) -> None:
-    """Related types too have a `schema`; and names of Python are no keys."""
-    body = {"records": {"customer": {"count": 2, "schema": {"id": "sequence"}},
-                        "order": {"per": "customer", "count": [1, 2], "schema": {"n": "int"}}}}
-    job = ask(url, "POST", "/generate", body)
-    assert job.json["request"]["records"] == body["records"]
-    again = {key: value for key, value in job.json["request"].items() if key in ("records", "seed", "now", "locale")}
-    assert ask(url, "POST", "/generate", again).status == 202
-    for path, wrong, field in (
-            ("/generate", {"record_type": "person", "count": 1}, "record_type"),
-            ("/generate", {"count": 1, "recordType": "x", "schema_": {"a": "int"}}, "schema_"),
-            ("/generate", {"count": 1, "recordType": "x", "schema": {"a": {"type": "date", "from_": "-1d"}}}, "from_"),
-            ("/export", {"format": "csv", "order_by": "name"}, "order_by"),
-            ("/export", {"format": "csv", "filters": {"date_field": "joined"}}, "date_field"),
-            ("/export", {"format": "csv", "filters": {"where": {"id": {"in_": [1]}}}}, "in_"),
-            ("/export", {"format": "csv", "filters": {"from": "2026-02-30"}}, "from")):
-        refused(ask(url, "POST", path, wrong), 400, field)
-
-
-def test_a_field_named_as_the_label_of_the_types_is_exported_beside_it(service: taskapi.Service) -> None:
-    """The label gets an underscore, and nothing is lost."""
-    store(service, {"recordType": "text"}, [["mine"]], "odd")
-    store(service, {"n": "int"}, [[1]], "plain")
-    for export_format, expected in (
-            ("ndjson", [{"_recordType": "odd", "recordType": "mine"}, {"_recordType": "plain", "n": 1}]),
-            ("csv", [["_recordType", "recordType", "n"], ["odd", "mine", ""], ["plain", "", "1"]])):
-        data = service.folder.root / service.enqueue("export", {"format": export_format}).file.path
-        text = data.read_text(encoding="utf-8")
-        assert (list(csv.reader(text.splitlines())) if export_format == "csv" else [
-            json.loads(line) for line in text.splitlines()]) == expected
-    assert service.enqueue("export", {"format": "sqlite"}).status == "completed"
-
-
-@pytest.mark.parametrize("name", ["nope", "hex", "rot13", "undefined", "zip", "a\0b", ""])
-@pytest.mark.parametrize("path", ["/upload", "/infer"])
-def test_an_encoding_that_is_none_is_named(url: str, name: str, path: str) -> None:
-    """Whether it comes before the file or after it."""
-    text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{name}\r\n'.encode()
-    kind = b'--XX\r\nContent-Disposition: form-data; name="recordType"\r\n\r\nthing\r\n'
-    for body in (kind + text + form(), part() + kind + text + b"--XX--\r\n"):
-        refused(ask(url, "POST", path, body, FORM), 400, "encoding")
-
-
-def test_utf_16_without_its_mark_is_refused(url: str) -> None:
-    """Named as the encoding, it could be either order; with the order in the name it is read."""
-    def asked(encoding: str) -> Answer:
-        text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{encoding}\r\n'.encode()
-        return ask(url, "POST", "/infer", text + form("a,b\n1,2\n".encode("utf-16-le")), FORM)
-
-    assert asked("utf-16-le").status == 200
-    refused(asked("utf-16"), 400, "is not csv")
-
-
-def test_a_file_type_that_the_settings_add_is_taken_as_it_is(tmp_path: Path) -> None:
-    """Its content is not looked at; one that they leave out is refused."""
-    with taskapi.open_service(tmp_path, inline=True, upload_types=["csv", "log"]) as service, service.serving(
-            port=0) as url:
-        job = ask(url, "POST", "/upload", form(b"\0\xff", "a.log"), FORM)
-        assert (job.status, job.json["result"]["contentType"]) == (201, "application/octet-stream")
-        assert ask(url, "GET", job.json["links"]["download"]).body == b"\0\xff"
-        refused(ask(url, "POST", "/upload", form(b"a", "a.txt"), FORM), 400, "csv, log")
-
-
-def test_a_record_type_may_have_no_fields(service: taskapi.Service) -> None:
-    """As a job type of one's own may make it; its table is there all the same."""
-    store(service, {}, [[], []], "bare")
-    assert plain(service.folder.root, "SELECT count(*) FROM bare") == [2]
-
-
-def test_a_header_cannot_be_a_formula(service: taskapi.Service) -> None:
-    """With excelSafe; it may come from somebody's file."""
-    store(service, {"=1+1": "text", "+a": "int", "plain": "int"}, [["x", 1, 2]], "odd")
-    for safe, expected in ((True, ["'=1+1", "'+a", "plain"]), (False, ["=1+1", "+a", "plain"])):
-        job = service.enqueue("export", {"format": "csv", "excelSafe": safe, "filters": {"recordType": "odd"}})
-        text = (service.folder.root / job.file.path).read_text(encoding="utf-8-sig")
-        assert next(csv.reader(text.splitlines())) == expected
-
-
-def test_a_second_lock_that_is_refused_lets_go_of_the_first(tmp_path: Path) -> None:
-    """Two folders must not share a database; the folder of the one that is refused stays free."""
-    with taskapi.open_service(tmp_path / "a"):
-        with pytest.raises(taskapi.StartupError, match=r"the database .* is in use by process"):
-            taskapi.open_service(tmp_path / "b", database=tmp_path / "a" / "taskapi.db")
-        with taskapi.open_service(tmp_path / "b", inline=True) as service:
-            assert service.health().status == "ok"
-
-
-# ==== Determinism: the same request makes the same records, whatever happens on the way ====
-
-RELATED = {"seed": 11, "now": "2026-01-01T00:00:00Z", "locale": ["en_US", "de_DE"], "records": {
-    "customer": {"count": 3000, "schema": {
-        "id": "sequence", "email": {"type": "email", "unique": True}, "name": {"type": "name", "null": 0.05},
-        "score": {"type": "float", "min": 0, "max": 9, "mean": 4, "sd": 2}}},
-    "order": {"per": "customer", "count": [0, 4], "schema": {
-        "id": "uuid", "customerId": {"type": "ref", "field": "customer.id"}, "at": {"type": "datetime", "from": "-90d"},
-        "number": {"type": "pattern", "pattern": "######", "unique": True}, "tags": {"type": "list", "of": "word"},
-        "total": {"type": "sum", "field": "item.amount", "places": 2}}},
-    "item": {"per": "order", "count": [1, 3], "schema": {
-        "amount": {"type": "decimal", "min": "0.01", "max": "99.99"},
-        "who": {"type": "ref", "field": "customer.email"}}},
-    "visit": {"count": 2000, "schema": {"by": {"type": "ref", "field": "customer.email"}, "ip": "ipv4"}}}}
-
-
-def dump(folder: Path, job_id: str) -> str:
-    """The record tables as SQL text; what names the job and its time is made neutral."""
-    with closing(sqlite3.connect(folder / "taskapi.db")) as connection:
-        created, = connection.execute("SELECT created_at FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        statements = [statement for statement in connection.iterdump()
-                      if re.match(rf'(INSERT INTO|CREATE TABLE) "({"|".join(RELATED["records"])})"', statement)]
-    return "\n".join(statements).replace(job_id, "JOB").replace(created, "CREATED")
-
-
-def run_killed(folder: Path, kills: int) -> str:
-    """The dump after a generate job whose server was killed so many times at random points on the way."""
-    chance, job_id = Random(kills), ""
-
-    def goes_on(live: Live, before: int) -> bool:
-        job = live.job(job_id)
-        return job["progress"]["done"] > before or job["status"] == "completed"
-
-    for _ in range(kills):
-        with Live(folder, "--max-attempts", "99") as live:
-            job_id = job_id or live.make("/generate", RELATED)
-            until(partial(goes_on, live, live.job(job_id)["progress"]["done"]))
-            threading.Event().wait(chance.random() / 10)
-            live.end(signal.SIGKILL)
-    with Live(folder, "--max-attempts", "99", "--workers", "1") as live:
-        job_id = job_id or live.make("/generate", RELATED)
-        assert until(lambda: live.job(job_id, 10)["result"], 60)
-        live.end()
-    assert_sound(folder)
-    return dump(folder, job_id)
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_ends_equal_to_an_uninterrupted_one(tmp_path: Path, kills: int) -> None:
-    """Byte for byte in a dump: related types, two locales, unique fields, refs to earlier rows."""
-    whole, killed = run_killed(tmp_path / "whole", 0), run_killed(tmp_path / "killed", kills)
-    assert len(whole) > 1_000_000
-    assert hashlib.sha256(killed.encode()).hexdigest() == hashlib.sha256(whole.encode()).hexdigest()
-
-
-def test_what_else_runs_changes_nothing(tmp_path: Path) -> None:
-    """Four jobs at once on four workers make the tables that the same job alone makes; posting `request` again too."""
-    with taskapi.open_service(tmp_path / "alone", inline=True) as service:
-        job = service.enqueue("generate", RELATED)
-        alone = dump(tmp_path / "alone", job.job_id)
-    with taskapi.open_service(tmp_path / "busy", workers=4) as service:
-        others = [{"recordType": f"other{number}", "count": 3000, "schema": {"n": "name"}} for number in range(3)]
-        jobs = [service.enqueue("generate", body) for body in (job.request, *others)]
-        assert service.drain(60)
-    assert dump(tmp_path / "busy", jobs[0].job_id) == alone
-
-
-def test_foreign_keys_hold_and_totals_are_sums(tmp_path: Path) -> None:
-    """Asked of plain sqlite3: no child without its parent, no order whose total is not its items' sum."""
-    with taskapi.open_service(tmp_path, inline=True) as service:
-        assert service.enqueue("generate", {"recordType": "shop", "count": 300, "seed": 5}).status == "completed"
-    assert plain(tmp_path, 'SELECT count(*) FROM "order" WHERE customerId NOT IN (SELECT id FROM customer)') == [0]
-    assert plain(tmp_path, 'SELECT count(*) FROM item WHERE orderId NOT IN (SELECT id FROM "order")') == [0]
-    rows = plain(tmp_path, 'SELECT total, group_concat(amount), placedAt, joined FROM "order" JOIN item ON orderId = '
-                           '"order".id JOIN customer ON customer.id = customerId GROUP BY "order".id')
-    assert rows
-    for total, amounts, placed, joined in rows:
-        assert Decimal(total) == sum(map(Decimal, amounts.split(",")))
-        assert placed >= joined
-
-
-def test_a_job_remembers_the_versions_it_was_made_with(service: taskapi.Service) -> None:
-    """Those that its values depend on."""
-    job = service.enqueue("generate", PERSONS)
-    assert job.result["versions"] == {"taskapi": taskapi.__version__, "faker": faker.VERSION}
-
-
-def test_every_status_that_the_tests_have_met_is_described() -> None:
-    """Runs after the others: a status that a route may answer has to be in the OpenAPI document."""
-    paths = taskapi.openapi(taskapi.all_routes())["paths"]
-    for method, path, status in SEEN:
-        for pattern, methods in paths.items():
-            operation = methods.get("get" if method == "HEAD" else method.lower())
-            if operation and re.fullmatch(re.sub("{[a-zA-Z]+}", "[^/]+", pattern), path):
-                assert str(status) in operation["responses"], (method, path, status)
 
 
 # ==== README: its commands, tables and examples are true ====
@@ -6439,7 +6433,7 @@ def test_bench_jobs_that_do_nothing(tmp_path: Path, script: Any, clients: int, c
     @lambda function: script(function, "nothing")
     def nothing(context: taskapi.JobContext) -> taskapi.JobSteps:
         yield
-        return taskapi.Outcome({})
+        return taskapi.JobResult({})
 
     runs = [(rate(partial(through_huey, tmp_path / f"h{turn}.db", count, clients)),
              rate(partial(through_the_queue, tmp_path / f"q{turn}", count, clients))) for turn in range(3)]
