@@ -4235,7 +4235,6 @@ _BLOCK = 256 * 1024
 _LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see AtomicFile
 AHEAD = 2**23  # bytes that may wait in memory for the disk: those of one draft, or of all uploads together
 _PREAMBLE = 4096  # how far from its beginning a multipart body may have its first boundary
-_TEXT_PARTS = ("recordType", "delimiter", "encoding")
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
@@ -4557,6 +4556,61 @@ def file_system_check(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
         system in _NETWORK_SYSTEMS) else "local"
 
 
+def text_decoder(encoding: str) -> codecs.IncrementalDecoder:
+    """What decodes text block by block; BadRequest where there is no such encoding, or it is not one of text."""
+    try:
+        "".encode(encoding)  # refuses Python's codecs that are not of text
+        return codecs.getincrementaldecoder(encoding)()
+    except (LookupError, UnicodeError, TypeError, ValueError):
+        raise BadRequest.of("encoding", f"no such text encoding {encoding!r}") from None
+
+
+def _delimiter(text: str) -> str:
+    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(text) != 1 or text in '"\r\n':
+        raise ValueError("a delimiter is one character, or the word tab")
+    return text
+
+
+def _encoding(name: str) -> str:
+    try:
+        text_decoder(name)
+    except BadRequest as error:
+        raise ValueError(error.fields[0].message) from None
+    return name
+
+
+def _pointer(text: str) -> str:
+    if text and not text.startswith("/"):
+        raise ValueError("a JSON Pointer begins with /, as in /data/users")
+    return text
+
+
+class IngestOptions(ApiModel):
+    """How a file becomes records: the text parts of an upload, the query of a raw body, the flags of a command."""
+
+    model_config = ConfigDict(strict=False)  # they come as texts
+
+    record_type: NewRecordType | None = Field(None, description="Makes records of this type of what is in the file.")
+    header: str = Field("auto", description="auto: the first line names the fields; none: they are column_1, "
+                                            "column_2...; or the names, separated by commas.")
+    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = Field(
+        None, description="Of a CSV file: one character, or tab; told from its content if missing.")
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = Field(
+        None, description="Of a text; stands before the file. Default: UTF-8, UTF-16 with its mark, or windows-1252.")
+    ragged: Literal["refuse", "pad"] = Field("refuse", description="Whether CSV rows may be short: pad ends them in "
+                                                                   "nulls.")
+    skip: int = Field(0, ge=0, le=1_000_000, description="Lines to leave out before the header of a CSV file.")
+    comment: str | None = Field(None, min_length=1, max_length=20, description="Leaves out the lines of a CSV file "
+                                                                               "that begin so.")
+    split: bool = Field(False, description="Each list in a JSON object becomes a record type of its name.")
+    path: Annotated[str, AfterValidator(_pointer)] | None = Field(
+        None, max_length=1000, description="JSON Pointer to the records in a JSON file, such as /data/users.")
+
+
+_OPTION_NAMES = [to_camel(name) for name in IngestOptions.model_fields]
+
+
 class Received(NamedTuple):
     """What an upload brought: the file as a draft, and the text parts."""
 
@@ -4569,15 +4623,6 @@ class Received(NamedTuple):
 def _file_type(suffix: str) -> FileType:
     """How a file of this name is served; of those that only the settings know, the content is not checked."""
     return FILE_TYPES.get(suffix, FileType("application/octet-stream"))
-
-
-def text_decoder(encoding: str) -> codecs.IncrementalDecoder:
-    """What decodes text block by block; BadRequest where there is no such encoding, or it is not one of text."""
-    try:
-        "".encode(encoding)  # refuses Python's codecs that are not of text
-        return codecs.getincrementaldecoder(encoding)()
-    except (LookupError, UnicodeError, TypeError, ValueError):
-        raise BadRequest.of("encoding", f"no such text encoding {encoding!r}") from None
 
 
 class _ContentCheck:
@@ -4693,7 +4738,7 @@ class Reception:
         if part.filename is None:
             if part.name == "file":
                 raise BadRequest.of("file", "has no file name")
-            if part.name not in _TEXT_PARTS:
+            if part.name not in _OPTION_NAMES:
                 raise BadRequest.of(part.name, "is not known here")
             if part.name in self._texts:
                 raise BadRequest.of(part.name, "is given twice")
@@ -5333,21 +5378,21 @@ INGEST_FORMATS: Mapping[str, IngestFormat] = {
 class RecordReader:
     """Reads one stored file as records: `filename` tells the format, by its extension (and a .gz behind that).
 
-    `delimiter` and `encoding` are found if they are not given. BadRequest if it is no format that holds records.
+    What the options leave open is found. BadRequest if it is no format that holds records.
     """
 
-    def __init__(self, filename: str, delimiter: str | None = None, encoding: str | None = None):
+    def __init__(self, filename: str, options: IngestOptions | None = None):
         *_, inner, suffix = ("", "", *filename.lower().split("."))
         self._packed = suffix == "gz"
         if (name := inner if self._packed else suffix) not in INGEST_FORMATS:
             raise BadRequest(f"no records can be read from {filename!r}; they can from {', '.join(INGEST_FORMATS)}, "
                              "and .gz of these", [FieldProblem("file", "has a type that holds no records")])
-        self._format, self._delimiter, self._encoding = INGEST_FORMATS[name], delimiter, encoding
+        self._format, self._options = INGEST_FORMATS[name], options or IngestOptions()
         self._fitting: dict[str, list[Kind]] = {}
 
     def read(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
         """The records in bounded memory; JobFailed with line and reason where the file is wrong."""
-        return self._format.read(_texts(stream, self._packed, self._encoding), self._delimiter)
+        return self._format.read(_texts(stream, self._packed, self._options.encoding), self._options.delimiter)
 
     def learn(self, cells: ColumnBatch) -> None:
         """Narrows the kinds of the fields to those that fit these cells too."""
@@ -5737,32 +5782,18 @@ def run_upload(context: JobContext, request: UploadRequest) -> JobSteps:
                     "contentType": file.content_type}, file)
 
 
-def _delimiter(text: str) -> str:
-    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
-    if len(text) != 1 or text in '"\r\n':
-        raise ValueError("a delimiter is one character, or the word tab")
-    return text
-
-
-def _encoding(name: str) -> str:
-    try:
-        text_decoder(name)
-    except BadRequest as error:
-        raise ValueError(error.fields[0].message) from None
-    return name
-
-
-class IngestRequest(JobRequest):
+class IngestRequest(JobRequest, IngestOptions):
     """What an uploaded file is to become; the file itself stands in the job's row."""
 
     filename: str
-    record_type: NewRecordType
-    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
-    encoding: Annotated[str, AfterValidator(_encoding)] | None = None
 
     def with_defaults(self, settings: Settings, clock: Clock) -> Self:
-        """Checks that files of that name can hold records."""
+        """Checks that files of that name can hold records, and that these have a type."""
         self.reader()
+        if self.split and self.record_type:
+            raise BadRequest.of("split", "names the record types itself; leave recordType out")
+        if not self.split and not self.record_type:
+            raise BadRequest.of("recordType", "is required to make records of the file")
         return self
 
     @property
@@ -5772,13 +5803,13 @@ class IngestRequest(JobRequest):
 
     def reader(self) -> RecordReader:
         """What reads the file; BadRequest if it is of a type that holds no records."""
-        return RecordReader(self.filename, self.delimiter, self.encoding)
+        return RecordReader(self.filename, self)
 
 
 @job_type("ingest", IngestRequest, posted=False)
 def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
     """Makes records of an uploaded file: once over it for the kinds of the fields, once more for the records."""
-    job, file, reader = context.job, context.job.file, request.reader()
+    job, file, reader, record_type = context.job, context.job.file, request.reader(), request.record_type or ""
     if file is None:
         raise JobFailed("the uploaded file is gone; upload it again")
     state = context.checkpoint
@@ -5792,7 +5823,7 @@ def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
         kinds = reader.kinds()
         if not kinds:
             raise JobFailed("line 1: there are no records, so there are no fields")
-        context.records.open_job(job, {request.record_type: kinds}, {request.record_type: max(total, 1)})
+        context.records.open_job(job, {record_type: kinds}, {record_type: max(total, 1)})
         state = {"kinds": kinds, "total": total, "done": 0}
         context.save(Progress(total=total), state)
     kinds, total, done, seen = state["kinds"], state["total"], state["done"], 0
@@ -5803,7 +5834,7 @@ def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
                 rows = reader.rows(cells, kinds)[done - seen:]
 
                 def add(connection: sqlite3.Connection, rows: list[tuple[Json, ...]] = rows) -> None:
-                    context.records.append(connection, job, request.record_type, list(kinds), rows)
+                    context.records.append(connection, job, record_type, list(kinds), rows)
 
                 done = seen
                 context.save(Progress(done=done, total=total), {**state, "done": done}, add)
@@ -5937,9 +5968,9 @@ def inferred_field(name: str, kind: Kind, values: Sequence[Json]) -> Json:
     return field["type"] if len(field) == 1 else field
 
 
-def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str, Json]:
+def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json]:
     """A body for POST /generate that makes records like the first ones of a file; BadRequest if it has none."""
-    chunks, count = [], 0
+    chunks, count, reader = [], 0, RecordReader(filename, options)
     try:
         for cells in reader.read(stream):
             reader.learn(cells)
@@ -5955,7 +5986,7 @@ def infer(stream: BinaryIO, reader: RecordReader, record_type: str) -> dict[str,
         raise BadRequest("there are no records to infer a schema from", [FieldProblem("file", "has no records")])
     schema = {field: inferred_field(field, kind, column)
               for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
-    return {"recordType": record_type, "count": len(rows), "schema": schema}
+    return {"recordType": options.record_type, "count": len(rows), "schema": schema}
 
 
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
@@ -7049,13 +7080,10 @@ def _idempotency_key(call: Request) -> str | None:
     return key
 
 
-class UploadForm(ApiModel):
+class UploadForm(IngestOptions):
     """The parts of an upload."""
 
     file: bytes = Field(description="The file; its name tells its type.", json_schema_extra={"format": "binary"})
-    record_type: str | None = Field(None, description="Makes records of this type of what is in the file.")
-    delimiter: str | None = Field(None, description="Of a CSV file; told from its content if missing.")
-    encoding: str | None = Field(None, description="Of a text; must stand before the file. Default: UTF-8 or UTF-16.")
 
 
 @route("POST", "/upload", {201: Job, 409: ErrorBody}, body=UploadForm)
@@ -7073,14 +7101,6 @@ def post_upload(call: Request) -> bottle.HTTPResponse:
         return _made(engine.queue.run_now("upload", request, _idempotency_key(call), digest), 201)
 
 
-class InferForm(ApiModel):
-    """The parts of a multipart /infer."""
-
-    record_type: NewRecordType | None = None
-    delimiter: str | None = None
-    encoding: str | None = None
-
-
 def _type_named_like(filename: str) -> str:
     """A record type out of a file's name; `record` if none can be made of it."""
     name = re.sub(r"[^a-z0-9]+", "_", filename.partition(".")[0].lower()).strip("_")[:63]
@@ -7091,14 +7111,12 @@ def _type_named_like(filename: str) -> str:
 def post_infer(call: Request) -> bottle.HTTPResponse:
     """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
     if (call.header("Content-Type") or "").partition(";")[0].strip().lower() == _JSON_TYPE:
-        return reply(infer(io.BytesIO(call.raw()), RecordReader("body.json"), "record"))
+        return reply(infer(io.BytesIO(call.raw()), "body.json", IngestOptions(record_type="record")))
     with call.upload() as received:
-        form = validated(InferForm, lambda: InferForm.model_validate(dict(received.texts)))
-        request = validated(IngestRequest, lambda: IngestRequest(
-            filename=received.filename, record_type=form.record_type or _type_named_like(received.filename),
-            delimiter=form.delimiter, encoding=form.encoding))
+        options = validated(IngestOptions, lambda: IngestOptions.model_validate(
+            {"recordType": _type_named_like(received.filename), **received.texts}))
         with received.draft.open() as stream:
-            return reply(infer(stream, request.reader(), request.record_type))
+            return reply(infer(stream, received.filename, options))
 
 
 class WaitQuery(ApiModel):
@@ -9533,7 +9551,7 @@ def do_export(client: Client) -> None:
 def _reading_flags() -> dict[str, Json]:
     return {"file": {"type": "string", "description": f"File to read: {', '.join(INGEST_FORMATS)}, or .gz of these."},
             "type": {"type": "string", "description": "Type of the records (default: named like the file)."},
-            **_flags_of(IngestRequest, "filename", "recordType", "after")}
+            **_flags_of(IngestOptions, "recordType")}
 
 
 def _send(client: Client, path: str) -> Json:
@@ -9541,7 +9559,8 @@ def _send(client: Client, path: str) -> Json:
         raise SettingError("name a file")
     file = Path(client.flags["file"])
     record_type = client.flags.get("type", _type_named_like(file.name))
-    return client.post_file(path, file, {"recordType": record_type, **client.body("delimiter", "encoding")})
+    options = client.body(*_flags_of(IngestOptions, "recordType"))
+    return client.post_file(path, file, {"recordType": record_type, **{name: str(options[name]) for name in options}})
 
 
 @command(lambda: {**_reading_flags(), **_JSON_FLAG}, "file")

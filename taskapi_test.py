@@ -2922,7 +2922,7 @@ def app(tmp_path_factory):
 
 def read(name: str, data: bytes, **options: str):
     """(kinds, rows) of a file, as ingest would store them."""
-    reader = taskapi.RecordReader(name, **options)
+    reader = taskapi.RecordReader(name, taskapi.IngestOptions(**options))
     for cells in reader.read(io.BytesIO(data)):
         reader.learn(cells)
     kinds = reader.kinds()
