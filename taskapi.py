@@ -34,7 +34,6 @@ The file reads top-down; a room uses only the rooms above it.
 """
 from __future__ import annotations
 
-import argparse
 import base64
 import calendar
 import codecs
@@ -97,12 +96,11 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
-    NoReturn,
     Protocol,
     Self,
-    TextIO,
     TypeVar,
     cast,
+    get_args,
     get_origin,
 )
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -114,6 +112,7 @@ except ModuleNotFoundError:
     if __name__ != "__main__":
         raise
     raise SystemExit("taskapi's packages are not here: pip install . (beside taskapi.py) fetches them") from None
+import click
 import multipart
 import sqlite_utils
 import waitress
@@ -121,6 +120,7 @@ import waitress.channel
 import waitress.parser
 import waitress.task
 import waitress.wasyncore
+from click.core import ParameterSource
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -134,10 +134,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
-from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json, to_json
 from sqlite_utils import Migrations
+from tabulate import tabulate  # type: ignore[import-untyped]  # it brings no types
 
 if TYPE_CHECKING:
     from faker.generator import Generator as FakerGenerator
@@ -332,120 +332,14 @@ def _comma_list(value: Json) -> Json:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     """How the flag of a setting or of a key on the wire is written: --max-records, --order-by."""
     return "--" + re.sub(r"([A-Z])", r"-\1", name).lower().replace("_", "-")
 
 
-def _spelled_like(source: str, name: str) -> str:
-    """A setting's name in the way its source writes names: --max-records, TASKAPI_MAX_RECORDS or max_records."""
-    if source.startswith("--"):
-        return _flag(name)
-    return f"TASKAPI_{name.upper()}" if source.startswith("TASKAPI_") else name
-
-
-def _read_config(path: Path, required: bool) -> dict[str, tuple[str, Json]]:
-    """Keys of a TOML file as {setting: (name to show, value)}."""
-    if not required and not path.exists():
-        return {}
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(f"cannot read the settings file {path}: {error}") from None
-    return {key.lower(): (key, value) for key, value in entries.items()}
-
-
-class _FlagParser(argparse.ArgumentParser):
-    """Refuses with a SettingError instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingError(message)
-
-
-def _add_settings(parser: argparse._ActionsContainer, fields: Mapping[str, FieldInfo],
-                  shown: Container[str] | None = None) -> None:
-    for name, field in fields.items():
-        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        note = f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(_flag(name), metavar="VALUE", default=argparse.SUPPRESS, dest=f"setting {name}",
-                            help=argparse.SUPPRESS if shown and name not in shown else f"{field.description}{note}")
-
-
-def _flag_parser(fields: Mapping[str, FieldInfo], more: str = "") -> argparse.ArgumentParser:
-    parser = _FlagParser(
-        prog="taskapi", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A data task server: generates records, takes uploads and writes exports in the background.",
-        epilog="Each flag can be set as a variable too (--max-records: TASKAPI_MAX_RECORDS) or as a key of\n"
-               f"taskapi.toml (max_records); flags win over variables, variables over the file.\n{more}")
-    parser.add_argument("--version", action="version", version=f"taskapi {__version__}")
-    _add_settings(parser, fields)
-    return parser
-
-
-def _read_flags(argv: Sequence[str], fields: Mapping[str, FieldInfo],
-                more: str) -> dict[str, tuple[str, Json]]:
-    """Flags as {setting: (name to show, value)}; an unknown flag is kept so that the caller can name the nearest."""
-    parsed, unknown = _flag_parser(fields, more).parse_known_args(argv)
-    flags: dict[str, tuple[str, Json]] = {}
-    for dest, value in vars(parsed).items():
-        name = dest.removeprefix("setting ")
-        flags[name] = (_flag(name), value)
-    for word in unknown:
-        if not word.startswith("--"):
-            raise SettingError(f"unexpected argument {word!r}; a command stands before all flags")
-        name = word.split("=")[0]
-        flags[name.removeprefix("--").replace("-", "_")] = (name, None)
-        break  # what follows an unknown flag may be its value
-    return flags
-
-
-def _flag_value(kinds: Container[str | None], text: str) -> Json:
-    """A flag's text as JSON would have it; what does not fit stays text, for the request's model to refuse."""
-    if text is argparse.SUPPRESS:  # a positional one that was not given
-        return text
-    if "array" in kinds and ("," in text or "string" not in kinds):
-        return [part.strip() for part in text.split(",")]
-    if "integer" in kinds and re.fullmatch(r"[-+]?\d+", text, re.ASCII):
-        return int(text)
-    with suppress(ValueError):
-        return float(text) if "number" in kinds else text
-    return text
-
-
-def read_command(name: str, about: str, argv: Sequence[str], flags: Mapping[str, Json], positional: Sequence[str],
-                 settings: Mapping[str, FieldInfo]) -> tuple[dict[str, Json], list[str]]:
-    """The flags that were given to a command, and those that are settings, as `Settings.load` takes them.
-
-    flags: JSON schemas by name, such as the properties of a request's model. positional: those of them that need no
-    flag, in order. Raises SettingError.
-    """
-    parser = _FlagParser(prog=f"taskapi {name}", description=about, allow_abbrev=False, conflict_handler="resolve")
-    _add_settings(parser.add_argument_group("settings (the server's others too; taskapi --help lists them)"), settings,
-                  ("data_dir", "database"))
-    known = [*map(_flag, [*settings, *flags])]
-    for key, schema in flags.items():
-        kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
-        options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS,
-                                   "help": schema.get("description", "").replace("%", "%%")}
-        if "boolean" in kinds:
-            options["action"] = "store_true"
-        else:
-            options |= {"type": partial(_flag_value, kinds), "metavar": "|".join(schema.get("enum", ())) or (
-                "N" if "integer" in kinds else "A,B" if "array" in kinds else "TEXT")}
-        if "object" in kinds:
-            options["action"] = "append"
-        if key in positional:
-            parser.add_argument(nargs="?", **options | {"metavar": key})
-        parser.add_argument(_flag(key), **options)
-    joined = re.sub(r"((?:^|\0)--[^=\0]+)\0(?=-[^-\0])", r"\1=", "\0".join(argv))  # --order-by -name is no two flags
-    parsed, unknown = parser.parse_known_args(joined.split("\0") if argv else [])
-    for word in unknown:
-        flag = word.split("=")[0]
-        raise SettingError(f"unknown flag {flag}{did_you_mean(flag, known)}" if word.startswith("-") else
-                           f"unexpected argument {word!r}")
-    given = vars(parsed)
-    chosen = [f"{_flag(key.removeprefix('setting '))}={value}" for key, value in given.items() if " " in key]
-    return {key: value for key, value in given.items() if " " not in key}, chosen
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"TASKAPI_{name.upper()}"
 
 
 class Settings(BaseModel):
@@ -489,39 +383,52 @@ class Settings(BaseModel):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str], environ: Mapping[str, str], folder: Path, more: str = "") -> Settings:
-        """Settings from flags over environment over file over defaults.
-
-        `argv` holds flags only; the file is TASKAPI_CONFIG, or taskapi.toml in `folder` where there is one. `more`
-        stands at the end of --help.
-        Raises SettingError that names the source and the nearest right name.
-        """
-        from_environment = {name.removeprefix("TASKAPI_").lower(): (name, value)
-                            for name, value in environ.items() if name.startswith("TASKAPI_")}
-        config = from_environment.pop("config", None)
-        sources = _read_config(Path(config[1]) if config else folder / "taskapi.toml", required=bool(config))
-        sources |= from_environment | _read_flags(argv, cls.model_fields, more)
-        for key, (source, _) in sources.items():
-            if key not in cls.model_fields:
-                near = nearest(key, cls.model_fields, 1)
-                hint = f"; did you mean {_spelled_like(source, near[0])!r}?" if near else ""
-                raise SettingError(f"unknown setting {source}{hint}")
+    def of(cls, values: Mapping[str, Json], sources: Mapping[str, str]) -> Settings:
+        """Checks values as they were written. sources: what each is called there. Raises SettingError that names it."""
         try:
-            return cls(**{key: value for key, (_, value) in sources.items()})
+            return cls.model_validate(values)
         except ValidationError as error:
             problem = field_problems(error)[0]
-            source = sources.get(problem.field.split(".")[0], ("", ""))[0]
-            raise SettingError(f"{source}: {problem.message}" if source else problem.message) from None
+            name = problem.field.split(".")[0]
+            where = sources.get(name, name if name in cls.model_fields else "")
+            raise SettingError(f"{where}: {problem.message}" if where else problem.message) from None
+
+    @classmethod
+    def shown_default(cls, name: str) -> str:
+        """A setting's default as people would write it; nothing where there is none."""
+        default = cls.model_fields[name].default
+        return "" if default is None else ",".join(default) if isinstance(default, tuple) else str(default)
 
     @classmethod
     def table(cls) -> str:
         """The README's table of settings, in Markdown."""
         rows = ["| variable | flag | default | meaning |", "|---|---|---|---|"]
         for name, field in cls.model_fields.items():
-            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-            shown = f"`{default}`" if default not in (None, "") else ""
-            rows.append(f"| `TASKAPI_{name.upper()}` | `{_flag(name)}` | {shown} | {field.description} |")
+            default = f"`{shown}`" if (shown := cls.shown_default(name)) else ""
+            rows.append(f"| `{variable_of(name)}` | `{flag_of(name)}` | {default} | {field.description} |")
         return "\n".join(rows)
+
+
+def read_settings_file(environ: Mapping[str, str], folder: Path) -> dict[str, Json]:
+    """What the file that TASKAPI_CONFIG names has, or taskapi.toml in `folder` if there is one; raises SettingError."""
+    named = environ.get("TASKAPI_CONFIG")
+    path = Path(named) if named else folder / "taskapi.toml"
+    if not named and not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"cannot read the settings file {path}: {error}") from None
+
+
+def refuse_unknown_settings(environ: Mapping[str, str], file: Mapping[str, Json]) -> None:
+    """Raises SettingError for a TASKAPI_ variable or a key of the file that is no setting, with the nearest one."""
+    keys = [*Settings.model_fields]
+    variables = ["TASKAPI_CONFIG", *map(variable_of, keys)]
+    ours = (name for name in environ if name.upper().startswith("TASKAPI_"))
+    for name, known in (*((name, variables) for name in ours), *((key, keys) for key in file)):
+        if name not in known:
+            raise SettingError(f"unknown setting {name}{did_you_mean(name, known)}")
 
 
 # ==== 3 Models: the shapes that go over the wire, and the moves a job may make ====
@@ -753,7 +660,7 @@ class Filters(ApiModel):
     from_: DateText | None = Field(None, alias="from", description="First date or instant, included.")
     to: DateText | None = Field(None, description="Last date or instant, included; a date means its whole day.")
     date_field: str | None = Field(None, description="Field that from and to look at; default: when it was created.")
-    job_id: str | None = None
+    job_id: str | None = Field(None, description="The job that made them.")
     where: dict[str, Condition] = Field({}, max_length=50)
 
 
@@ -5725,12 +5632,14 @@ class ExportRequest(JobRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [
         {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}]})
 
-    format: Annotated[str, AfterValidator(_export_format)] = Field(json_schema_extra={"enum": [*EXPORT_FORMATS]})
+    format: Annotated[str, AfterValidator(_export_format)] = Field(
+        json_schema_extra={"enum": [*EXPORT_FORMATS]}, description="What kind of file.")
     filters: Filters = Filters()
-    fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
+        None, description="Which fields, in which order; default: all.")
     order_by: str | None = Field(None, min_length=1, description="A field; with - before it, descending.")
-    limit: int | None = Field(None, ge=0, le=2**63 - 1)
-    gzip: bool = False
+    limit: int | None = Field(None, ge=0, le=2**63 - 1, description="How many records at most.")
+    gzip: bool = Field(False, description="Compress the file.")
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
 
 
@@ -7141,9 +7050,9 @@ class JobsQuery(ApiModel):
 
     model_config = ConfigDict(strict=False)
 
-    status: JobStatus | None = None
-    type: str | None = None
-    limit: int = Field(50, ge=1, le=1000)
+    status: JobStatus | None = Field(None, description=f"One of {', '.join(JobStatus)}.")
+    type: str | None = Field(None, description="What kind of job.")
+    limit: int = Field(50, ge=1, le=1000, description="How many at most.")
     after: str | None = Field(None, description="The `next` of the page before.")
 
 
@@ -7310,7 +7219,7 @@ class FieldsQuery(ApiModel):
 
     model_config = ConfigDict(strict=False)
 
-    locale: str = Field("en_US", max_length=20)
+    locale: str = Field("en_US", max_length=20, description="Faker locale of the methods and samples.")
     q: str | None = Field(None, description="Words to look for in names and descriptions.", max_length=100)
 
 
@@ -9174,7 +9083,7 @@ def _set_up_process(settings: Settings) -> None:
 Transport = Callable[[str, str, Mapping[str, str], BinaryIO, int], tuple[int, Iterator[bytes]]]
 
 
-def _app_end(app: Callable[..., Iterable[bytes]]) -> Transport:
+def _app_transport(app: Callable[..., Iterable[bytes]]) -> Transport:
     """Calls an application of this process."""
     def request(method: str, path: str, headers: Mapping[str, str], body: BinaryIO,
                 length: int) -> tuple[int, Iterator[bytes]]:
@@ -9189,7 +9098,7 @@ def _app_end(app: Callable[..., Iterable[bytes]]) -> Transport:
     return request
 
 
-def _http_end(url: str) -> Transport:
+def _http_transport(url: str) -> Transport:
     """Sends requests to a server, each on a connection of its own; StartupError if it does not answer."""
     host = urlsplit(url).hostname or ""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compares, binds nothing
@@ -9235,45 +9144,28 @@ class _Joined(io.RawIOBase):
         return block
 
 
-def _job_line(job: Mapping[str, Json]) -> str:
-    took = datetime.fromisoformat(job["finishedAt"]) - datetime.fromisoformat(job["startedAt"])
-    return f"{job['type']} {job['jobId']}: {job['progress']['done']:,} in {took.total_seconds():.1f} s"
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int | None, float | None], None]]:
+    """Gives what draws progress on a terminal (done, total, seconds left); elsewhere nothing is shown."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, left: None
+        return
+    with click.progressbar(map(str, ()), label=label, file=sys.stderr, show_pos=True, show_eta=False,
+                           item_show_func=lambda text: text or "") as bar:  # the length is not known yet
+        def show(done: int, total: int | None, left: float | None) -> None:
+            rate = f"{(total - done) / left:,.0f}/s  {left:,.0f} s left" if total and left else ""
+            bar.length, bar.finished = total, False
+            bar.update(done - bar.pos, rate)
 
-
-class _Bar:
-    """Progress on a terminal, gone when the block ends; silent elsewhere."""
-
-    def __init__(self, stream: TextIO):
-        self._stream, self.shown = stream, stream.isatty()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.line("", "\r")
-
-    def show(self, what: str, done: int, total: int | None, left: float | None) -> None:
-        """Draws the bar anew; `left` is in seconds."""
-        share = min(1.0, done / total) if total else 0.0
-        rate = f"  {(total - done) / left:,.0f}/s  {left:,.0f} s left" if total and left else ""
-        amount = f"{share:4.0%}  {done:,} of {total:,}{rate}" if total else f"{done:,}" if done else "waiting"
-        self.line(f"{what} [{'#' * int(share * 24):.<24}] {amount}")
-
-    def line(self, text: str, end: str = "") -> None:
-        """Writes over what the line held."""
-        if self.shown:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write(f"\r{text[:width]:<{width}}{end}")
-            self._stream.flush()
+        yield show
 
 
 class Client:
     """What the commands work with: requests to one end, and the flags that were given."""
 
-    def __init__(self, end: Transport, flags: Mapping[str, Json], interrupted: Callable[[], bool] = lambda: False,
-                 url: str | None = None):
-        self._end, self.flags, self._interrupted, self.url = end, flags, interrupted, url
-        self._bar = _Bar(sys.stderr)
+    def __init__(self, transport: Transport, flags: Mapping[str, Json],
+                 interrupted: Callable[[], bool] = lambda: False, url: str | None = None):
+        self._transport, self.flags, self._interrupted, self.url = transport, flags, interrupted, url
         self.job_id: str | None = None  # what is waited for or written out, to be told if that is interrupted
 
     def body(self, *keys: str) -> dict[str, Json]:
@@ -9287,7 +9179,7 @@ class Client:
     def send(self, method: str, path: str, headers: Mapping[str, str], body: BinaryIO, length: int) -> Iterator[bytes]:
         """The body of the answer, in blocks; StartupError with the message of a refusal, exit code 2 for a 400."""
         self._pause()
-        status, blocks = self._end(method, path, headers, body, length)
+        status, blocks = self._transport(method, path, headers, body, length)
         if status < 400 or (status == Unavailable.http_status and path == "/"):
             return blocks
         text = b"".join(blocks)
@@ -9311,33 +9203,35 @@ class Client:
                        for key, text in texts.items())
         head += f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
         tail = f"\r\n--{mark}--\r\n".encode()
-        with file.open("rb") as stream:
+        with file.open("rb") as stream, _bar(f"send {name}") as show:
             length = len(head.encode()) + os.fstat(stream.fileno()).st_size + len(tail)
 
             def on_read(done: int) -> None:
                 self._pause()
-                self._bar.show(f"send {name}", done, length, (monotonic() - begun) / max(done, 1) * (length - done))
+                show(done, length, (monotonic() - begun) / max(done, 1) * (length - done))
 
             body = cast(BinaryIO, _Joined([io.BytesIO(head.encode()), stream, io.BytesIO(tail)], on_read))
             headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
-            with self._bar:
-                return json.loads(b"".join(self.send("POST", path, headers, body, length)))
+            return json.loads(b"".join(self.send("POST", path, headers, body, length)))
 
     def follow(self, job_id: str) -> Json:
         """The completed job, after showing how it, and the one it comes after, went; StartupError if it failed."""
         self.job_id = job_id
-        with self._bar:
-            job = self._watch(job_id)
-        self._bar.line(_job_line(job), "\n")
+        job = self._watch(job_id)
+        if sys.stderr.isatty():
+            took = datetime.fromisoformat(job["finishedAt"]) - datetime.fromisoformat(job["startedAt"])
+            about = f"{job['progress']['done']:,} in {took.total_seconds():.1f} s"
+            click.echo(f"{job['type']} {job['jobId']}: {about}", err=True)
         return job
 
     def _watch(self, job_id: str) -> Json:
         job = self.ask("GET", f"/status/{job_id}")
         if job["status"] == JobStatus.PENDING and job["after"]:
             self._watch(job["after"])
-        while not JobStatus(job["status"]).finished:
-            self._bar.show(job["type"], job["progress"]["done"], job["progress"]["total"], job["eta"])
-            job = self.ask("GET", f"/status/{job_id}?wait={0.2 if self._bar.shown else 1}")
+        with _bar(job["type"]) as show:
+            while not JobStatus(job["status"]).finished:
+                show(job["progress"]["done"], job["progress"]["total"], job["eta"])
+                job = self.ask("GET", f"/status/{job_id}?wait={0.2 if sys.stderr.isatty() else 1}")
         if job["status"] != JobStatus.COMPLETED:
             raise StartupError(f"{job['type']} job {job_id} {job['status']}: {_printable(job['error'])}")
         return job
@@ -9369,44 +9263,137 @@ class Client:
                 draft.unlink(missing_ok=True)
 
 
-class Command(NamedTuple):
-    """A command: what it does with a client, the flags it takes as JSON schemas, and those that need no flag.
+# ---- Flags: made from the settings and from the models of the requests ----
 
-    `needs`: `workers` that do jobs, only the `data` that is there, or `nothing` of a data folder.
-    """
+
+class _Setting(click.Option):
+    """The flag of a setting. Variables and the file are looked at where the program begins, before any command."""
+
+    def __init__(self, name: str, hidden: bool = False):
+        field = Settings.model_fields[name]
+        default = f" (default: {shown})" if (shown := Settings.shown_default(name)) else ""
+        words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        super().__init__([name, flag_of(name)], type=click.UNPROCESSED, hidden=hidden,
+                         metavar="|".join(words) or "VALUE", help=f"{field.description}{default}",
+                         shell_complete=lambda _context, _option, text: [w for w in words if w.startswith(text)])
+
+
+class _Argument(click.Argument):
+    """A word that needs no flag, which --help explains."""
+
+    def __init__(self, name: str, about: str, words: Collection[str] = (), **more: Any):
+        super().__init__([name], shell_complete=lambda _context, _argument, text: [
+            word for word in words if word.startswith(text)], **more)
+        self.help = about  # before click 8.5 it took none
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Its row in the help."""
+        return self.human_readable_name, str(self.help)
+
+
+def _reader(kinds: set[str | None]) -> Callable[[str], Json]:
+    """Reads text as a value of a JSON schema; what does not fit stays text, for the request's model to refuse."""
+    def value(text: str) -> Json:
+        if kinds & {"object", "array"} and text[:1] in ("[", "{"):
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise click.BadParameter(f"is not JSON: {error}") from None
+        if "array" in kinds and ("," in text or "string" not in kinds):
+            return [part.strip() for part in text.split(",")]
+        if "integer" in kinds and re.fullmatch(r"[-+]?\d+", text, re.ASCII):
+            return int(text)
+        with suppress(ValueError):
+            return float(text) if "number" in kinds else text
+        return text
+
+    return value
+
+
+def _option(name: str, schema: Mapping[str, Json]) -> click.Option:
+    """The flag for a property of a JSON schema."""
+    kinds = {choice.get("type") for choice in schema.get("anyOf", [schema])}
+    flag, about = flag_of(name), schema.get("description", "")
+    if "boolean" in kinds:
+        off = f"/--no-{flag[2:]}" if schema.get("default") else ""
+        return click.Option([name, flag + off], is_flag=True, default=None, help=about)
+    if "enum" in schema:
+        return click.Option([name, flag], type=click.Choice(schema["enum"]), help=about)
+    metavar = "N" if "integer" in kinds else "A,B" if "array" in kinds else "JSON" if "object" in kinds else "TEXT"
+    return click.Option([name, flag], type=_reader(kinds), metavar=metavar, help=about)
+
+
+def _options(model: type[BaseModel], *without: str) -> list[click.Parameter]:
+    """The properties of a request as flags."""
+    return [_option(key, schema) for key, schema in model.model_json_schema()["properties"].items()
+            if key not in without]
+
+
+def _keys(model: type[BaseModel], *without: str) -> list[str]:
+    """The names, on the wire, of a request's properties."""
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    return [name for name in names if name not in without]
+
+
+def _file_option(name: str, about: str) -> click.Option:
+    return click.Option([name, flag_of(name)], type=click.Path(readable=False), metavar="FILE", help=about)
+
+
+# ---- The commands ----
+
+Needs = Literal["workers", "data", "nothing"]  # of the data folder: jobs are done, it is looked at, it is not needed
+
+
+class Command(NamedTuple):
+    """A command: what it does with a client, the flags and words it takes, and what of a data folder it needs."""
 
     run: Callable[[Client], object]
-    flags: Callable[[], Mapping[str, Json]]
-    positional: Sequence[str]
-    needs: Literal["workers", "data", "nothing"]
+    params: Callable[[], Sequence[click.Parameter]]
+    needs: Needs
 
 
 COMMANDS: dict[str, Command] = {}
-_JSON_FLAG: Mapping[str, Json] = {"json": {"type": "boolean", "description": "Print JSON instead of a table."}}
-_OUT_FLAG: Mapping[str, Json] = {"out": {"type": "string", "description": "File to write; - is stdout. It is replaced "
-                                                                           "once it is whole."}}
-_ID_FLAG: Mapping[str, Json] = {"id": {"type": "string", "description": "A job's id."}}
 
 
-def _flags_of(model: type[BaseModel], *without: str) -> dict[str, Json]:
-    """The properties of a model as flags."""
-    return {key: schema for key, schema in model.model_json_schema()["properties"].items() if key not in without}
-
-
-def command(flags: Callable[[], Mapping[str, Json]], positional: str = "",
-            needs: Literal["workers", "data", "nothing"] = "workers") -> Callable[
-                [Callable[[Client], object]], Callable[[Client], object]]:
+def command(params: Callable[[], Sequence[click.Parameter]], needs: Needs = "workers") -> Callable[
+        [Callable[[Client], object]], Callable[[Client], object]]:
     """Registers a function as the command of its name, and returns it unchanged."""
     def register(run: Callable[[Client], object]) -> Callable[[Client], object]:
-        COMMANDS[run.__name__.removeprefix("do_")] = Command(run, flags, positional.split(), needs)
+        COMMANDS[run.__name__.removeprefix("do_")] = Command(run, params, needs)
         return run
 
     return register
 
 
+def _json_option() -> click.Option:
+    return click.Option(["json", "--json"], is_flag=True, help="Print JSON instead of a table.")
+
+
+def _id_argument() -> click.Argument:
+    return _Argument("id", "A job's id; the command jobs lists them.", required=True)
+
+
+def _type_argument() -> click.Argument:
+    return _Argument("type", "A preset, or a name for the records of a schema.", PRESETS, required=False)
+
+
+def _making_options() -> list[click.Parameter]:
+    """Of the commands that make a job with records or a file, and write these out."""
+    return [_file_option("out", "File to write; - is stdout. It is replaced once it is whole."),
+            *_options(ExportRequest, "filters", "after"), _json_option(),
+            click.Option(["discard", "--discard"], is_flag=True,
+                         help="Delete the records from the data folder after --out.")]
+
+
+def _recipe_options() -> list[click.Parameter]:
+    """Of the commands that say what records to make."""
+    return [_type_argument(), *_options(GenerateRequest, "recordType", "records", "schema"),
+            _file_option("schema", "JSON file: a schema, or a whole /generate request; - is stdin.")]
+
+
 def _output(client: Client) -> dict[str, Json]:
     """The export that the flags ask for; SettingError if they do not fit, before any job is made."""
-    request, out = client.body(*_flags_of(ExportRequest, "filters", "after")), str(client.flags["out"])
+    request, out = client.body(*_keys(ExportRequest, "filters", "after")), str(client.flags["out"])
     name = Path(out).name.lower()
     if name.endswith(".gz"):
         name, request["gzip"] = name.removesuffix(".gz"), True
@@ -9417,10 +9404,15 @@ def _output(client: Client) -> dict[str, Json]:
     request.setdefault("format", told)
     if out == "-" and sys.stdout.isatty() and (request["format"] == "sqlite" or request.get("gzip")):
         raise SettingError("a terminal cannot show such a file; --out names one")
+    _check_out(out)
+    return request
+
+
+def _check_out(out: str) -> None:
+    """Raises SettingError unless a file can be written there."""
     folder = Path(os.path.realpath(out)).parent
     if out != "-" and (Path(out).is_dir() or not folder.is_dir()):
         raise SettingError(f"--out: {f'{out} is a folder' if Path(out).is_dir() else f'there is no folder {folder}'}")
-    return request
 
 
 def _types_of(request: Mapping[str, Json]) -> dict[str, Json]:
@@ -9431,10 +9423,13 @@ def _types_of(request: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _recipe(client: Client) -> dict[str, Json]:
-    """What the file of --schema holds: a schema, or a whole /generate request."""
+    """The /generate request that the file of --schema and the flags make."""
+    chosen = client.body(*_keys(GenerateRequest, "recordType", "records", "schema"))
+    if "type" in client.flags:
+        chosen["recordType"] = client.flags["type"]
     path = client.flags.get("schema")
     if path is None:
-        return {}
+        return chosen
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
         recipe = json.loads(text)
@@ -9442,19 +9437,24 @@ def _recipe(client: Client) -> dict[str, Json]:
         raise SettingError(f"--schema {path}: {error}") from None
     if not isinstance(recipe, dict):
         raise SettingError(f"--schema {path}: is not a JSON object")
-    whole = recipe.keys() & {"schema", "records"} and recipe.keys() <= _flags_of(GenerateRequest).keys()
-    return recipe if whole else {"recordType": _type_named_like(Path(path).name), "schema": recipe}
+    if not (recipe.keys() & {"schema", "records"} and recipe.keys() <= {*_keys(GenerateRequest)}):
+        recipe = {"recordType": _type_named_like(Path(path).name), "schema": recipe}
+    return recipe | chosen
 
 
-def _print_table(client: Client, items: Sequence[Json], cells: Callable[[Json], Sequence[object]]) -> None:
+def _print_json(value: Json) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_table(client: Client, items: Sequence[Json], cells: Callable[[Json], Sequence[object]],
+                 names: Sequence[str] = ()) -> None:
     """Prints items as columns, or as JSON where that was asked for."""
     if client.flags.get("json"):
-        print(json.dumps(items, indent=1, ensure_ascii=False))
+        _print_json(items)
         return
     rows = [[_printable(str(cell)) for cell in cells(item)] for item in items]
-    widths = [min(60, max(map(len, column))) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    if rows:
+        print(tabulate(rows, names, tablefmt="plain", disable_numparse=True))
 
 
 def _job_cells(job: Mapping[str, Json]) -> list[object]:
@@ -9497,29 +9497,33 @@ def _finish(client: Client, job: Mapping[str, Json], output: Mapping[str, Json] 
         raise StartupError(f"{job['type']} jobs make neither records nor a file for --out")
 
 
-def _making_flags() -> dict[str, Json]:
-    return {**_OUT_FLAG, **_flags_of(ExportRequest, "filters", "after"), **_JSON_FLAG,
-            "discard": {"type": "boolean", "description": "Delete the records from the data folder after --out."}}
-
-
-@command(lambda: {
-    "type": {"type": "string", "description": "A preset, or a name for the records of a schema."},
-    **_flags_of(GenerateRequest, "recordType", "records"),
-    "schema": {"type": "string", "description": "JSON file: a schema, or a whole /generate request; - is stdin."},
-    **_making_flags()}, "type")
+@command(lambda: [*_recipe_options(), *_making_options()])
 def do_generate(client: Client) -> None:
     """Makes records, of a preset or by a schema, and writes them to --out."""
     output = _output(client) if "out" in client.flags else None
-    chosen = client.body(*_flags_of(GenerateRequest, "recordType", "records", "schema"))
-    if "type" in client.flags:
-        chosen["recordType"] = client.flags["type"]
-    _finish(client, client.ask("POST", "/generate", {**_recipe(client), **chosen}), output)
+    _finish(client, client.ask("POST", "/generate", _recipe(client)), output)
+
+
+@command(lambda: [*_recipe_options(), _json_option()], "nothing")
+def do_preview(client: Client) -> None:
+    """Prints some records, by default ten, and stores none."""
+    records = client.ask("POST", "/preview", {"count": 10, **_recipe(client)})["records"]
+    if client.flags.get("json"):
+        _print_json(records)
+        return
+    by_type: dict[str, list[dict[str, Json]]] = records if isinstance(records, dict) else {"": records}
+    for name, items in by_type.items():
+        if name:
+            print(f"{name}:")
+        _print_table(client, items, lambda item: [
+            cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell, ensure_ascii=False)
+            for cell in item.values()], [*items[0]] if items else ())
 
 
 def _condition(text: str) -> tuple[str, str, Json]:
     """Field, operator and value of a --where, such as age.gte=18; without an operator it means eq."""
     name, equals, value = text.partition("=")
-    operators = [field.alias or name for name, field in Condition.model_fields.items()]
+    operators = _keys(Condition)
     field, _, operator = name.rpartition(".")
     if not equals:
         raise SettingError(f"--where {text}: should be FIELD=VALUE or FIELD.OPERATOR=VALUE; the operators are "
@@ -9530,17 +9534,17 @@ def _condition(text: str) -> tuple[str, str, Json]:
     return field, operator, value.split(",") if operator == "in" else words.get(value, value)
 
 
-@command(lambda: {
-    "type": {"type": "array", "description": "Record types; all if none is named."},
-    **_flags_of(Filters, "recordType"), **_OUT_FLAG, **_flags_of(ExportRequest, "filters"),
-    "where": {"type": "object", "description": "FIELD=VALUE or FIELD.OPERATOR=VALUE, such as age.gte=18 or "
-                                               "plan.in=pro,team; may be repeated."}}, "type")
+@command(lambda: [
+    _Argument("type", "Record types, separated by commas; all if none is named.", required=False),
+    *_options(Filters, "recordType", "where"), *_options(ExportRequest, "filters"), *_making_options()[:1],
+    click.Option(["where", "--where"], multiple=True, metavar="CONDITION",
+                 help="FIELD=VALUE or FIELD.OPERATOR=VALUE, such as age.gte=18 or plan.in=pro,team; may be repeated.")])
 def do_export(client: Client) -> None:
     """Writes records to --out, by default to stdout."""
     client.flags = {"out": "-", **client.flags}
-    filters = client.body(*_flags_of(Filters, "recordType", "where"))
+    filters = client.body(*_keys(Filters, "recordType", "where"))
     if "type" in client.flags:
-        types = client.flags["type"]
+        types = [name.strip() for name in client.flags["type"].split(",")]
         filters["recordType"] = types if len(types) > 1 else types[0]
     for field, test, value in map(_condition, client.flags.get("where", ())):
         filters.setdefault("where", {}).setdefault(field, {})[test] = value
@@ -9548,41 +9552,43 @@ def do_export(client: Client) -> None:
     _hand_over(client, {**client.ask("POST", "/export", request), "after": None})
 
 
-def _reading_flags() -> dict[str, Json]:
-    return {"file": {"type": "string", "description": f"File to read: {', '.join(INGEST_FORMATS)}, or .gz of these."},
-            "type": {"type": "string", "description": "Type of the records (default: named like the file)."},
-            **_flags_of(IngestOptions, "recordType")}
+def _reading_options() -> list[click.Parameter]:
+    """Of the commands that read a file."""
+    return [_Argument("file", f"File to read: {', '.join(INGEST_FORMATS)}, or .gz of these.", required=True,
+                      type=click.Path(readable=False)),
+            click.Option(["type", "--type"], metavar="TEXT", help="Record type (default: named like the file)."),
+            *_options(IngestOptions, "recordType")]
 
 
 def _send(client: Client, path: str) -> Json:
-    if "file" not in client.flags:
-        raise SettingError("name a file")
     file = Path(client.flags["file"])
-    record_type = client.flags.get("type", _type_named_like(file.name))
-    options = client.body(*_flags_of(IngestOptions, "recordType"))
-    return client.post_file(path, file, {"recordType": record_type, **{name: str(options[name]) for name in options}})
+    options = {"recordType": client.flags.get("type"), **client.body(*_keys(IngestOptions, "recordType"))}
+    if not options["recordType"] and not options.get("split"):
+        options["recordType"] = _type_named_like(file.name)
+    return client.post_file(path, file, {name: str(value) for name, value in options.items() if value is not None})
 
 
-@command(lambda: {**_reading_flags(), **_JSON_FLAG}, "file")
+@command(lambda: [*_reading_options(), _json_option()])
 def do_ingest(client: Client) -> None:
     """Makes records of a file."""
     _print_job(client, client.follow(_send(client, "/upload")["jobId"]))
 
 
-@command(_reading_flags, "file", "nothing")
+@command(_reading_options, "nothing")
 def do_infer(client: Client) -> None:
     """Prints a request that makes records like those of a file, for generate --schema."""
-    print(json.dumps(_send(client, "/infer"), indent=1, ensure_ascii=False))
+    _print_json(_send(client, "/infer"))
 
 
 def _get(client: Client, path: str, *keys: str) -> Json:
     return client.ask("GET", f"{path}?{urlencode(client.body(*keys))}")
 
 
-@command(lambda: {**_flags_of(FieldsQuery), **_JSON_FLAG}, "q", "nothing")
+@command(lambda: [_Argument("q", "Words to look for.", required=False), *_options(FieldsQuery, "q"), _json_option()],
+         "nothing")
 def do_fields(client: Client) -> None:
     """Lists the types that a schema may use, those with a word in them, with a sample and their arguments."""
-    answer = _get(client, "/fields", "q", "locale")
+    answer = _get(client, "/fields", *_keys(FieldsQuery))
     if not answer["items"]:
         raise StartupError(f"no type has {client.flags['q']!r} in its name or its text")
     _print_table(client, answer["items"], lambda entry: (
@@ -9592,13 +9598,13 @@ def do_fields(client: Client) -> None:
         print(f"presets: {' '.join(answer['presets'])}")
 
 
-@command(lambda: {**_flags_of(JobsQuery), **_JSON_FLAG}, "", "data")
+@command(lambda: [*_options(JobsQuery), _json_option()], "data")
 def do_jobs(client: Client) -> None:
     """Lists the jobs, newest first."""
-    _print_table(client, _get(client, "/jobs", *_flags_of(JobsQuery))["items"], _job_cells)
+    _print_table(client, _get(client, "/jobs", *_keys(JobsQuery))["items"], _job_cells)
 
 
-@command(lambda: _JSON_FLAG, "", "data")
+@command(lambda: [_json_option()], "data")
 def do_records(client: Client) -> None:
     """Lists the record types, with counts and fields."""
     _print_table(client, client.ask("GET", "/records")["items"], lambda entry: (
@@ -9606,27 +9612,45 @@ def do_records(client: Client) -> None:
 
 
 def _job_path(client: Client, form: str) -> str:
-    if "id" not in client.flags:
-        raise SettingError("name a job by its id; the command jobs lists them")
     return form.format(quote(client.flags["id"], safe=""))
 
 
-@command(lambda: _ID_FLAG, "id", "data")
+@command(lambda: [_id_argument()], "data")
 def do_status(client: Client) -> None:
     """Prints a job, as JSON."""
-    print(json.dumps(client.ask("GET", _job_path(client, "/status/{}")), indent=1, ensure_ascii=False))
+    _print_json(client.ask("GET", _job_path(client, "/status/{}")))
 
 
-@command(lambda: {**_ID_FLAG, **_JSON_FLAG}, "id", "data")
+@command(lambda: [_id_argument(), _json_option()], "data")
 def do_cancel(client: Client) -> None:
     """Cancels a job that waits or runs."""
     _print_job(client, client.ask("POST", _job_path(client, "/jobs/{}/cancel")))
 
 
-@command(lambda: _ID_FLAG, "id", "data")
+@command(lambda: [_id_argument()], "data")
 def do_delete(client: Client) -> None:
     """Deletes a finished job, its file and its records."""
     client.ask("DELETE", _job_path(client, "/jobs/{}"))
+
+
+@command(lambda: [_id_argument(), _json_option()], "data")
+def do_retry(client: Client) -> None:
+    """Puts a job that failed or was canceled back to wait, for the server or resume to do it."""
+    _print_job(client, client.ask("POST", _job_path(client, "/jobs/{}/retry")))
+
+
+@command(lambda: [_id_argument(), _file_option("out", "File to write; - is stdout (default: named by the job).")],
+         "data")
+def do_download(client: Client) -> None:
+    """Writes the file of a job, an upload or an export, to --out."""
+    job = client.ask("GET", _job_path(client, "/status/{}"))
+    if "download" not in job["links"]:
+        raise StartupError(f"{job['type']} job {job['jobId']} is {job['status']} and has no file")
+    out = client.flags.get("out") or file_label(job["result"]["filename"])
+    if "out" not in client.flags and Path(out).exists():
+        raise SettingError(f"{out} is there already; --out names another file, or this one to replace it")
+    _check_out(out)
+    client.save(job, out)
 
 
 def _again(client: Client, job_id: str) -> Json:
@@ -9639,7 +9663,7 @@ def _again(client: Client, job_id: str) -> Json:
     return client.ask("POST", f"/jobs/{job_id}/retry") if JobStatus(job["status"]).finished else job
 
 
-@command(lambda: {**_ID_FLAG, **_making_flags()}, "id")
+@command(lambda: [_id_argument(), *_making_options()])
 def do_resume(client: Client) -> None:
     """Goes on with a job that was interrupted, failed or canceled, and writes its file or records to --out."""
     output = _output(client) if "out" in client.flags else None
@@ -9654,18 +9678,21 @@ def all_commands() -> dict[str, Command]:
     """The commands above, and one for each other job type whose request is JSON, with the fields of that as flags."""
     def poster(kind: JobType) -> Callable[[Client], None]:
         def post_job(client: Client) -> None:
-            job = client.ask("POST", f"/{kind.name}", client.body(*_flags_of(kind.model)))
+            job = client.ask("POST", f"/{kind.name}", client.body(*_keys(kind.model)))
             _finish(client, job, _output(client) if "out" in client.flags else None)
 
         post_job.__doc__ = kind.run.__doc__
         return post_job
 
-    def flags(kind: JobType) -> dict[str, Json]:
-        return {**_making_flags(), **_flags_of(kind.model)}
+    def params(kind: JobType) -> list[click.Parameter]:
+        return [*_making_options(), *_options(kind.model)]
 
-    own = {kind.name: Command(poster(kind), partial(flags, kind), (), "workers")
+    own = {kind.name: Command(poster(kind), partial(params, kind), "workers")
            for kind in JOB_TYPES.values() if kind.posted and kind.name not in COMMANDS}
     return {**COMMANDS, **own}
+
+
+# ---- The program: a command, or without one the server ----
 
 
 class _NoWork:
@@ -9711,7 +9738,7 @@ def _signals(names: Sequence[str], handler: Callable[[], object]) -> Iterator[No
 
 
 @contextmanager
-def _client(needs: str, settings: Settings, flags: Mapping[str, Json], ended: list[bool]) -> Iterator[Client]:
+def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: list[bool]) -> Iterator[Client]:
     """A client of the data folder, or of the server that has it; `ended` gets False if a job came to no pause."""
     stopped = threading.Event()
 
@@ -9729,24 +9756,24 @@ def _client(needs: str, settings: Settings, flags: Mapping[str, Json], ended: li
             raise StartupError(f"there is no data folder {local.data_dir.absolute()}; --data-dir names another")
         opened = _open_or_url(local, None if needs == "workers" else _NoWork())
         if isinstance(opened, str):
-            client = Client(_http_end(opened), flags, url=opened)
+            client = Client(_http_transport(opened), flags, url=opened)
             if (client.ask("GET", "/") or {}).get("service") != "taskapi":
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
             return
         stack.enter_context(_signals(["SIGINT", "SIGTERM"], stop))
         stack.callback(lambda: ended.append(opened.close(_DRAIN_SECONDS if needs == "workers" else 0)))
-        yield Client(_app_end(opened.app), flags, stopped.is_set)
+        yield Client(_app_transport(opened.app), flags, stopped.is_set)
 
 
-def _goes_on(client: Client, chosen: Sequence[str]) -> str:
+def _goes_on(client: Client, settings_given: Sequence[str]) -> str:
     """What to tell somebody who has interrupted a command."""
     if client.job_id is None:
         return "interrupted"
     program = [sys.executable, sys.argv[0]] if sys.argv[0].endswith(".py") else ["taskapi"]
     out = [f"--out={client.flags['out']}"] if "out" in client.flags else []
     out += ["--discard"] if client.flags.get("discard") else []
-    again = shlex.join([*program, "resume", client.job_id, *chosen, *out])
+    again = shlex.join([*program, "resume", client.job_id, *settings_given, *out])
     if client.url:
         return f"interrupted; the server at {client.url} goes on with job {client.job_id}. To wait for it:\n  {again}"
     return f"interrupted; job {client.job_id} is kept. To go on with it:\n  {again}"
@@ -9759,26 +9786,40 @@ def _leave(code: int, ended: bool) -> None:
         os._exit(code)
 
 
-def run_command(name: str, argv: Sequence[str]) -> int:
-    """Runs a command with its flags, and returns its exit code."""
-    commands = all_commands()
-    if name not in commands:
-        raise SettingError(f"there is no command {name!r}{did_you_mean(name, commands)}; there are: "
-                           f"{', '.join(commands)}; without one, the server starts")
-    chosen_one = commands[name]
-    flags, chosen = read_command(name, (chosen_one.run.__doc__ or ""), argv, chosen_one.flags(), chosen_one.positional,
-                                 Settings.model_fields)
-    settings = Settings.load(["--log-level=warning", *chosen], os.environ, Path.cwd())
+def _settings_of(context: click.Context) -> tuple[dict[str, Json], dict[str, str]]:
+    """The settings that flags, variables and the file give, and what each is called there."""
+    values: dict[str, Json] = {}
+    sources: dict[str, str] = {}
+    for level in filter(None, [context.parent, context]):  # a flag after the command wins over one before it
+        for option in level.command.params:
+            if isinstance(option, _Setting) and (value := level.params.get(name := str(option.name))) is not None:
+                spelled = {ParameterSource.ENVIRONMENT: variable_of(name), ParameterSource.DEFAULT_MAP: name}
+                values[name] = value
+                source = level.get_parameter_source(name)
+                sources[name] = spelled.get(source, flag_of(name)) if source else name
+    return values, sources
+
+
+def run_command(entry: Command, context: click.Context) -> int:
+    """Runs a command with the flags of its context, and returns its exit code."""
+    values, sources = _settings_of(context)
+    if "log_level" not in values or not sources["log_level"].startswith("--"):
+        values["log_level"] = "warning"  # that of the variable or the file is the server's
+    settings = Settings.of(values, sources)
     _set_up_logging(settings)
+    flags = {str(param.name): context.params[str(param.name)] for param in context.command.params
+             if not isinstance(param, _Setting) and (
+                 context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE)}
     ended: list[bool] = []
     note = ""
     try:
-        with _client(chosen_one.needs, settings, flags, ended) as client:
+        with _client(entry.needs, settings, flags, ended) as client:
             try:
-                chosen_one.run(client)
+                entry.run(client)
                 sys.stdout.flush()
             except KeyboardInterrupt:
-                note = _goes_on(client, chosen)
+                note = _goes_on(client, [f"{source}={values[name]}" for name, source in sources.items()
+                                         if source.startswith("--")])
                 raise
         return 0
     except KeyboardInterrupt:
@@ -9787,16 +9828,12 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"taskapi: {error.filename or 'stdout'}: {error.strerror}", file=sys.stderr)
-    _leave(1, all(ended) or chosen_one.needs != "workers")
+    _leave(1, all(ended) or entry.needs != "workers")
     return 1
 
 
-def serve(argv: Sequence[str]) -> int:
-    """Starts the server, and returns the exit code once it has stopped."""
-    commands = "\n".join(f"  {name:<9} {' '.join((entry.run.__doc__ or '').split())}"
-                         for name, entry in all_commands().items())
-    more = f"\nCommands, which work without a server and beside one (taskapi COMMAND --help):\n{commands}"
-    settings = Settings.load(argv, os.environ, Path.cwd(), more)
+def serve(settings: Settings) -> int:
+    """Runs the server, and returns the exit code once it has stopped."""
     _set_up_process(settings)
     with Service(settings) as service:
         server = HttpServer(service, service.app, settings.host, settings.port)
@@ -9810,14 +9847,75 @@ def serve(argv: Sequence[str]) -> int:
     return 0
 
 
+class _Program(click.Group):
+    """The commands; without one, the server."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return ["serve", *all_commands()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command with its flags, and those of the settings; the server's others too, though it is not told."""
+        if cmd_name == "serve":
+            return click.Command("serve", params=[_Setting(name) for name in Settings.model_fields], callback=_start,
+                                 help="Starts the server, as the program does without a command.")
+        entry = all_commands().get(cmd_name)
+        if entry is None:
+            return None
+        settings = [_Setting(name, hidden=name not in ("data_dir", "database")) for name in Settings.model_fields]
+        by_flag = {param.opts[-1]: param for param in (*settings, *entry.params())}  # the command's own win
+        return click.Command(cmd_name, params=[*by_flag.values()], help=entry.run.__doc__,
+                             callback=lambda **_: run_command(entry, click.get_current_context()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[
+            str | None, click.Command | None, list[str]]:
+        """The command that the first word names; SettingError with the nearest one if there is none."""
+        names = self.list_commands(ctx)
+        if args[0] not in names and not ctx.resilient_parsing:
+            raise SettingError(f"there is no command {args[0]!r}{did_you_mean(args[0], names)}; there are: "
+                               f"{', '.join(names)}; without one, the server starts")
+        return super().resolve_command(ctx, args)
+
+
+def _start(**_: Json) -> int:
+    """What the program does before any command: checks the settings' names, and serves if there is no command."""
+    context = click.get_current_context()
+    if isinstance(context.command, _Program):
+        refuse_unknown_settings(os.environ, context.default_map or {})
+        if context.invoked_subcommand:
+            return 0
+    return serve(Settings.of(*_settings_of(context)))
+
+
+def _usage_error(error: click.UsageError) -> SettingError:
+    """What click found wrong, as one line that names the nearest flag."""
+    known = [flag for param in (error.ctx.command.params if error.ctx else ()) for flag in param.opts]
+    if isinstance(error, click.NoSuchOption):
+        return SettingError(f"unknown flag {error.option_name}{did_you_mean(error.option_name, known)}")
+    if isinstance(error, click.MissingParameter) and isinstance(error.param, _Argument):
+        return SettingError(f"{error.param.human_readable_name} is missing: {error.param.help}")
+    return SettingError(" ".join(error.format_message().split()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: runs a command, or without one the server; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    program = _Program(
+        "taskapi", params=[*map(_Setting, Settings.model_fields)], callback=_start, invoke_without_command=True,
+        help="A data task server: generates records, takes uploads and writes exports in the background.",
+        epilog="Each setting is a variable too (--max-records: TASKAPI_MAX_RECORDS), or a key of taskapi.toml "
+               "(max_records); flags win over variables, variables over the file. The commands work without a server "
+               "and beside one.")
+    program = click.version_option(__version__, prog_name="taskapi", message="%(prog)s %(version)s")(program)
     try:
-        return run_command(words[0], words[1:]) if words and not words[0].startswith("-") else serve(words)
+        return int(program.main(
+            [*(sys.argv[1:] if argv is None else argv)], "taskapi", standalone_mode=False,
+            auto_envvar_prefix="TASKAPI", default_map=read_settings_file(os.environ, Path.cwd())) or 0)
+    except click.UsageError as error:
+        failure: StartupError = _usage_error(error)
     except StartupError as error:
-        print(f"taskapi: {error}", file=sys.stderr)
-        return error.exit_code
+        failure = error
+    print(f"taskapi: {failure}", file=sys.stderr)
+    return failure.exit_code
 
 
 # ---- pytest: fixtures, as a plugin where the package is installed, by import where this file is copied ----
