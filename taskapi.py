@@ -3,10 +3,12 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "bottle>=0.13.4,<0.14",
+#   "click>=8.1",
 #   "Faker>=40.54,<41",
 #   "multipart>=2.0.1,<3",
 #   "pydantic>=2.12,<3",
 #   "sqlite-utils>=4.2,<5",
+#   "tabulate>=0.9",
 #   "waitress>=3.0.2,<4",
 # ]
 # ///
@@ -351,8 +353,8 @@ class Settings(BaseModel):
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
     data_dir: Path = Field(Path("data"), description="Folder for the database, uploads and exports.")
     database: Path | None = Field(None, description="The database file (default: taskapi.db in the data folder).")
-    workers: int = Field(4, ge=1, le=64, description="Jobs that run at the same time.")
-    threads: int = Field(8, ge=2, le=256,
+    workers: int = Field(16, ge=1, le=64, description="Jobs that run at the same time.")
+    threads: int = Field(32, ge=2, le=256,
                          description="Requests that are answered at the same time, besides long polls.")
     max_upload_bytes: Annotated[int, BeforeValidator(_bytes_count)] = Field(
         100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
@@ -9391,6 +9393,13 @@ def _recipe_options() -> list[click.Parameter]:
             _file_option("schema", "JSON file: a schema, or a whole /generate request; - is stdin.")]
 
 
+def _check_out(out: str) -> None:
+    """Raises SettingError unless a file can be written there."""
+    folder = Path(os.path.realpath(out)).parent
+    if out != "-" and (Path(out).is_dir() or not folder.is_dir()):
+        raise SettingError(f"--out: {f'{out} is a folder' if Path(out).is_dir() else f'there is no folder {folder}'}")
+
+
 def _output(client: Client) -> dict[str, Json]:
     """The export that the flags ask for; SettingError if they do not fit, before any job is made."""
     request, out = client.body(*_keys(ExportRequest, "filters", "after")), str(client.flags["out"])
@@ -9406,13 +9415,6 @@ def _output(client: Client) -> dict[str, Json]:
         raise SettingError("a terminal cannot show such a file; --out names one")
     _check_out(out)
     return request
-
-
-def _check_out(out: str) -> None:
-    """Raises SettingError unless a file can be written there."""
-    folder = Path(os.path.realpath(out)).parent
-    if out != "-" and (Path(out).is_dir() or not folder.is_dir()):
-        raise SettingError(f"--out: {f'{out} is a folder' if Path(out).is_dir() else f'there is no folder {folder}'}")
 
 
 def _types_of(request: Mapping[str, Json]) -> dict[str, Json]:
@@ -9847,6 +9849,16 @@ def serve(settings: Settings) -> int:
     return 0
 
 
+def _start(**_: Json) -> int:
+    """What the program does before any command: checks the settings' names, and serves if there is no command."""
+    context = click.get_current_context()
+    if isinstance(context.command, click.Group):
+        refuse_unknown_settings(os.environ, context.default_map or {})
+        if context.invoked_subcommand:
+            return 0
+    return serve(Settings.of(*_settings_of(context)))
+
+
 class _Program(click.Group):
     """The commands; without one, the server."""
 
@@ -9875,16 +9887,6 @@ class _Program(click.Group):
             raise SettingError(f"there is no command {args[0]!r}{did_you_mean(args[0], names)}; there are: "
                                f"{', '.join(names)}; without one, the server starts")
         return super().resolve_command(ctx, args)
-
-
-def _start(**_: Json) -> int:
-    """What the program does before any command: checks the settings' names, and serves if there is no command."""
-    context = click.get_current_context()
-    if isinstance(context.command, _Program):
-        refuse_unknown_settings(os.environ, context.default_map or {})
-        if context.invoked_subcommand:
-            return 0
-    return serve(Settings.of(*_settings_of(context)))
 
 
 def _usage_error(error: click.UsageError) -> SettingError:
