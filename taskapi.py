@@ -2,14 +2,14 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "bottle>=0.13.4,<0.14",
+#   "bottle>=0.12.25",
 #   "click>=8.1",
-#   "Faker>=40.54,<41",
-#   "multipart>=2.0.1,<3",
-#   "pydantic>=2.12,<3",
-#   "sqlite-utils>=4.2,<5",
+#   "Faker>=30",
+#   "multipart>=1.0",
+#   "pydantic>=2.11",
+#   "sqlite-utils>=3.38",
 #   "tabulate>=0.9",
-#   "waitress>=3.0.2,<4",
+#   "waitress>=2.1.2",
 # ]
 # ///
 """taskapi: a data task server in one file.
@@ -86,6 +86,8 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
+from importlib import metadata
+from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
 from time import monotonic, time
@@ -108,44 +110,68 @@ from typing import (
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from uuid import UUID
 
+PACKAGES = {"bottle": "0.12.25", "click": "8.1", "Faker": "30", "multipart": "1.0", "pydantic": "2.11",
+            "sqlite-utils": "3.38", "tabulate": "0.9", "waitress": "2.1.2"}  # the least versions that will do
+
+
+def packages_amiss() -> str:
+    """What to tell somebody whose packages are missing or too old, in one line; nothing if all are right."""
+    missing, older = [], {}
+    for name, least in PACKAGES.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a frozen program has its packages without that
+            missing += [] if find_spec(name.lower().replace("-", "_")) else [name]
+            continue
+        numbers, needed = ([int(number) for number in re.findall(r"\d+", text)] for text in (found, least))
+        if numbers < needed:
+            older[name] = f"{name} >= {least}, found {found}"
+    if missing:
+        wanted = " ".join(f'"{name}>={least}"' for name, least in PACKAGES.items())
+        return f"taskapi needs {', '.join(missing)}: pip install {wanted}"
+    return f"taskapi needs {'; '.join(older.values())}: pip install -U {' '.join(older)}" if older else ""
+
+
 try:
     import bottle
-except ModuleNotFoundError:
-    if __name__ != "__main__":
+    import click
+    import multipart
+    import sqlite_utils
+    import waitress
+    import waitress.channel
+    import waitress.parser
+    import waitress.task
+    import waitress.wasyncore
+    from click.core import ParameterSource
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        SkipValidation,
+        ValidationError,
+        computed_field,
+        model_serializer,
+        model_validator,
+    )
+    from pydantic.alias_generators import to_camel
+    from pydantic.json_schema import models_json_schema
+    from pydantic_core import from_json, to_json
+    from sqlite_utils import Migrations
+    from tabulate import tabulate  # type: ignore[import-untyped]  # it brings no types
+except ImportError:
+    if not packages_amiss():
         raise
-    raise SystemExit("taskapi's packages are not here: pip install . (beside taskapi.py) fetches them") from None
-import click
-import multipart
-import sqlite_utils
-import waitress
-import waitress.channel
-import waitress.parser
-import waitress.task
-import waitress.wasyncore
-from click.core import ParameterSource
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SkipValidation,
-    ValidationError,
-    computed_field,
-    model_serializer,
-    model_validator,
-)
-from pydantic.alias_generators import to_camel
-from pydantic.json_schema import models_json_schema
-from pydantic_core import from_json, to_json
-from sqlite_utils import Migrations
-from tabulate import tabulate  # type: ignore[import-untyped]  # it brings no types
+if _amiss := packages_amiss():
+    # Somebody who runs it is to read one line; somebody who imports it can catch this.
+    raise (SystemExit if __name__ == "__main__" or Path(sys.argv[0]).stem == "taskapi" else ImportError)(_amiss)
 
 if TYPE_CHECKING:
     from faker.generator import Generator as FakerGenerator
     from faker.providers import BaseProvider
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 Json = Any  # whatever json.loads can return
 

@@ -6127,6 +6127,36 @@ def test_what_a_room_owns_appears_there_alone(owned: str, rooms: set[int]) -> No
     assert found.keys() <= rooms, found
 
 
+def test_one_list_of_packages_stands_in_three_places() -> None:
+    """The project's, that of whoever runs the file alone, and the one that is checked; none has an upper limit."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", SOURCE, re.M)[1]
+    script = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
+    assert project["dependencies"] == script["dependencies"] == [
+        f"{name}>={least}" for name, least in taskapi.PACKAGES.items()]
+    assert project["requires-python"] == script["requires-python"]
+
+
+@pytest.mark.parametrize("how", [["-c", "import taskapi"], [taskapi.__file__, "jobs"]])
+@pytest.mark.parametrize(("found", "told"), [
+    ({"Faker": "25.9"}, "taskapi needs Faker >= 30, found 25.9: pip install -U Faker\n"),
+    ({"pydantic": "2.5.3", "sqlite_utils": "3.37"}, "taskapi needs pydantic >= 2.11, found 2.5.3; sqlite-utils >= "
+                                                    "3.38, found 3.37: pip install -U pydantic sqlite-utils\n"),
+    (None, "taskapi needs bottle, click, Faker, multipart, pydantic, sqlite-utils, tabulate, waitress: pip install " +
+     " ".join(f'"{name}>={least}"' for name, least in taskapi.PACKAGES.items()) + "\n")])
+def test_missing_and_older_packages_are_told_in_one_line(
+        tmp_path: Path, how: list[str], found: dict[str, str] | None, told: str) -> None:
+    """With what installs them; as an ImportError where it is imported, and nothing else where it is run."""
+    for name, version in (found or {}).items():
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    path = f"{tmp_path}{os.pathsep}{Path(taskapi.__file__).parent}"
+    ended = subprocess.run([sys.executable, *(["-S"] if found is None else []), *how], cwd=tmp_path, text=True,
+                           env=own_environ() | {"PYTHONPATH": path}, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == told if how[0] != "-c" else ended.stderr.endswith(f"\nImportError: {told}")
+
+
 def test_importing_does_nothing_but_define(tmp_path: Path) -> None:
     """No file, thread, log handler, descriptor or changed setting of the process."""
     probe = """if True:
