@@ -5514,15 +5514,17 @@ def test_server(taskapi_server, taskapi_service):
 """
 
 
-@pytest.mark.parametrize("how", ["import", "installed"])
+@pytest.mark.parametrize("how", ["plugins", "import", "installed"])
 def test_the_fixtures_work_vendored_and_installed(tmp_path: Path, how: str) -> None:
-    """By one import line, and by the entry point of the package; without a warning."""
+    """By a line in conftest.py, by an import, and by the entry point of the package; without a warning."""
     text, path = FIXTURES_IN_USE, f"{tmp_path}{os.pathsep}{Path(taskapi.__file__).parent}"
     others = {entry.name for entry in importlib.metadata.entry_points(group="pytest11")} - {"taskapi"}
     without = [word for name in [*others, "cacheprovider"] for word in ("-p", f"no:{name}")]
+    if how == "plugins":
+        (tmp_path / "conftest.py").write_text('pytest_plugins = ["taskapi"]\n')
     if how == "import":
         text, without = f"from taskapi import taskapi_server, taskapi_service\n{text}", [*without, "-p", "no:taskapi"]
-    else:
+    if how == "installed":
         found = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
         info = tmp_path / "taskapi-1.0.dist-info"
         info.mkdir()
@@ -6187,6 +6189,11 @@ def between(begin: str, end: str) -> str:
     return README.split(f"<!-- {begin} -->\n")[1].split(f"\n<!-- {end} -->")[0]
 
 
+def between_fence(mark: str) -> str:
+    """The code block below a mark."""
+    return re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)\n```", README, re.S)[1]
+
+
 def blocks(language: str) -> list[str]:
     """The README's code blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
@@ -6214,6 +6221,25 @@ def test_the_readme_lists_every_setting_type_and_command() -> None:
     assert between("commands", "/commands") == commands_table()
     assert between("settings", "/settings") == taskapi.Settings.table()
     assert between("types", "/types") == types_table()
+
+
+def test_the_readme_lists_every_call_link_format_and_package() -> None:
+    """What the program answers, and what the README says of it, name the same things."""
+    told = re.findall(r"`(GET|POST|PUT|DELETE) (/[^`?]*)`", README.split("| call |")[1].split("\n\n")[0])
+    told += [("POST", "/jobs/{jobId}/retry")]  # written as .../retry
+    routes = {(route.method, route.path) for route in taskapi.all_routes()} - {
+        ("POST", f"/{name}") for name, kind in taskapi.JOB_TYPES.items() if kind.run.__module__ != "taskapi"}
+    assert {*told} == routes
+    linked = {*taskapi.LINKS.values()}
+    assert linked <= {path for _, path in routes}
+    unlinked = {path for _, path in routes if not any(path.startswith(link) for link in linked)}
+    assert unlinked == {"/", "/download/{jobId}"}  # a job's own links have the latter
+    row = next(line for line in README.splitlines() if line.startswith("| `POST /export`")).lower()
+    assert [name for name in taskapi.EXPORT_FORMATS if name not in row] == []
+    uploads = README.split("### Uploads that become records")[1].split("###")[0].lower()
+    assert [name for name in taskapi.INGEST_FORMATS if name not in uploads] == []
+    assert between_fence("packages") == "pip install " + " ".join(
+        f'"{name}>={least}"' for name, least in taskapi.PACKAGES.items())
 
 
 def test_the_readme_sets_up_with_one_line_each_and_ci_runs_the_same() -> None:
