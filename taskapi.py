@@ -9200,16 +9200,18 @@ class Client:
         """Those of the flags that were given."""
         return {key: self.flags[key] for key in keys if key in self.flags}
 
-    def _pause(self) -> None:
+    def _pause(self) -> bool:
+        """False, unless somebody wants to stop."""
         if self._interrupted():
             raise KeyboardInterrupt
+        return False
 
     def send(self, method: str, path: str, headers: Mapping[str, str], body: BinaryIO, length: int) -> Iterator[bytes]:
         """The body of the answer, in blocks; StartupError with the message of a refusal, exit code 2 for a 400."""
         self._pause()
         status, blocks = self._transport(method, path, headers, body, length)
         if status < 400 or (status == Unavailable.http_status and path == "/"):
-            return blocks
+            return (block for block in blocks if not self._pause())
         text = b"".join(blocks)
         try:
             message = json.loads(text)["error"]
@@ -9267,28 +9269,21 @@ class Client:
     def save(self, job: Mapping[str, Json], out: str) -> None:
         """Writes a job's file to `out`: to stdout for -, otherwise whole or not at all."""
         blocks = self.send("GET", f"/download/{job['jobId']}", {}, io.BytesIO(), 0)
-        if out == "-":
-            for block in blocks:
-                self._pause()
-                sys.stdout.buffer.write(block)
-            sys.stdout.buffer.flush()
-            return
         target = Path(os.path.realpath(out))
-        special = target.exists() and not target.is_file()  # a pipe or a device takes no rename
-        draft = target if special else target.with_name(f".{target.name}.{job['jobId']}.part")
+        if out == "-" or (target.exists() and not target.is_file()):  # a pipe or a device takes no rename
+            with click.open_file(out, "wb") as stream:
+                stream.writelines(blocks)
+                stream.flush()
+            return
+        draft = target.with_name(f".{target.name}.{job['jobId']}.part")
         try:
             with draft.open("wb") as file:
-                for block in blocks:
-                    self._pause()
-                    file.write(block)
-                if not special:
-                    file.flush()
-                    os.fsync(file.fileno())
-            if not special:
-                os.replace(draft, target)
+                file.writelines(blocks)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, target)
         finally:
-            if not special:
-                draft.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
 
 # ---- Flags: made from the settings and from the models of the requests ----
@@ -9322,17 +9317,11 @@ class _Argument(click.Argument):
 def _reader(kinds: set[str | None]) -> Callable[[str], Json]:
     """Reads text as a value of a JSON schema; what does not fit stays text, for the request's model to refuse."""
     def value(text: str) -> Json:
-        if kinds & {"object", "array"} and text[:1] in ("[", "{"):
-            try:
-                return json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise click.BadParameter(f"is not JSON: {error}") from None
-        if "array" in kinds and ("," in text or "string" not in kinds):
+        if "array" in kinds and text[:1] != "[" and ("," in text or "string" not in kinds):
             return [part.strip() for part in text.split(",")]
-        if "integer" in kinds and re.fullmatch(r"[-+]?\d+", text, re.ASCII):
-            return int(text)
-        with suppress(ValueError):
-            return float(text) if "number" in kinds else text
+        if kinds & {"integer", "number", "object"} or ("array" in kinds and text[:1] == "["):
+            with suppress(ValueError, RecursionError):
+                return json.loads(text)
         return text
 
     return value
@@ -9363,10 +9352,6 @@ def _keys(model: type[BaseModel], *without: str) -> list[str]:
     return [name for name in names if name not in without]
 
 
-def _file_option(name: str, about: str) -> click.Option:
-    return click.Option([name, flag_of(name)], type=click.Path(readable=False), metavar="FILE", help=about)
-
-
 # ---- The commands ----
 
 Needs = Literal["workers", "data", "nothing"]  # of the data folder: jobs are done, it is looked at, it is not needed
@@ -9393,30 +9378,26 @@ def command(params: Callable[[], Sequence[click.Parameter]], needs: Needs = "wor
     return register
 
 
-def _json_option() -> click.Option:
-    return click.Option(["json", "--json"], is_flag=True, help="Print JSON instead of a table.")
-
-
-def _id_argument() -> click.Argument:
-    return _Argument("id", "A job's id; the command jobs lists them.", required=True)
-
-
-def _type_argument() -> click.Argument:
-    return _Argument("type", "A preset, or a name for the records of a schema.", PRESETS, required=False)
+_JSON = click.Option(["json", "--json"], is_flag=True, help="Print JSON instead of a table.")
+_ID = _Argument("id", "A job's id; the command jobs lists them.", required=True)
+_FILE = click.Path(readable=False)
+_OUT = click.Option(["out", "--out"], type=_FILE, metavar="FILE",
+                    help="File to write; - is stdout. It is replaced once it is whole.")
 
 
 def _making_options() -> list[click.Parameter]:
     """Of the commands that make a job with records or a file, and write these out."""
-    return [_file_option("out", "File to write; - is stdout. It is replaced once it is whole."),
-            *_options(ExportRequest, "filters", "after"), _json_option(),
+    return [_OUT, *_options(ExportRequest, "filters", "after"), _JSON,
             click.Option(["discard", "--discard"], is_flag=True,
                          help="Delete the records from the data folder after --out.")]
 
 
 def _recipe_options() -> list[click.Parameter]:
     """Of the commands that say what records to make."""
-    return [_type_argument(), *_options(GenerateRequest, "recordType", "records", "schema"),
-            _file_option("schema", "JSON file: a schema, or a whole /generate request; - is stdin.")]
+    return [_Argument("type", "A preset, or a name for the records of a schema.", PRESETS, required=False),
+            *_options(GenerateRequest, "recordType", "records", "schema"),
+            click.Option(["schema", "--schema"], type=_FILE, metavar="FILE",
+                         help="JSON file: a schema, or a whole /generate request; - is stdin.")]
 
 
 def _check_out(out: str) -> None:
@@ -9532,7 +9513,7 @@ def do_generate(client: Client) -> None:
     _finish(client, client.ask("POST", "/generate", _recipe(client)), output)
 
 
-@command(lambda: [*_recipe_options(), _json_option()], "nothing")
+@command(lambda: [*_recipe_options(), _JSON], "nothing")
 def do_preview(client: Client) -> None:
     """Prints some records, by default ten, and stores none."""
     records = client.ask("POST", "/preview", {"count": 10, **_recipe(client)})["records"]
@@ -9564,7 +9545,7 @@ def _condition(text: str) -> tuple[str, str, Json]:
 
 @command(lambda: [
     _Argument("type", "Record types, separated by commas; all if none is named.", required=False),
-    *_options(Filters, "recordType", "where"), *_options(ExportRequest, "filters"), *_making_options()[:1],
+    *_options(Filters, "recordType", "where"), *_options(ExportRequest, "filters"), _OUT,
     click.Option(["where", "--where"], multiple=True, metavar="CONDITION",
                  help="FIELD=VALUE or FIELD.OPERATOR=VALUE, such as age.gte=18 or plan.in=pro,team; may be repeated.")])
 def do_export(client: Client) -> None:
@@ -9583,7 +9564,7 @@ def do_export(client: Client) -> None:
 def _reading_options() -> list[click.Parameter]:
     """Of the commands that read a file."""
     return [_Argument("file", f"File to read: {', '.join(INGEST_FORMATS)}, or .gz of these.", required=True,
-                      type=click.Path(readable=False)),
+                      type=_FILE),
             click.Option(["type", "--type"], metavar="TEXT", help="Record type (default: named like the file)."),
             *_options(IngestOptions, "recordType")]
 
@@ -9596,7 +9577,7 @@ def _send(client: Client, path: str) -> Json:
     return client.post_file(path, file, {name: str(value) for name, value in options.items() if value is not None})
 
 
-@command(lambda: [*_reading_options(), _json_option()])
+@command(lambda: [*_reading_options(), _JSON])
 def do_ingest(client: Client) -> None:
     """Makes records of a file."""
     _print_job(client, client.follow(_send(client, "/upload")["jobId"]))
@@ -9612,7 +9593,7 @@ def _get(client: Client, path: str, *keys: str) -> Json:
     return client.ask("GET", f"{path}?{urlencode(client.body(*keys))}")
 
 
-@command(lambda: [_Argument("q", "Words to look for.", required=False), *_options(FieldsQuery, "q"), _json_option()],
+@command(lambda: [_Argument("q", "Words to look for.", required=False), *_options(FieldsQuery, "q"), _JSON],
          "nothing")
 def do_fields(client: Client) -> None:
     """Lists the types that a schema may use, those with a word in them, with a sample and their arguments."""
@@ -9626,13 +9607,13 @@ def do_fields(client: Client) -> None:
         print(f"presets: {' '.join(answer['presets'])}")
 
 
-@command(lambda: [*_options(JobsQuery), _json_option()], "data")
+@command(lambda: [*_options(JobsQuery), _JSON], "data")
 def do_jobs(client: Client) -> None:
     """Lists the jobs, newest first."""
     _print_table(client, _get(client, "/jobs", *_keys(JobsQuery))["items"], _job_cells)
 
 
-@command(lambda: [_json_option()], "data")
+@command(lambda: [_JSON], "data")
 def do_records(client: Client) -> None:
     """Lists the record types, with counts and fields."""
     _print_table(client, client.ask("GET", "/records")["items"], lambda entry: (
@@ -9643,34 +9624,33 @@ def _job_path(client: Client, form: str) -> str:
     return form.format(quote(client.flags["id"], safe=""))
 
 
-@command(lambda: [_id_argument()], "data")
+@command(lambda: [_ID], "data")
 def do_status(client: Client) -> None:
     """Prints a job, as JSON."""
     _print_json(client.ask("GET", _job_path(client, "/status/{}")))
 
 
-@command(lambda: [_id_argument(), _json_option()], "data")
+@command(lambda: [_ID, _JSON], "data")
 def do_cancel(client: Client) -> None:
     """Cancels a job that waits or runs."""
     _print_job(client, client.ask("POST", _job_path(client, "/jobs/{}/cancel")))
 
 
-@command(lambda: [_id_argument()], "data")
+@command(lambda: [_ID], "data")
 def do_delete(client: Client) -> None:
     """Deletes a finished job, its file and its records."""
     client.ask("DELETE", _job_path(client, "/jobs/{}"))
 
 
-@command(lambda: [_id_argument(), _json_option()], "data")
+@command(lambda: [_ID, _JSON], "data")
 def do_retry(client: Client) -> None:
     """Puts a job that failed or was canceled back to wait, for the server or resume to do it."""
     _print_job(client, client.ask("POST", _job_path(client, "/jobs/{}/retry")))
 
 
-@command(lambda: [_id_argument(), _file_option("out", "File to write; - is stdout (default: named by the job).")],
-         "data")
+@command(lambda: [_ID, _OUT], "data")
 def do_download(client: Client) -> None:
-    """Writes the file of a job, an upload or an export, to --out."""
+    """Writes the file of a job, an upload or an export, to --out, by default under its own name."""
     job = client.ask("GET", _job_path(client, "/status/{}"))
     if "download" not in job["links"]:
         raise StartupError(f"{job['type']} job {job['jobId']} is {job['status']} and has no file")
@@ -9691,7 +9671,7 @@ def _again(client: Client, job_id: str) -> Json:
     return client.ask("POST", f"/jobs/{job_id}/retry") if JobStatus(job["status"]).finished else job
 
 
-@command(lambda: [_id_argument(), *_making_options()])
+@command(lambda: [_ID, *_making_options()])
 def do_resume(client: Client) -> None:
     """Goes on with a job that was interrupted, failed or canceled, and writes its file or records to --out."""
     output = _output(client) if "out" in client.flags else None

@@ -5193,7 +5193,7 @@ def test_the_name_of_the_out_file_tells_its_format(
     (["ingest", "no.csv"], 1, ["no.csv"]),
     (["ingest"], 2, ["FILE is missing"]),
     (["resume"], 2, ["ID is missing", "jobs lists them"]),
-    (["rows", "--columns", "{"], 2, ["--columns", "JSON"]),
+    (["rows", "--columns", "{"], 2, ["columns"]),
     (["rows", "--columns", '{"a": "text"}', "--rows", "1"], 2, ["rows"]),
     (["jobs"], 1, ["no data folder", "--data-dir"]),
     (["jobs", "--status", "done"], 1, ["no data folder"]),
