@@ -90,6 +90,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic, time
 from typing import (
     TYPE_CHECKING,
@@ -97,7 +98,6 @@ from typing import (
     Any,
     BinaryIO,
     ClassVar,
-    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -136,7 +136,6 @@ try:
     import bottle
     import click
     import multipart
-    import sqlite_utils
     import waitress
     import waitress.channel
     import waitress.parser
@@ -158,7 +157,6 @@ try:
     from pydantic.alias_generators import to_camel
     from pydantic.json_schema import models_json_schema
     from pydantic_core import from_json, to_json
-    from sqlite_utils import Migrations
     from tabulate import tabulate  # type: ignore[import-untyped]  # it brings no types
 except ImportError:
     if not packages_amiss():
@@ -168,6 +166,7 @@ if _amiss := packages_amiss():
     raise (SystemExit if __name__ == "__main__" or Path(sys.argv[0]).stem == "taskapi" else ImportError)(_amiss)
 
 if TYPE_CHECKING:
+    import sqlite_utils
     from faker.generator import Generator as FakerGenerator
     from faker.providers import BaseProvider
 
@@ -719,7 +718,8 @@ LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "expor
 T = TypeVar("T")
 Style = Literal["csv", "json"]
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
-_MIGRATIONS = Migrations("taskapi")
+_BATCH_SECONDS = 0.05  # how long a transaction takes in further work: others hardly wait for it
+_LOG_PAGES = 1000  # of the log are copied into the database at a time
 _BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
 _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
 _LAST_ID, _NO_LIMIT = 2**62, 2**31 - 1
@@ -736,33 +736,72 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-@_MIGRATIONS()
-def first_tables(db: sqlite_utils.Database) -> None:
+_MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []  # `PRAGMA user_version` says how many a database has had
+
+
+def migration(change: Callable[[sqlite3.Connection], None]) -> Callable[[sqlite3.Connection], None]:
+    """Registers the next change of the tables; it is returned unchanged, and never edited once it was released."""
+    _MIGRATIONS.append(change)
+    return change
+
+
+@migration
+def first_tables(connection: sqlite3.Connection) -> None:
     """Jobs, and the books about record tables. A leading underscore cannot clash with a record type."""
-    db.table("jobs").create({
-        "id": str, "type": str, "status": str, "created_at": str, "started_at": str, "finished_at": str,
-        "attempt": int, "cancel_requested": int, "record_type": str, "error": str, "file": str, "result": str,
-        "idempotency_key": str, "idempotency_hash": str, "after": str, "interruptions": str, "request": str,
-    }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
-        defaults={"attempt": 0, "cancel_requested": 0}, strict=True)
+    connection.execute("""
+        CREATE TABLE jobs(
+            id TEXT PRIMARY KEY, type TEXT NOT NULL, status TEXT NOT NULL, created_at TEXT NOT NULL, started_at TEXT,
+            finished_at TEXT, attempt INTEGER NOT NULL DEFAULT 0, cancel_requested INTEGER NOT NULL DEFAULT 0,
+            record_type TEXT, error TEXT, file TEXT, result TEXT, idempotency_key TEXT, idempotency_hash TEXT,
+            after TEXT, interruptions TEXT, request TEXT NOT NULL) STRICT""")
     # Partial, so that claims and counts cost the same however many jobs have finished. One for each status: SQLite
     # uses them where a query has the very same `status = '...'`, but does not see that this implies a `status IN`.
     for status in sorted(set(JobStatus) - {JobStatus.COMPLETED}):
-        db.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
-    db.execute("CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL")
-    db.execute("CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'")
-    db.execute("CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL")
-    # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
-    db.table("_progress").create({"job": str, "done": int, "total": int, "done_before": int, "checkpoint": str},
-                                 pk="job", strict=True)
-    db.table("_types").create({"record_type": str, "next_id": int}, pk="record_type", strict=True)
-    # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
-    db.table("_fields").create({"record_type": str, "field": str, "kind": str, "position": int, "long": int},
-                               pk=("record_type", "field"), strict=True)
-    # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
-    db.table("_spans").create({"record_type": str, "first": int, "size": int, "rows": int, "job": str},
-                              pk=("record_type", "first"), strict=True).create_index(["job"])
-    db.table("_heartbeat").create({"id": int, "at": str}, pk="id", strict=True)
+        connection.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
+    for statement in (
+            "CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL",
+            "CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'",
+            "CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL",
+            # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
+            "CREATE TABLE _progress(job TEXT PRIMARY KEY, done INTEGER, total INTEGER, done_before INTEGER, "
+            "checkpoint TEXT) STRICT",
+            "CREATE TABLE _types(record_type TEXT PRIMARY KEY, next_id INTEGER) STRICT",
+            # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
+            "CREATE TABLE _fields(record_type TEXT, field TEXT, kind TEXT, position INTEGER, long INTEGER, "
+            "PRIMARY KEY (record_type, field)) STRICT",
+            # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
+            "CREATE TABLE _spans(record_type TEXT, first INTEGER, size INTEGER, rows INTEGER, job TEXT, "
+            "PRIMARY KEY (record_type, first)) STRICT",
+            "CREATE INDEX idx__spans_job ON _spans(job)",
+            "CREATE TABLE _heartbeat(id INTEGER PRIMARY KEY, at TEXT) STRICT"):
+        connection.execute(statement)
+
+
+def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
+    """The columns of every table."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for table, column in connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables JOIN "
+                                            "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"):
+        found[table].add(column)
+    return found
+
+
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """How many migrations a database has had, 0 for a new one; StorageError if it is not one of ours. Only reads."""
+    version, found = int(connection.execute("PRAGMA user_version").fetchone()[0]), _columns(connection)
+    if not version and "_sqlite_migrations" in found:  # sqlite-utils' notes, which version 1 of this program kept
+        names = connection.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = 'taskapi'").fetchall()
+        version = 1 if names == [("first_tables",)] else len(_MIGRATIONS) + len(names)
+    if not 0 <= version <= len(_MIGRATIONS):
+        raise StorageError(f"the database {path} is of a later version of taskapi: use that one; nothing was changed")
+    with closing(sqlite3.connect(":memory:")) as known:
+        for migrate in _MIGRATIONS[:version]:
+            migrate(known)
+        wrong = [table for table, columns in _columns(known).items() if found.get(table) != columns]
+    if wrong or (found and not version):
+        which = f" (its table {wrong[0]!r} is missing or another)" if wrong else ""
+        raise StorageError(f"the database {path} is not one of taskapi's{which}: use another one; nothing was changed")
+    return version
 
 
 class KindSql(NamedTuple):
@@ -869,53 +908,123 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _flush(descriptor: int) -> None:
-    """Returns once the disk has the data of an open file."""
-    getattr(os, "fdatasync", os.fsync)(descriptor)
+class _Piece(NamedTuple):
+    """Work that waits for the writer thread, and the future of its result."""
+
+    work: Callable[[sqlite3.Connection], Any]
+    durable: bool
+    future: Future[Any]
 
 
-class _Ticket(Generic[T]):
-    """One piece of work that waits to be written, and what became of it."""
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool, atomic: bool):
-        self.work, self.durable, self.atomic = work, durable, atomic
-        self.called = threading.Lock()  # let go of when the work is done, or its thread is to write the next batch
-        self.called.acquire()
-        self.done = False
-        self.result: T
-        self.error: BaseException | None = None
+
+class _OpenFiles:
+    """The files of an open database as seen from outside, so that one which another program put in place is noticed.
+
+    Only our checkpoints change the database file, or those of another program: the index of the log, the -shm file,
+    counts both (sqlite.org/walformat.html, section 2). SQLite's locks would be lost if its descriptor were closed
+    before SQLite's own.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.log = path, path.with_name(f"{path.name}-wal")
+        self._index_path = path.with_name(f"{path.name}-shm")
+        self.identities = {file: _identity(file) for file in (path, self.log, self._index_path)}
+        self._index = os.open(self._index_path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._seen = self._state()
+        self._overwritten = False
+
+    def _state(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        status = os.stat(self.path)
+        # Windows notes the time of a change when it likes.
+        return (status.st_size, status.st_mtime_ns if os.name == "posix" else 0), self.frames()
+
+    def frames(self) -> tuple[int, int]:
+        """How many pages of the log are committed, and how many of these the database file has too."""
+        os.lseek(self._index, 0, os.SEEK_SET)
+        header = os.read(self._index, 100)
+        return struct.unpack_from("=I", header, 16)[0], struct.unpack_from("=I", header, 96)[0]
+
+    def check(self) -> None:
+        """Raises StorageError unless the files at our paths are those that were opened."""
+        for file, identity in self.identities.items():
+            try:
+                found = _identity(file)
+            except OSError as error:
+                raise self._refusal(f"{file} is gone ({error.strerror})") from None
+            if found != identity:
+                raise self._refusal(f"{file} was replaced")
+        if self._overwritten:
+            raise self._refusal(f"{self.path} was overwritten")
+
+    def check_content(self) -> None:
+        """On the writer thread: `check`, and notices a database that was overwritten where it is."""
+        self.check()
+        try:
+            stamp, frames = self._state()
+        except OSError as error:
+            raise self._refusal(f"{self.path} is gone ({error.strerror})") from None
+        if stamp != self._seen[0] and frames == self._seen[1]:
+            self._overwritten = True
+            self.check()
+        self._seen = stamp, frames
+
+    def note_commit(self) -> None:
+        """Our commit has changed the log."""
+        self._seen = self._seen[0], self.frames()
+
+    def note_checkpoint(self) -> None:
+        """Our checkpoint has changed the database file."""
+        self._seen = self._state()
+
+    @property
+    def may_checkpoint(self) -> bool:
+        """Whether what a checkpoint would change is ours, wherever it is by now, and still of use to somebody."""
+        with suppress(OSError):
+            return _identity(self.path) != self.identities[self.path] or (
+                not self._overwritten and self._state()[0] == self._seen[0])
+        return False
+
+    def _refusal(self, what: str) -> StorageError:
+        return StorageError(f"{what} while the server was running, which writes no more: restart it. To restore "
+                            f"a copy, stop the server, remove {self.log} and {self._index_path}, put it in place")
+
+    def close(self) -> None:
+        """After SQLite has closed its files."""
+        os.close(self._index)
 
 
 class Database:
-    """One SQLite file: a single writing connection behind one lock, and readers of their own.
+    """One SQLite file: one thread that writes and checkpoints, and a few connections for reading.
 
     A single connection writes and checkpoints: before SQLite 3.51.3 two that do so at once can lose commits
     (sqlite.org/wal.html, "the WAL-reset bug"). The file is never opened but by SQLite: closing any other descriptor
-    of it would drop SQLite's locks. It has none on the log (the -wal file), which we flush ourselves: a commit reaches
-    the operating system, and so outlives the process; to reach the disk takes most of its time, and happens outside of
-    the lock, once for all who wait for it. It is what SQLite does within its lock where `synchronous` is FULL.
+    of it would drop SQLite's locks.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = threading.Lock()
-        self._line = threading.Lock()  # guards the next two
-        self._waiting: deque[_Ticket[Any]] = deque()
-        self._led = False  # somebody writes a batch, or was called to
         self._readers: list[sqlite3.Connection] = []
-        self._identity: tuple[int, int] | None = None
-        self._writer: sqlite3.Connection | None = None
-        self._flushing = threading.Lock()  # guards the next two
-        self._log: int | None = None  # the descriptor of the log; none where the disk cannot have one
-        self._synced = 0  # how many transactions a loss of power cannot undo
-        self._commits = 0  # how many there were
-        self._closed = False
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
+        self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._submitting = threading.Lock()  # so that nothing enters the queue behind its end
+        self._closed = False
+        self._log_is_to_go = False  # the next checkpoint gives the log's room back to the disk
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._storage_errors(), self._lock:
-            self._open_writer("rwc")
+        with self._storage_errors(), ExitStack() as undo:
+            self._writer = undo.enter_context(closing(self._connect("rwc")))
+            self._set_up()
+            self._files = _OpenFiles(path)
+            undo.callback(self._files.close)
+            self._anchor = self._open_reader()
+            undo.pop_all()
+        self._thread = threading.Thread(target=self._write_batches, name="taskapi-writer", daemon=True)
+        self._thread.start()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
@@ -923,40 +1032,25 @@ class Database:
         connection.create_function("exact_float", 1, _exact_float, deterministic=True)
         return connection
 
-    def _open_writer(self, mode: str = "rw") -> sqlite3.Connection:
-        connection = self._connect(mode)
-        try:
-            if mode == "rw" and not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
-                raise StorageError("the file that has taken the database's place is not a database of ours")
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a new file takes this; see `shrink`
-            in_log = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
-            connection.execute("PRAGMA journal_size_limit = 67108864")
-            connection.execute(f"PRAGMA synchronous = {'NORMAL' if in_log else 'FULL'}")
-            connection.execute("PRAGMA secure_delete = OFF")  # some builds write zeros over all they delete
-            _MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
-            connection.execute("SELECT 1 FROM _types").fetchone()  # the log is there once something was read
-            with self._flushing:
-                self._log = os.open(f"{self.path}-wal", os.O_RDWR) if in_log else None
-        except BaseException:
-            connection.close()
-            raise
-        self._writer, self._identity, self._damage = connection, self._stat(), None
-        return connection
-
-    def _stat(self) -> tuple[int, int]:
-        status = os.stat(self.path)
-        return status.st_dev, status.st_ino
-
-    def _current(self) -> bool:
-        """False once the file at our path is another one than we have open; raises if there is none."""
-        try:
-            return self._stat() == self._identity
-        except OSError as error:
-            raise StorageError(f"the database file is gone: {error.strerror}") from None
+    def _set_up(self) -> None:
+        version = _schema_version(self._writer, self.path)
+        for setting in ("auto_vacuum = INCREMENTAL",  # only a new file takes this; see `shrink`
+                        "journal_size_limit = 67108864", "wal_autocheckpoint = 0", "synchronous = NORMAL",
+                        "fullfsync = ON",  # on macOS the disk would otherwise keep what it is told to write for later
+                        "secure_delete = OFF"):  # some builds write zeros over all they delete
+            self._writer.execute(f"PRAGMA {setting}")
+        if self._writer.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise StorageError(f"the disk of {self.path} cannot hold an SQLite database in WAL mode: use another one")
+        if version < len(_MIGRATIONS):
+            self._writer.execute("BEGIN IMMEDIATE")
+            for migrate in _MIGRATIONS[version:]:
+                migrate(self._writer)
+            self._writer.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            self._writer.execute("COMMIT")
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """Turns SQLite's operational errors into StorageError; mistakes in our own SQL stay what they are."""
+        """Turns what SQLite and the disk meet into StorageError; mistakes in our own SQL stay what they are."""
         try:
             yield
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
@@ -975,178 +1069,185 @@ class Database:
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
 
-    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False, atomic: bool = False) -> T:
-        """Runs `work` in one transaction and returns its result; `durable` means fsynced when this returns.
+    # Writing
 
-        Works that wait at the same time share one transaction (group commit); each has a savepoint of its own, so
-        that one that raises undoes only itself. An `atomic` one needs none: it changes the database by one statement,
-        after which nothing can raise. Raises StorageError when the database cannot be used.
+    def submit(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> Future[T]:
+        """Has the writer thread run `work` in a transaction; the future is done once that is committed.
+
+        What waits at the same time shares one transaction (group commit); each has a savepoint of its own, so that
+        one that raises undoes only itself. `durable` means fsynced; what is not becomes so with the next that is.
+        The future raises StorageError when the database cannot be used.
         """
-        ticket = _Ticket(work, durable, atomic)
-        with self._line:
-            self._waiting.append(ticket)
-            leads, self._led = not self._led, True
-        if not leads and not ticket.called.acquire(timeout=_BUSY_SECONDS):
-            with self._line:
-                called = ticket.called.acquire(blocking=False)
-                if not called and ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                    raise StorageError("the database is busy")
-            if not called:
-                ticket.called.acquire()  # someone has taken it, and it will be done soon
-        if not ticket.done:
-            self._lead(ticket)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.result
-
-    def _lead(self, own: _Ticket[Any]) -> None:
-        """Writes what waits by now; has the first of those that wait by then go on; flushes, for those who need it."""
-        batch = [own]
-        locked = self._lock.acquire(timeout=_BUSY_SECONDS)
-        try:
-            with self._line:
-                if locked:
-                    batch, self._waiting = list(self._waiting), deque()
-                else:
-                    self._waiting.remove(own)
-            if locked:
-                self._write_batch(batch)
+        piece = _Piece(work, durable, Future())
+        with self._submitting:
+            if self._closed:
+                piece.future.set_exception(StorageError("the database is closed"))
             else:
-                own.error = StorageError("the database is busy")
-        finally:
-            if locked:
-                self._lock.release()
-            with self._line:
-                self._led = bool(self._waiting)
-                going_on = list(self._waiting)[:1]
-            durable = [ticket for ticket in batch if ticket.durable and ticket.error is None]
-            for ticket in (*going_on, *(ticket for ticket in batch if ticket not in durable)):
-                ticket.called.release()
-            self._sync_for(durable)
+                self._queue.put(piece)
+        return piece.future
 
-    def _sync_for(self, tickets: Sequence[_Ticket[Any]]) -> None:
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
+        """Like `submit`, and waits for the result; StorageError if the writer thread has not begun within seconds."""
+        future = self.submit(work, durable)
         try:
-            if tickets:
-                self.sync(self._commits)
-        except BaseException as error:
-            for ticket in tickets:
-                ticket.error = error
-        finally:
-            for ticket in tickets:
-                ticket.called.release()
+            return future.result(_BUSY_SECONDS)
+        except TimeoutError:
+            if future.cancel():
+                raise StorageError("the database is busy") from None
+            return future.result()
 
-    def _write_batch(self, batch: Sequence[_Ticket[Any]]) -> None:
-        """One transaction for all of `batch`; whatever goes wrong with it as a whole is every ticket's error."""
+    def _write_batches(self) -> None:
+        """What the writer thread does."""
+        while batch := self._next_batch():
+            while batch:
+                self._write_batch(batch)
+            with suppress(StorageError, OSError, sqlite3.Error):
+                self._checkpoint()
+
+    def _next_batch(self) -> deque[_Piece]:
+        """All that waits, at least one piece; nothing when the database is closed."""
+        waiting = [self._queue.get()]
+        while not self._queue.empty():
+            waiting.append(self._queue.get())
+        batch = deque(piece for piece in waiting if piece)
+        if len(batch) < len(waiting):
+            while batch:
+                self._settle(batch.popleft(), None, StorageError("the database is closed"))
+        return batch
+
+    def _settle(self, piece: _Piece, result: Any, error: BaseException | None) -> None:
+        if not piece.future.running() and not piece.future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            piece.future.set_result(result)
+        else:
+            piece.future.set_exception(error)
+
+    def _write_batch(self, batch: deque[_Piece]) -> None:
+        """Takes pieces from the batch for one transaction, as long as it may last; tells what came of each."""
+        written: list[tuple[_Piece, Any, BaseException | None]] = []
+        taken: list[_Piece] = []
         try:
             with self._storage_errors():
-                if self._closed:
-                    raise StorageError("the database is closed")
-                connection = self._writer if self._writer and self._current() else self._reopen()
-                connection.execute("BEGIN IMMEDIATE")
+                self._begin(any(piece.durable for piece in batch))
                 try:
-                    if len(batch) == 1:  # its error undoes the whole transaction, without a savepoint of its own
-                        batch[0].result = batch[0].work(connection)
-                    else:
-                        for ticket in batch:
-                            self._work_one(connection, ticket)
-                    connection.execute("COMMIT")
-                    self._commits += 1
+                    until, alone = monotonic() + _BATCH_SECONDS, len(batch) == 1
+                    while batch and (not taken or monotonic() < until):
+                        piece = batch.popleft()
+                        if piece.future.set_running_or_notify_cancel():
+                            taken.append(piece)
+                            written.append(self._write_piece(piece, alone))
+                    self._writer.execute("COMMIT")
+                    self._files.note_commit()
                 except BaseException:
                     # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
                     raise
         except BaseException as error:
-            for ticket in batch:
-                ticket.error = ticket.error or error
+            if isinstance(error, OSError):
+                error = StorageError(f"the database cannot be used: {error.strerror}")
+            written = [(piece, None, error) for piece in (*taken, *batch)]
+            batch.clear()
             if isinstance(error, DiskFull):
-                self._truncate_log()  # gives back what the log takes, for the next try
-        finally:
-            for ticket in batch:
-                ticket.done = True
+                self._log_is_to_go = True  # there is room then for the next try
+        for piece, result, raised in written:
+            self._settle(piece, result, raised)
 
-    def _work_one(self, connection: sqlite3.Connection, ticket: _Ticket[Any]) -> None:
-        if not ticket.atomic:
-            connection.execute("SAVEPOINT ticket")
+    def _begin(self, durable: bool) -> None:
+        try:
+            self._files.check_content()
+        except StorageError:
+            if self._files.may_checkpoint:  # then the log, which nobody else can use, goes where it belongs
+                self._empty_log()
+            raise
+        self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        self._writer.execute("BEGIN IMMEDIATE")
+
+    def _write_piece(self, piece: _Piece, alone: bool) -> tuple[_Piece, Any, BaseException | None]:
+        """Runs one piece of a transaction; an error of one that is alone undoes the transaction as a whole."""
+        if alone:
+            return piece, piece.work(self._writer), None
+        result, raised = None, None
+        self._writer.execute("SAVEPOINT piece")
         try:
             with self._storage_errors():
-                ticket.result = ticket.work(connection)
+                result = piece.work(self._writer)
         except BaseException as error:
-            if not connection.in_transaction:
+            if not self._writer.in_transaction:
                 raise
-            ticket.error = error
-            if not ticket.atomic:
-                connection.execute("ROLLBACK TO ticket")
-        if not ticket.atomic:
-            connection.execute("RELEASE ticket")
+            raised = error
+            self._writer.execute("ROLLBACK TO piece")
+        self._writer.execute("RELEASE piece")
+        return piece, result, raised
 
-    @property
-    def transaction(self) -> int:
-        """Within `write`: the number of this transaction, for `sync`."""
-        return self._commits + 1
+    def _checkpoint(self) -> None:
+        """Copies the log into the database when it is long, or its room is wanted."""
+        committed, copied = self._files.frames()
+        if committed - copied >= _LOG_PAGES or self._log_is_to_go:
+            self._files.check_content()
+            emptied, self._log_is_to_go = self._log_is_to_go, False
+            try:
+                self._empty_log() if emptied else self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            finally:  # it may have come half the way
+                self._files.note_checkpoint()
 
-    def sync(self, transaction: int) -> None:
-        """Returns once this transaction, which was not `durable`, is fsynced, be it along with a later one."""
-        if self._synced < transaction:
-            with self._flushing:
-                if self._synced < transaction:
-                    commits = self._commits
-                    try:
-                        if self._log is not None:
-                            _flush(self._log)
-                    except OSError as error:
-                        raise StorageError(f"the database cannot be used: {error.strerror}") from error
-                    self._synced = commits
+    def _empty_log(self) -> None:
+        """Copies the log into the database and gives its room back, or as much as those who read let it."""
+        self._writer.execute("PRAGMA busy_timeout = 0")
+        self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000:.0f}")
 
-    def _reopen(self) -> sqlite3.Connection:
-        """The file was replaced (a restored copy, say): go on with the one that is there now."""
-        self._close_connections()
-        return self._open_writer()
+    # Reading
 
     @contextmanager
-    def read(self, queries: Literal["one", "many"] = "many") -> Iterator[sqlite3.Connection]:
-        """A connection for reading, with a consistent snapshot for as long as the block lasts.
-
-        For `one` query no transaction is begun and ended: each statement can mean a wait for the interpreter lock.
-        """
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A connection for reading, with a consistent snapshot for as long as the block lasts."""
         if self._closed:
             raise StorageError("the database is closed")
         with self._storage_errors():
-            if not self._current():
-                self.write(lambda connection: None)  # reopens
-            identity = self._identity
-            connection = self._take_reader()
+            self._files.check()
             try:
-                if queries == "many":
-                    connection.execute("BEGIN")
+                connection = self._readers.pop()
+            except IndexError:
+                connection = self._open_reader()
+            try:
+                connection.execute("BEGIN")
                 yield connection
             finally:
                 with suppress(sqlite3.Error):
                     connection.set_progress_handler(None, 0)
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
-                replaced = identity != self._identity  # the file that it reads is another one by now
-                if self._closed or replaced or len(self._readers) >= _KEPT_READERS:
+                if self._closed or len(self._readers) >= _KEPT_READERS:
                     connection.close()
                 else:
                     self._readers.append(connection)
+
+    def _open_reader(self) -> sqlite3.Connection:
+        """A connection to our file, and to none that has come to its path meanwhile."""
+        connection = self._connect("ro")  # SQLite itself keeps it from writing
+        try:
+            connection.execute("PRAGMA schema_version").fetchone()  # opens the log too
+            self._files.check()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     @contextmanager
     def snapshots(self, count: int) -> Iterator[list[sqlite3.Connection]]:
         """Connections for reading that all see the same: while they begin, nothing is written."""
         with ExitStack() as stack:
             connections = [stack.enter_context(self.read()) for _ in range(count)]
-            with self._lock:
-                for connection in connections:
-                    connection.execute("SELECT 1 FROM _types").fetchone()
+            self.write(lambda _: [reader.execute("SELECT 1 FROM _types").fetchone() for reader in connections])
             yield connections
 
     @contextmanager
     def copying(self, path: Path) -> Iterator[sqlite3.Connection]:
         """A connection for reading, as `read` gives, with the new database at `path` attached as `copy` to write to."""
         with self._storage_errors():
-            connection = self._connect("ro")  # SQLite itself keeps it from writing to our file
+            connection = self._open_reader()
             try:
                 connection.execute("ATTACH ? AS copy", (path.as_uri(),))
                 connection.execute("PRAGMA copy.journal_mode = OFF")  # a copy that is interrupted is thrown away
@@ -1157,21 +1258,7 @@ class Database:
             finally:
                 connection.close()
 
-    def _take_reader(self) -> sqlite3.Connection:
-        with suppress(IndexError):
-            return self._readers.pop()
-        return self._connect("ro")
-
-    def _close_connections(self) -> None:
-        while self._readers:  # before the writer, which as the last one checkpoints
-            self._readers.pop().close()
-        with self._flushing:  # whoever waits for a flush then finds the checkpoint done
-            if self._log is not None:
-                os.close(self._log)
-                self._log = None
-            if self._writer:
-                self._writer.close()
-                self._writer = None
+    # Care
 
     def probe(self, at: str) -> None:
         """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
@@ -1189,17 +1276,12 @@ class Database:
         """Gives the pages of deleted records back to the disk, in short steps; the file ends with the checkpoint."""
         def step(connection: sqlite3.Connection) -> int:
             connection.execute("PRAGMA incremental_vacuum(200)").fetchall()
-            return int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+            left = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+            self._log_is_to_go = not left
+            return left
 
         while self.write(step):
             pass
-        with self._lock:
-            self._truncate_log()
-
-    def _truncate_log(self) -> None:
-        with suppress(sqlite3.Error):
-            if self._writer:
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def quick_check(self, interrupted: Callable[[], bool]) -> None:
         """Raises StorageError that says what SQLite finds damaged; reads the whole file, so that it may take long."""
@@ -1211,10 +1293,22 @@ class Database:
         self._damage = None
 
     def close(self) -> None:
-        """Closes every connection; what still waits gets a StorageError."""
-        with self._lock:
+        """Ends the writer thread and closes every connection; what still waits gets a StorageError."""
+        with self._submitting:
+            if self._closed:
+                return
             self._closed = True
-            self._close_connections()
+            self._queue.put(None)
+        self._thread.join()
+        readers = [*self._readers, self._anchor]
+        try:
+            self._files.check_content()
+            connections = [*readers, self._writer]  # as the last one it checkpoints, and removes the log
+        except StorageError:
+            connections = [self._writer, *readers]  # as the last one the anchor, which only reads, does neither
+        for connection in connections:
+            connection.close()
+        self._files.close()
 
 
 class FolderLock:
@@ -1339,7 +1433,6 @@ class JobStore:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._make_id = make_id or JobIds(clock, last)
         self._pending_at_most: tuple[sqlite3.Connection | None, int] = None, 0  # counted on that connection
-        self._unsynced: dict[str, int] = {}  # jobs that were completed, and the transactions that did it
 
     def _now(self) -> str:
         return instant(self._clock())
@@ -1379,7 +1472,7 @@ class JobStore:
                  _file_text(file)))
             return job, True
 
-        return self._database.write(work, durable=True, atomic=True)
+        return self._database.write(work, durable=True)
 
     def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
         """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
@@ -1427,24 +1520,8 @@ class JobStore:
 
     def get(self, job_id: str) -> Job:
         """The job; NotFound if there is none."""
-        with self._database.read("one") as connection:
-            job = self._get(connection, job_id)
-        self._sync([job])
-        return job
-
-    def _sync(self, jobs: Iterable[Job]) -> None:
-        """Sees to it that nobody is shown a job as completed that a loss of power could still take back.
-
-        So a worker need not wait for the disk, and what ends between two looks is fsynced once.
-        """
-        self._database.sync(max((self._unsynced.get(job.job_id, 0) for job in jobs if job.status.finished), default=0))
-
-    def sync(self) -> None:
-        """Makes durable what was completed and nobody has looked at yet."""
-        unsynced = dict(self._unsynced)
-        self._database.sync(max(unsynced.values(), default=0))
-        for job_id in unsynced:
-            del self._unsynced[job_id]
+        with self._database.read() as connection:
+            return self._get(connection, job_id)
 
     def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
         """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
@@ -1455,7 +1532,6 @@ class JobStore:
         where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
         with self._database.read() as connection:
             jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
-        self._sync(jobs)
         return jobs[:limit], len(jobs) > limit
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
@@ -1538,17 +1614,15 @@ class JobStore:
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
-        """Ends a running job. Raises LeaseLost if it is not this attempt's any more.
-
-        It is durable when this returns; a completed job, when somebody is told of it, by `get` or `page`.
-        """
+        """Ends a running job, durably. Raises LeaseLost if it is not this attempt's any more."""
         return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
-                                    durable=status is not JobStatus.COMPLETED)
+                                    durable=True)
 
     def complete(self, job: Job, result: Json, file: StoredFile | None) -> tuple[Job, Claim | None]:
         """Ends a running job as completed, like `finish`, and takes the next one, like `claim`, in one transaction."""
         return self._database.write(lambda connection: (
-            self._finish(connection, job, JobStatus.COMPLETED, result, None, file), self._claim(connection)))
+            self._finish(connection, job, JobStatus.COMPLETED, result, None, file), self._claim(connection)),
+            durable=True)
 
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
@@ -1556,8 +1630,6 @@ class JobStore:
         self._transition(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
                    (now, _json_text(result), error, _file_text(file)))
         connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
-        if status is JobStatus.COMPLETED:
-            self._unsynced[job.job_id] = self._database.transaction
         return job.model_copy(update={
             "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
 
@@ -2145,6 +2217,8 @@ class RecordStore:
         if known and all(known.get(field) == kind for field, kind in kinds.items()):
             return  # as in most jobs but the first
         by_lower = {field.lower(): field for field in known}
+        import sqlite_utils  # here, since it imports pandas where that is installed
+
         table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
         if not table.exists():
             table.create({"_id": int, "_job": str, "_created": str}, pk="_id", strict=True)
@@ -6640,7 +6714,6 @@ class JobQueue:
             try:
                 if self._executor and (died := self._executor.revive()):
                     _LOG.error("replaced %d worker threads that had died", died)
-                self.jobs.sync()
                 self._discard_orphans()
                 self._retire()
                 if self.jobs.any_dependents_to_fail():
