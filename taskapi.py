@@ -1101,8 +1101,6 @@ class Database:
         while batch := self._next_batch():
             while batch:
                 self._write_batch(batch)
-            with suppress(StorageError, OSError, sqlite3.Error):
-                self._checkpoint()
 
     def _next_batch(self) -> deque[_Piece]:
         """All that waits, at least one piece; nothing when the database is closed."""
@@ -1151,6 +1149,8 @@ class Database:
             batch.clear()
             if isinstance(error, DiskFull):
                 self._log_is_to_go = True  # there is room then for the next try
+        with suppress(StorageError, OSError, sqlite3.Error):
+            self._checkpoint()  # before anybody who then looks whether there is room to go on
         for piece, result, raised in written:
             self._settle(piece, result, raised)
 
