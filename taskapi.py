@@ -90,14 +90,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
-from time import monotonic, sleep, time
+from queue import SimpleQueue
+from time import monotonic, time
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
     BinaryIO,
     ClassVar,
-    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -136,7 +136,6 @@ try:
     import bottle
     import click
     import multipart
-    import sqlite_utils
     import waitress
     import waitress.channel
     import waitress.parser
@@ -158,7 +157,6 @@ try:
     from pydantic.alias_generators import to_camel
     from pydantic.json_schema import models_json_schema
     from pydantic_core import from_json, to_json
-    from sqlite_utils import Migrations
     from tabulate import tabulate  # type: ignore[import-untyped]  # it brings no types
 except ImportError:
     if not packages_amiss():
@@ -168,6 +166,7 @@ if _amiss := packages_amiss():
     raise (SystemExit if __name__ == "__main__" or Path(sys.argv[0]).stem == "taskapi" else ImportError)(_amiss)
 
 if TYPE_CHECKING:
+    import sqlite_utils
     from faker.generator import Generator as FakerGenerator
     from faker.providers import BaseProvider
 
@@ -381,7 +380,7 @@ class Settings(BaseModel):
     database: Path | None = Field(None, description="The database file (default: taskapi.db in the data folder).")
     workers: int = Field(16, ge=1, le=64, description="Jobs that run at the same time.")
     threads: int = Field(32, ge=2, le=256,
-                         description="Requests that are answered at the same time; half of them may wait for jobs.")
+                         description="Requests that are answered at the same time, besides long polls.")
     max_upload_bytes: Annotated[int, BeforeValidator(_bytes_count)] = Field(
         100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
     upload_types: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
@@ -719,7 +718,8 @@ LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "expor
 T = TypeVar("T")
 Style = Literal["csv", "json"]
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
-_MIGRATIONS = Migrations("taskapi")
+_BATCH_SECONDS = 0.05  # how long a transaction takes in further work: others hardly wait for it
+_LOG_PAGES = 1000  # of the log are copied into the database at a time
 _BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
 _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
 _LAST_ID, _NO_LIMIT = 2**62, 2**31 - 1
@@ -736,33 +736,72 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-@_MIGRATIONS()
-def first_tables(db: sqlite_utils.Database) -> None:
+_MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []  # `PRAGMA user_version` says how many a database has had
+
+
+def migration(change: Callable[[sqlite3.Connection], None]) -> Callable[[sqlite3.Connection], None]:
+    """Registers the next change of the tables; it is returned unchanged, and never edited once it was released."""
+    _MIGRATIONS.append(change)
+    return change
+
+
+@migration
+def first_tables(connection: sqlite3.Connection) -> None:
     """Jobs, and the books about record tables. A leading underscore cannot clash with a record type."""
-    db.table("jobs").create({
-        "id": str, "type": str, "status": str, "created_at": str, "started_at": str, "finished_at": str,
-        "attempt": int, "cancel_requested": int, "record_type": str, "error": str, "file": str, "result": str,
-        "idempotency_key": str, "idempotency_hash": str, "after": str, "interruptions": str, "request": str,
-    }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
-        defaults={"attempt": 0, "cancel_requested": 0}, strict=True)
+    connection.execute("""
+        CREATE TABLE jobs(
+            id TEXT PRIMARY KEY, type TEXT NOT NULL, status TEXT NOT NULL, created_at TEXT NOT NULL, started_at TEXT,
+            finished_at TEXT, attempt INTEGER NOT NULL DEFAULT 0, cancel_requested INTEGER NOT NULL DEFAULT 0,
+            record_type TEXT, error TEXT, file TEXT, result TEXT, idempotency_key TEXT, idempotency_hash TEXT,
+            after TEXT, interruptions TEXT, request TEXT NOT NULL) STRICT""")
     # Partial, so that claims and counts cost the same however many jobs have finished. One for each status: SQLite
     # uses them where a query has the very same `status = '...'`, but does not see that this implies a `status IN`.
     for status in sorted(set(JobStatus) - {JobStatus.COMPLETED}):
-        db.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
-    db.execute("CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL")
-    db.execute("CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'")
-    db.execute("CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL")
-    # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
-    db.table("_progress").create({"job": str, "done": int, "total": int, "done_before": int, "checkpoint": str},
-                                 pk="job", strict=True)
-    db.table("_types").create({"record_type": str, "next_id": int}, pk="record_type", strict=True)
-    # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
-    db.table("_fields").create({"record_type": str, "field": str, "kind": str, "position": int, "long": int},
-                               pk=("record_type", "field"), strict=True)
-    # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
-    db.table("_spans").create({"record_type": str, "first": int, "size": int, "rows": int, "job": str},
-                              pk=("record_type", "first"), strict=True).create_index(["job"])
-    db.table("_heartbeat").create({"id": int, "at": str}, pk="id", strict=True)
+        connection.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
+    for statement in (
+            "CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL",
+            "CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'",
+            "CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL",
+            # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
+            "CREATE TABLE _progress(job TEXT PRIMARY KEY, done INTEGER, total INTEGER, done_before INTEGER, "
+            "checkpoint TEXT) STRICT",
+            "CREATE TABLE _types(record_type TEXT PRIMARY KEY, next_id INTEGER) STRICT",
+            # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
+            "CREATE TABLE _fields(record_type TEXT, field TEXT, kind TEXT, position INTEGER, long INTEGER, "
+            "PRIMARY KEY (record_type, field)) STRICT",
+            # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
+            "CREATE TABLE _spans(record_type TEXT, first INTEGER, size INTEGER, rows INTEGER, job TEXT, "
+            "PRIMARY KEY (record_type, first)) STRICT",
+            "CREATE INDEX idx__spans_job ON _spans(job)",
+            "CREATE TABLE _heartbeat(id INTEGER PRIMARY KEY, at TEXT) STRICT"):
+        connection.execute(statement)
+
+
+def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
+    """The columns of every table."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for table, column in connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables JOIN "
+                                            "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"):
+        found[table].add(column)
+    return found
+
+
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """How many migrations a database has had, 0 for a new one; StorageError if it is not one of ours. Only reads."""
+    version, found = int(connection.execute("PRAGMA user_version").fetchone()[0]), _columns(connection)
+    if not version and "_sqlite_migrations" in found:  # sqlite-utils' notes, which version 1 of this program kept
+        names = connection.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = 'taskapi'").fetchall()
+        version = 1 if names == [("first_tables",)] else len(_MIGRATIONS) + len(names)
+    if not 0 <= version <= len(_MIGRATIONS):
+        raise StorageError(f"the database {path} is of a later version of taskapi: use that one; nothing was changed")
+    with closing(sqlite3.connect(":memory:")) as known:
+        for migrate in _MIGRATIONS[:version]:
+            migrate(known)
+        wrong = [table for table, columns in _columns(known).items() if found.get(table) != columns]
+    if wrong or (found and not version):
+        which = f" (its table {wrong[0]!r} is missing or another)" if wrong else ""
+        raise StorageError(f"the database {path} is not one of taskapi's{which}: use another one; nothing was changed")
+    return version
 
 
 class KindSql(NamedTuple):
@@ -869,53 +908,123 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _flush(descriptor: int) -> None:
-    """Returns once the disk has the data of an open file."""
-    getattr(os, "fdatasync", os.fsync)(descriptor)
+class _Piece(NamedTuple):
+    """Work that waits for the writer thread, and the future of its result."""
+
+    work: Callable[[sqlite3.Connection], Any]
+    durable: bool
+    future: Future[Any]
 
 
-class _Ticket(Generic[T]):
-    """One piece of work that waits to be written, and what became of it."""
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T], durable: bool, atomic: bool):
-        self.work, self.durable, self.atomic = work, durable, atomic
-        self.called = threading.Lock()  # let go of when the work is done, or its thread is to write the next batch
-        self.called.acquire()
-        self.done = False
-        self.result: T
-        self.error: BaseException | None = None
+
+class _OpenFiles:
+    """The files of an open database as seen from outside, so that one which another program put in place is noticed.
+
+    Only our checkpoints change the database file, or those of another program: the index of the log, the -shm file,
+    counts both (sqlite.org/walformat.html, section 2). SQLite's locks would be lost if its descriptor were closed
+    before SQLite's own.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.log = path, path.with_name(f"{path.name}-wal")
+        self._index_path = path.with_name(f"{path.name}-shm")
+        self.identities = {file: _identity(file) for file in (path, self.log, self._index_path)}
+        self._index = os.open(self._index_path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._seen = self._state()
+        self._overwritten = False
+
+    def _state(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        status = os.stat(self.path)
+        # Windows notes the time of a change when it likes.
+        return (status.st_size, status.st_mtime_ns if os.name == "posix" else 0), self.frames()
+
+    def frames(self) -> tuple[int, int]:
+        """How many pages of the log are committed, and how many of these the database file has too."""
+        os.lseek(self._index, 0, os.SEEK_SET)
+        header = os.read(self._index, 100)
+        return struct.unpack_from("=I", header, 16)[0], struct.unpack_from("=I", header, 96)[0]
+
+    def check(self) -> None:
+        """Raises StorageError unless the files at our paths are those that were opened."""
+        for file, identity in self.identities.items():
+            try:
+                found = _identity(file)
+            except OSError as error:
+                raise self._refusal(f"{file} is gone ({error.strerror})") from None
+            if found != identity:
+                raise self._refusal(f"{file} was replaced")
+        if self._overwritten:
+            raise self._refusal(f"{self.path} was overwritten")
+
+    def check_content(self) -> None:
+        """On the writer thread: `check`, and notices a database that was overwritten where it is."""
+        self.check()
+        try:
+            stamp, frames = self._state()
+        except OSError as error:
+            raise self._refusal(f"{self.path} is gone ({error.strerror})") from None
+        if stamp != self._seen[0] and frames == self._seen[1]:
+            self._overwritten = True
+            self.check()
+        self._seen = stamp, frames
+
+    def note_commit(self) -> None:
+        """Our commit has changed the log."""
+        self._seen = self._seen[0], self.frames()
+
+    def note_checkpoint(self) -> None:
+        """Our checkpoint has changed the database file."""
+        self._seen = self._state()
+
+    @property
+    def may_checkpoint(self) -> bool:
+        """Whether what a checkpoint would change is ours, wherever it is by now, and still of use to somebody."""
+        with suppress(OSError):
+            return _identity(self.path) != self.identities[self.path] or (
+                not self._overwritten and self._state()[0] == self._seen[0])
+        return False
+
+    def _refusal(self, what: str) -> StorageError:
+        return StorageError(f"{what} while the server was running, which writes no more: restart it. To restore "
+                            f"a copy, stop the server, remove {self.log} and {self._index_path}, put it in place")
+
+    def close(self) -> None:
+        """After SQLite has closed its files."""
+        os.close(self._index)
 
 
 class Database:
-    """One SQLite file: a single writing connection behind one lock, and readers of their own.
+    """One SQLite file: one thread that writes and checkpoints, and a few connections for reading.
 
     A single connection writes and checkpoints: before SQLite 3.51.3 two that do so at once can lose commits
     (sqlite.org/wal.html, "the WAL-reset bug"). The file is never opened but by SQLite: closing any other descriptor
-    of it would drop SQLite's locks. It has none on the log (the -wal file), which we flush ourselves: a commit reaches
-    the operating system, and so outlives the process; to reach the disk takes most of its time, and happens outside of
-    the lock, once for all who wait for it. It is what SQLite does within its lock where `synchronous` is FULL.
+    of it would drop SQLite's locks.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = threading.Lock()
-        self._line = threading.Lock()  # guards the next two
-        self._waiting: deque[_Ticket[Any]] = deque()
-        self._led = False  # somebody writes a batch, or was called to
         self._readers: list[sqlite3.Connection] = []
-        self._identity: tuple[int, int] | None = None
-        self._writer: sqlite3.Connection | None = None
-        self._flushing = threading.Lock()  # guards the next two
-        self._log: int | None = None  # the descriptor of the log; none where the disk cannot have one
-        self._synced = 0  # how many transactions a loss of power cannot undo
-        self._commits = 0  # how many there were
-        self._closed = False
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
+        self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._submitting = threading.Lock()  # so that nothing enters the queue behind its end
+        self._closed = False
+        self._log_is_to_go = False  # the next checkpoint gives the log's room back to the disk
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._storage_errors(), self._lock:
-            self._open_writer("rwc")
+        with self._storage_errors(), ExitStack() as undo:
+            self._writer = undo.enter_context(closing(self._connect("rwc")))
+            self._set_up()
+            self._files = _OpenFiles(path)
+            undo.callback(self._files.close)
+            self._anchor = self._open_reader()
+            undo.pop_all()
+        self._thread = threading.Thread(target=self._write_batches, name="taskapi-writer", daemon=True)
+        self._thread.start()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
@@ -923,40 +1032,25 @@ class Database:
         connection.create_function("exact_float", 1, _exact_float, deterministic=True)
         return connection
 
-    def _open_writer(self, mode: str = "rw") -> sqlite3.Connection:
-        connection = self._connect(mode)
-        try:
-            if mode == "rw" and not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone():
-                raise StorageError("the file that has taken the database's place is not a database of ours")
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a new file takes this; see `shrink`
-            in_log = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
-            connection.execute("PRAGMA journal_size_limit = 67108864")
-            connection.execute(f"PRAGMA synchronous = {'NORMAL' if in_log else 'FULL'}")
-            connection.execute("PRAGMA secure_delete = OFF")  # some builds write zeros over all they delete
-            _MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
-            connection.execute("SELECT 1 FROM _types").fetchone()  # the log is there once something was read
-            with self._flushing:
-                self._log = os.open(f"{self.path}-wal", os.O_RDWR) if in_log else None
-        except BaseException:
-            connection.close()
-            raise
-        self._writer, self._identity, self._damage = connection, self._stat(), None
-        return connection
-
-    def _stat(self) -> tuple[int, int]:
-        status = os.stat(self.path)
-        return status.st_dev, status.st_ino
-
-    def _current(self) -> bool:
-        """False once the file at our path is another one than we have open; raises if there is none."""
-        try:
-            return self._stat() == self._identity
-        except OSError as error:
-            raise StorageError(f"the database file is gone: {error.strerror}") from None
+    def _set_up(self) -> None:
+        version = _schema_version(self._writer, self.path)
+        for setting in ("auto_vacuum = INCREMENTAL",  # only a new file takes this; see `shrink`
+                        "journal_size_limit = 67108864", "wal_autocheckpoint = 0", "synchronous = NORMAL",
+                        "fullfsync = ON",  # on macOS the disk would otherwise keep what it is told to write for later
+                        "secure_delete = OFF"):  # some builds write zeros over all they delete
+            self._writer.execute(f"PRAGMA {setting}")
+        if self._writer.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise StorageError(f"the disk of {self.path} cannot hold an SQLite database in WAL mode: use another one")
+        if version < len(_MIGRATIONS):
+            self._writer.execute("BEGIN IMMEDIATE")
+            for migrate in _MIGRATIONS[version:]:
+                migrate(self._writer)
+            self._writer.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            self._writer.execute("COMMIT")
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """Turns SQLite's operational errors into StorageError; mistakes in our own SQL stay what they are."""
+        """Turns what SQLite and the disk meet into StorageError; mistakes in our own SQL stay what they are."""
         try:
             yield
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
@@ -975,178 +1069,185 @@ class Database:
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
 
-    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False, atomic: bool = False) -> T:
-        """Runs `work` in one transaction and returns its result; `durable` means fsynced when this returns.
+    # Writing
 
-        Works that wait at the same time share one transaction (group commit); each has a savepoint of its own, so
-        that one that raises undoes only itself. An `atomic` one needs none: it changes the database by one statement,
-        after which nothing can raise. Raises StorageError when the database cannot be used.
+    def submit(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> Future[T]:
+        """Has the writer thread run `work` in a transaction; the future is done once that is committed.
+
+        What waits at the same time shares one transaction (group commit); each has a savepoint of its own, so that
+        one that raises undoes only itself. `durable` means fsynced; what is not becomes so with the next that is.
+        The future raises StorageError when the database cannot be used.
         """
-        ticket = _Ticket(work, durable, atomic)
-        with self._line:
-            self._waiting.append(ticket)
-            leads, self._led = not self._led, True
-        if not leads and not ticket.called.acquire(timeout=_BUSY_SECONDS):
-            with self._line:
-                called = ticket.called.acquire(blocking=False)
-                if not called and ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                    raise StorageError("the database is busy")
-            if not called:
-                ticket.called.acquire()  # someone has taken it, and it will be done soon
-        if not ticket.done:
-            self._lead(ticket)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.result
-
-    def _lead(self, own: _Ticket[Any]) -> None:
-        """Writes what waits by now; has the first of those that wait by then go on; flushes, for those who need it."""
-        batch = [own]
-        locked = self._lock.acquire(timeout=_BUSY_SECONDS)
-        try:
-            with self._line:
-                if locked:
-                    batch, self._waiting = list(self._waiting), deque()
-                else:
-                    self._waiting.remove(own)
-            if locked:
-                self._write_batch(batch)
+        piece = _Piece(work, durable, Future())
+        with self._submitting:
+            if self._closed:
+                piece.future.set_exception(StorageError("the database is closed"))
             else:
-                own.error = StorageError("the database is busy")
-        finally:
-            if locked:
-                self._lock.release()
-            with self._line:
-                self._led = bool(self._waiting)
-                going_on = list(self._waiting)[:1]
-            durable = [ticket for ticket in batch if ticket.durable and ticket.error is None]
-            for ticket in (*going_on, *(ticket for ticket in batch if ticket not in durable)):
-                ticket.called.release()
-            self._sync_for(durable)
+                self._queue.put(piece)
+        return piece.future
 
-    def _sync_for(self, tickets: Sequence[_Ticket[Any]]) -> None:
+    def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
+        """Like `submit`, and waits for the result; StorageError if the writer thread has not begun within seconds."""
+        future = self.submit(work, durable)
         try:
-            if tickets:
-                self.sync(self._commits)
-        except BaseException as error:
-            for ticket in tickets:
-                ticket.error = error
-        finally:
-            for ticket in tickets:
-                ticket.called.release()
+            return future.result(_BUSY_SECONDS)
+        except TimeoutError:
+            if future.cancel():
+                raise StorageError("the database is busy") from None
+            return future.result()
 
-    def _write_batch(self, batch: Sequence[_Ticket[Any]]) -> None:
-        """One transaction for all of `batch`; whatever goes wrong with it as a whole is every ticket's error."""
+    def _write_batches(self) -> None:
+        """What the writer thread does."""
+        while batch := self._next_batch():
+            while batch:
+                self._write_batch(batch)
+
+    def _next_batch(self) -> deque[_Piece]:
+        """All that waits, at least one piece; nothing when the database is closed."""
+        waiting = [self._queue.get()]
+        while not self._queue.empty():
+            waiting.append(self._queue.get())
+        batch = deque(piece for piece in waiting if piece)
+        if len(batch) < len(waiting):
+            while batch:
+                self._settle(batch.popleft(), None, StorageError("the database is closed"))
+        return batch
+
+    def _settle(self, piece: _Piece, result: Any, error: BaseException | None) -> None:
+        if not piece.future.running() and not piece.future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            piece.future.set_result(result)
+        else:
+            piece.future.set_exception(error)
+
+    def _write_batch(self, batch: deque[_Piece]) -> None:
+        """Takes pieces from the batch for one transaction, as long as it may last; tells what came of each."""
+        written: list[tuple[_Piece, Any, BaseException | None]] = []
+        taken: list[_Piece] = []
         try:
             with self._storage_errors():
-                if self._closed:
-                    raise StorageError("the database is closed")
-                connection = self._writer if self._writer and self._current() else self._reopen()
-                connection.execute("BEGIN IMMEDIATE")
+                self._begin(any(piece.durable for piece in batch))
                 try:
-                    if len(batch) == 1:  # its error undoes the whole transaction, without a savepoint of its own
-                        batch[0].result = batch[0].work(connection)
-                    else:
-                        for ticket in batch:
-                            self._work_one(connection, ticket)
-                    connection.execute("COMMIT")
-                    self._commits += 1
+                    until, alone = monotonic() + _BATCH_SECONDS, len(batch) == 1
+                    while batch and (not taken or monotonic() < until):
+                        piece = batch.popleft()
+                        if piece.future.set_running_or_notify_cancel():
+                            taken.append(piece)
+                            written.append(self._write_piece(piece, alone))
+                    self._writer.execute("COMMIT")
+                    self._files.note_commit()
                 except BaseException:
                     # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
                     raise
         except BaseException as error:
-            for ticket in batch:
-                ticket.error = ticket.error or error
+            if isinstance(error, OSError):
+                error = StorageError(f"the database cannot be used: {error.strerror}")
+            written = [(piece, None, error) for piece in (*taken, *batch)]
+            batch.clear()
             if isinstance(error, DiskFull):
-                self._truncate_log()  # gives back what the log takes, for the next try
-        finally:
-            for ticket in batch:
-                ticket.done = True
+                self._log_is_to_go = True  # there is room then for the next try
+        with suppress(StorageError, OSError, sqlite3.Error):
+            self._checkpoint()  # before anybody who then looks whether there is room to go on
+        for piece, result, raised in written:
+            self._settle(piece, result, raised)
 
-    def _work_one(self, connection: sqlite3.Connection, ticket: _Ticket[Any]) -> None:
-        if not ticket.atomic:
-            connection.execute("SAVEPOINT ticket")
+    def _begin(self, durable: bool) -> None:
+        try:
+            self._files.check_content()
+        except StorageError:
+            if self._files.may_checkpoint:  # then the log, which nobody else can use, goes where it belongs
+                self._empty_log()
+            raise
+        self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        self._writer.execute("BEGIN IMMEDIATE")
+
+    def _write_piece(self, piece: _Piece, alone: bool) -> tuple[_Piece, Any, BaseException | None]:
+        """Runs one piece of a transaction; an error of one that is alone undoes the transaction as a whole."""
+        if alone:
+            return piece, piece.work(self._writer), None
+        result, raised = None, None
+        self._writer.execute("SAVEPOINT piece")
         try:
             with self._storage_errors():
-                ticket.result = ticket.work(connection)
+                result = piece.work(self._writer)
         except BaseException as error:
-            if not connection.in_transaction:
+            if not self._writer.in_transaction:
                 raise
-            ticket.error = error
-            if not ticket.atomic:
-                connection.execute("ROLLBACK TO ticket")
-        if not ticket.atomic:
-            connection.execute("RELEASE ticket")
+            raised = error
+            self._writer.execute("ROLLBACK TO piece")
+        self._writer.execute("RELEASE piece")
+        return piece, result, raised
 
-    @property
-    def transaction(self) -> int:
-        """Within `write`: the number of this transaction, for `sync`."""
-        return self._commits + 1
+    def _checkpoint(self) -> None:
+        """Copies the log into the database when it is long, or its room is wanted."""
+        committed, copied = self._files.frames()
+        if committed - copied >= _LOG_PAGES or self._log_is_to_go:
+            self._files.check_content()
+            emptied, self._log_is_to_go = self._log_is_to_go, False
+            try:
+                self._empty_log() if emptied else self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            finally:  # it may have come half the way
+                self._files.note_checkpoint()
 
-    def sync(self, transaction: int) -> None:
-        """Returns once this transaction, which was not `durable`, is fsynced, be it along with a later one."""
-        if self._synced < transaction:
-            with self._flushing:
-                if self._synced < transaction:
-                    commits = self._commits
-                    try:
-                        if self._log is not None:
-                            _flush(self._log)
-                    except OSError as error:
-                        raise StorageError(f"the database cannot be used: {error.strerror}") from error
-                    self._synced = commits
+    def _empty_log(self) -> None:
+        """Copies the log into the database and gives its room back, or as much as those who read let it."""
+        self._writer.execute("PRAGMA busy_timeout = 0")
+        self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000:.0f}")
 
-    def _reopen(self) -> sqlite3.Connection:
-        """The file was replaced (a restored copy, say): go on with the one that is there now."""
-        self._close_connections()
-        return self._open_writer()
+    # Reading
 
     @contextmanager
-    def read(self, queries: Literal["one", "many"] = "many") -> Iterator[sqlite3.Connection]:
-        """A connection for reading, with a consistent snapshot for as long as the block lasts.
-
-        For `one` query no transaction is begun and ended: each statement can mean a wait for the interpreter lock.
-        """
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A connection for reading, with a consistent snapshot for as long as the block lasts."""
         if self._closed:
             raise StorageError("the database is closed")
         with self._storage_errors():
-            if not self._current():
-                self.write(lambda connection: None)  # reopens
-            identity = self._identity
-            connection = self._take_reader()
+            self._files.check()
             try:
-                if queries == "many":
-                    connection.execute("BEGIN")
+                connection = self._readers.pop()
+            except IndexError:
+                connection = self._open_reader()
+            try:
+                connection.execute("BEGIN")
                 yield connection
             finally:
                 with suppress(sqlite3.Error):
                     connection.set_progress_handler(None, 0)
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
-                replaced = identity != self._identity  # the file that it reads is another one by now
-                if self._closed or replaced or len(self._readers) >= _KEPT_READERS:
+                if self._closed or len(self._readers) >= _KEPT_READERS:
                     connection.close()
                 else:
                     self._readers.append(connection)
+
+    def _open_reader(self) -> sqlite3.Connection:
+        """A connection to our file, and to none that has come to its path meanwhile."""
+        connection = self._connect("ro")  # SQLite itself keeps it from writing
+        try:
+            connection.execute("PRAGMA schema_version").fetchone()  # opens the log too
+            self._files.check()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     @contextmanager
     def snapshots(self, count: int) -> Iterator[list[sqlite3.Connection]]:
         """Connections for reading that all see the same: while they begin, nothing is written."""
         with ExitStack() as stack:
             connections = [stack.enter_context(self.read()) for _ in range(count)]
-            with self._lock:
-                for connection in connections:
-                    connection.execute("SELECT 1 FROM _types").fetchone()
+            self.write(lambda _: [reader.execute("SELECT 1 FROM _types").fetchone() for reader in connections])
             yield connections
 
     @contextmanager
     def copying(self, path: Path) -> Iterator[sqlite3.Connection]:
         """A connection for reading, as `read` gives, with the new database at `path` attached as `copy` to write to."""
         with self._storage_errors():
-            connection = self._connect("ro")  # SQLite itself keeps it from writing to our file
+            connection = self._open_reader()
             try:
                 connection.execute("ATTACH ? AS copy", (path.as_uri(),))
                 connection.execute("PRAGMA copy.journal_mode = OFF")  # a copy that is interrupted is thrown away
@@ -1157,21 +1258,7 @@ class Database:
             finally:
                 connection.close()
 
-    def _take_reader(self) -> sqlite3.Connection:
-        with suppress(IndexError):
-            return self._readers.pop()
-        return self._connect("ro")
-
-    def _close_connections(self) -> None:
-        while self._readers:  # before the writer, which as the last one checkpoints
-            self._readers.pop().close()
-        with self._flushing:  # whoever waits for a flush then finds the checkpoint done
-            if self._log is not None:
-                os.close(self._log)
-                self._log = None
-            if self._writer:
-                self._writer.close()
-                self._writer = None
+    # Care
 
     def probe(self, at: str) -> None:
         """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
@@ -1189,17 +1276,12 @@ class Database:
         """Gives the pages of deleted records back to the disk, in short steps; the file ends with the checkpoint."""
         def step(connection: sqlite3.Connection) -> int:
             connection.execute("PRAGMA incremental_vacuum(200)").fetchall()
-            return int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+            left = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+            self._log_is_to_go = not left
+            return left
 
         while self.write(step):
             pass
-        with self._lock:
-            self._truncate_log()
-
-    def _truncate_log(self) -> None:
-        with suppress(sqlite3.Error):
-            if self._writer:
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def quick_check(self, interrupted: Callable[[], bool]) -> None:
         """Raises StorageError that says what SQLite finds damaged; reads the whole file, so that it may take long."""
@@ -1211,10 +1293,22 @@ class Database:
         self._damage = None
 
     def close(self) -> None:
-        """Closes every connection; what still waits gets a StorageError."""
-        with self._lock:
+        """Ends the writer thread and closes every connection; what still waits gets a StorageError."""
+        with self._submitting:
+            if self._closed:
+                return
             self._closed = True
-            self._close_connections()
+            self._queue.put(None)
+        self._thread.join()
+        readers = [*self._readers, self._anchor]
+        try:
+            self._files.check_content()
+            connections = [*readers, self._writer]  # as the last one it checkpoints, and removes the log
+        except StorageError:
+            connections = [self._writer, *readers]  # as the last one the anchor, which only reads, does neither
+        for connection in connections:
+            connection.close()
+        self._files.close()
 
 
 class FolderLock:
@@ -1283,9 +1377,7 @@ def _job(job_id: str, job_type: str, status: str, created_at: str, started_at: s
          attempt: int, request: str, result: str | None, error: str | None, after: str | None,
          interruptions: str | None, record_type: str | None, cancel_requested: int, file: str | None,
          done: int | None, total: int | None) -> Job:
-    """A row of the job table; a completed job is at its end, whatever it said of that."""
-    if status == JobStatus.COMPLETED:
-        done = total = total if total is not None else done or 0
+    """A row of the job table."""
     return Job(
         job_id=job_id, type=job_type, status=JobStatus(status), created_at=created_at, started_at=started_at,
         finished_at=finished_at, attempt=attempt, progress=Progress(done=done or 0, total=total),
@@ -1341,7 +1433,6 @@ class JobStore:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._make_id = make_id or JobIds(clock, last)
         self._pending_at_most: tuple[sqlite3.Connection | None, int] = None, 0  # counted on that connection
-        self._unsynced: dict[str, int] = {}  # jobs that were completed, and the transactions that did it
 
     def _now(self) -> str:
         return instant(self._clock())
@@ -1381,7 +1472,7 @@ class JobStore:
                  _file_text(file)))
             return job, True
 
-        return self._database.write(work, durable=True, atomic=True)
+        return self._database.write(work, durable=True)
 
     def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
         """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
@@ -1429,24 +1520,8 @@ class JobStore:
 
     def get(self, job_id: str) -> Job:
         """The job; NotFound if there is none."""
-        with self._database.read("one") as connection:
-            job = self._get(connection, job_id)
-        self._sync([job])
-        return job
-
-    def _sync(self, jobs: Iterable[Job]) -> None:
-        """Sees to it that nobody is shown a job as completed that a loss of power could still take back.
-
-        So a worker need not wait for the disk, and what ends between two looks is fsynced once.
-        """
-        self._database.sync(max((self._unsynced.get(job.job_id, 0) for job in jobs if job.status.finished), default=0))
-
-    def sync(self) -> None:
-        """Makes durable what was completed and nobody has looked at yet."""
-        unsynced = dict(self._unsynced)
-        self._database.sync(max(unsynced.values(), default=0))
-        for job_id in unsynced:
-            del self._unsynced[job_id]
+        with self._database.read() as connection:
+            return self._get(connection, job_id)
 
     def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
         """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
@@ -1457,7 +1532,6 @@ class JobStore:
         where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
         with self._database.read() as connection:
             jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
-        self._sync(jobs)
         return jobs[:limit], len(jobs) > limit
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
@@ -1540,17 +1614,15 @@ class JobStore:
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
-        """Ends a running job. Raises LeaseLost if it is not this attempt's any more.
-
-        It is durable when this returns; a completed job, when somebody is told of it, by `get` or `page`.
-        """
+        """Ends a running job, durably. Raises LeaseLost if it is not this attempt's any more."""
         return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
-                                    durable=status is not JobStatus.COMPLETED)
+                                    durable=True)
 
     def complete(self, job: Job, result: Json, file: StoredFile | None) -> tuple[Job, Claim | None]:
         """Ends a running job as completed, like `finish`, and takes the next one, like `claim`, in one transaction."""
         return self._database.write(lambda connection: (
-            self._finish(connection, job, JobStatus.COMPLETED, result, None, file), self._claim(connection)))
+            self._finish(connection, job, JobStatus.COMPLETED, result, None, file), self._claim(connection)),
+            durable=True)
 
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
@@ -1558,8 +1630,6 @@ class JobStore:
         self._transition(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
                    (now, _json_text(result), error, _file_text(file)))
         connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
-        if status is JobStatus.COMPLETED:
-            self._unsynced[job.job_id] = self._database.transaction
         return job.model_copy(update={
             "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
 
@@ -2147,6 +2217,8 @@ class RecordStore:
         if known and all(known.get(field) == kind for field, kind in kinds.items()):
             return  # as in most jobs but the first
         by_lower = {field.lower(): field for field in known}
+        import sqlite_utils  # here, since it imports pandas where that is installed
+
         table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
         if not table.exists():
             table.create({"_id": int, "_job": str, "_created": str}, pk="_id", strict=True)
@@ -5369,89 +5441,40 @@ class JobRequest(ApiModel):
         """The record type that the job makes, if it makes one."""
         return None
 
-    @property
-    def weight(self) -> int:
-        """How many records the job is about, as far as can be told: those of few go first."""
-        return 1
-
 
 class JobResult(NamedTuple):
-    """What a job ends with: the result that clients see, a JSON object of up to 1 MiB, and its file."""
+    """What a job ends with: the result that clients see, and its file."""
 
     result: dict[str, Json]
     file: StoredFile | None = None
 
 
 Outcome = JobResult  # its name in 1.x
-_RESULT_BYTES = 2**20
-
-
-def checked_result(returned: object) -> JobResult:
-    """What a job's function returned, as it will be read back; raises TypeError or ValueError for nonsense."""
-    if not isinstance(returned, JobResult):
-        raise TypeError(f"the job's function returned {type(returned).__name__}, and no JobResult")
-    if not isinstance(returned.result, dict) or not isinstance(returned.file, StoredFile | None):
-        raise TypeError("the JobResult needs a dict, and a StoredFile or None")
-    data = json.dumps(returned.result, ensure_ascii=False, allow_nan=False).encode()
-    if len(data) > _RESULT_BYTES:
-        raise ValueError(f"the result is {len(data)} bytes of JSON, of at most {_RESULT_BYTES}")
-    return JobResult(json.loads(data), returned.file)
-
-
-def error_message(error: BaseException) -> str:
-    """What people are told of an exception, whatever its class makes of its text."""
-    try:
-        text = str(error)
-    except BaseException:
-        text = "(its text cannot be told)"
-    if not isinstance(error, TaskError):
-        text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return _clipped(text.encode(errors="backslashreplace").decode())
 
 
 class JobContext:
-    """What a job's function may use: its `job`, `checkpoint` and `progress`, the records, the folder, the settings."""
+    """What a job's function may use while it runs."""
 
     def __init__(self, job: Job, checkpoint: Json, jobs: JobStore, records: RecordStore, folder: DataFolder,
-                 settings: Settings, database: Database, stopping: Callable[[], bool]):
+                 settings: Settings, database: Database):
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
-        self._jobs, self._database, self._stopping = jobs, database, stopping
-        # The queue's:
-        self.interruption: str | None = None  # why the job is canceled
-        self.ended = False  # somebody else has written down how it ended: nothing more counts
-        self.checked = math.inf  # when it last came to a check; infinite while its function does not run
-
-    def __str__(self) -> str:
-        return f"job {self.job.job_id} ({self.job.type})"
+        self._jobs, self._database = jobs, database
+        self.interruption: str | None = None  # set from outside; the queue ends the job at its next pause
 
     def interrupted(self) -> bool:
-        """True when the job should come to its next yield soon; one that never asks nor yields counts as stuck."""
-        self.checked = monotonic()
-        return self.interruption is not None or self._stopping()
-
-    def check(self) -> None:
-        """Raises Interrupted when the job is to end here; as each `yield` and `save` does."""
-        if self.interrupted():
-            raise Interrupted
+        """True when the job should come to its next pause soon."""
+        return self.interruption is not None
 
     def save(self, progress: Progress, checkpoint: Json = None,
              work: Callable[[sqlite3.Connection], object] = lambda connection: None) -> None:
-        """Commits `work`, the progress and the checkpoint together; raises Interrupted when the job is to end.
-
-        A job that is canceled, or another's by now (LeaseLost), saves nothing more; one that is stopped ends after it.
-        """
+        """Commits `work`, the progress and the checkpoint together; raises LeaseLost if the job is another's by now."""
         def transaction(connection: sqlite3.Connection) -> None:
-            if self.ended:
-                raise LeaseLost
-            if self.interruption:
-                raise Interrupted
             self._jobs.save_progress(connection, self.job, progress, checkpoint)
             work(connection)
 
         self.folder.free_space()
         self._database.write(transaction)
-        self.check()
 
 
 JobSteps = Generator[None, None, JobResult]
@@ -5980,16 +6003,12 @@ def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, 
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
 
 _LOG = logging.getLogger("taskapi")
-_STOPPED = "the program was stopped"
-_STUCK_SECONDS = 10.0  # a job that does not come to a check for longer counts as stuck
+_BUG = "unexpected {}; the log has the details under this job's id"
+_SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
+LONG_POLLS = 32  # requests that wait for a job at the same time, on threads that others do not need
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
-_CANCEL_SECONDS = 1.0  # a canceled job has them to stop before the answer
-_CHECK_SECONDS = 0.1  # between looks of a job that waits for its turn whether it is to stop
-_TURN_SECONDS = 1.0  # a job that computes for longer without a check does not keep the others waiting any more
-_CALL_SECONDS = 1.0  # a run that was called and has not begun for longer is taken for lost
-_RETRY_SECONDS = (0.5, 8.0)  # first and longest pause between tries to write down how a job ended
-_IDLE_SECONDS = 5.0  # jobs that wait for longer beside idle workers are a fault of ours
-_MOST_THREADS = 1000  # of the workers, stuck ones included; how many runs there are is the queue's to say
+_HOLD_SECONDS = 0.003  # how long another run is held back after a job was taken
+_RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
 
 
 class Runner(Protocol):
@@ -5997,6 +6016,42 @@ class Runner(Protocol):
 
     def submit(self, call: Callable[[], None], /) -> object: ...
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
+
+
+class Workers:
+    """A ThreadPoolExecutor that is replaced when a thread of it has died."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._threads: list[threading.Thread] = []
+        self._submitted: deque[tuple[Future[None], Callable[[], None]]] = deque()
+        self._pools = [self._new_pool()]
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        threads = self._threads = []
+        return ThreadPoolExecutor(self._count, thread_name_prefix="taskapi-worker",
+                                  initializer=lambda: threads.append(threading.current_thread()))
+
+    def revive(self) -> int:
+        """How many threads had died, for which there is a new pool now, which takes over what no thread had begun."""
+        died = sum(not thread.is_alive() for thread in self._threads)
+        if died:
+            self._pools.append(self._new_pool())
+            for begun, call in [self._submitted.popleft() for _ in range(len(self._submitted))]:
+                if begun.cancel():
+                    self.submit(call)
+        return died
+
+    def submit(self, call: Callable[[], None], /) -> None:
+        self._submitted.append((self._pools[-1].submit(call), call))
+        with suppress(IndexError):
+            while self._submitted[0][0].done():
+                self._submitted.popleft()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the threads, each after what it is at."""
+        for pool in self._pools:
+            pool.shutdown(wait, cancel_futures=cancel_futures)
 
 
 class InlineRunner:
@@ -6039,7 +6094,7 @@ _METRICS = {  # name: (Prometheus type, help)
 
 
 class Metrics:
-    """Counts since the service was opened, in the text format of Prometheus; only what _METRICS declares."""
+    """Counts since the service was opened, in the text format of Prometheus."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6048,29 +6103,25 @@ class Metrics:
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def _key(name: str, kind: str, labels: tuple[tuple[str, object], ...]) -> tuple[str, str]:
-        if _METRICS.get(name, ("", ""))[0] != kind:
-            raise ValueError(f"no {kind} {name!r} is declared{did_you_mean(name, _METRICS)}")
-        return name, ",".join(f"{label}={json.dumps(str(value), ensure_ascii=False)}" for label, value in labels)
+    def _labels(labels: tuple[tuple[str, object], ...]) -> str:
+        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels)
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
-        """Adds to a counter; raises ValueError if none of that name is declared."""
-        key = self._key(name, "counter", tuple(labels.items()))
+        """Adds to a counter."""
         with self._lock:
-            self._values[key] += amount
+            self._values[name, self._labels(tuple(labels.items()))] += amount
 
     def observe(self, name: str, seconds: float, **labels: object) -> None:
-        """Adds one time to a histogram; raises ValueError if none of that name is declared."""
-        key = self._key(name, "histogram", tuple(labels.items()))
+        """Adds one time to a histogram."""
         with self._lock:
-            times = self._times.setdefault(key, [0] * (len(_BUCKETS) + 2))
+            times = self._times.setdefault((name, self._labels(tuple(labels.items()))), [0] * (len(_BUCKETS) + 2))
             times[bisect_left(_BUCKETS, seconds)] += 1
             times[-1] += seconds
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """All of them; `gauges` are the values of this moment."""
         with self._lock:
-            values = dict(self._values) | {self._key(name, "gauge", ()): value for name, value in gauges.items()}
+            values = dict(self._values) | {(name, ""): value for name, value in gauges.items()}
             times = {key: [*counted] for key, counted in self._times.items()}
         lines: dict[str, list[str]] = {name: [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
                                        for name, (kind, about) in _METRICS.items()}
@@ -6084,109 +6135,127 @@ class Metrics:
         return "\n".join(chain.from_iterable(lines.values())) + "\n"
 
 
+_TURN_SECONDS = 0.02  # how long a computing job goes on before the next one has its turn
+_ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
+_ASIDE_FACTOR = 4  # times what it has just worked, so that it keeps a fifth of the time under any load
+
+
 class CpuGate:
-    """Lets one at a time compute, in order of arrival, and makes room while requests are answered.
+    """Lets computing jobs run one at a time, in order of arrival, and step aside while requests are answered.
 
     Python threads that compute at the same time make less together than one alone, and each makes every request wait
     for the interpreter lock over and over.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards both
-        self._line: dict[object, threading.Event] = {}  # by owner; the first one has the turn
+        self._state = threading.Condition()
+        self._line: deque[threading.Lock] = deque()  # whoever has the turn stands first
         self._requests = 0
-
-    @contextmanager
-    def turn(self, owner: object = None, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """While something computes; waits for those that came before, and may raise what `check` raises meanwhile.
-
-        `owner` names it for `pass_on`; it stands in the line once.
-        """
-        key, mine = object() if owner is None else owner, threading.Event()
-        with self._lock:
-            self._line[key] = mine
-            next(iter(self._line.values())).set()
-        try:
-            while not mine.wait(_CHECK_SECONDS):
-                check()
-            yield
-        finally:
-            self.pass_on(key)
-
-    def pass_on(self, owner: object) -> bool:
-        """Gives the turn to the next one, even if its owner still computes; False if it had left the line before."""
-        with self._lock:
-            stood = self._line.pop(owner, None) is not None
-            for first in itertools.islice(self._line.values(), 1):
-                first.set()
-        return stood
 
     def count(self, change: int) -> None:
         """A request has come (1), or is answered (-1)."""
-        with self._lock:
+        with self._state:
             self._requests += change
+            if self._requests <= 0:
+                self._state.notify_all()
 
     @contextmanager
-    def request(self, change: int = 1) -> Iterator[None]:
-        """While a request is answered; within one, with -1, while it only waits."""
-        self.count(change)
+    def idle(self) -> Iterator[None]:
+        """Within a request, while it only waits."""
+        self.count(-1)
         try:
             yield
         finally:
-            self.count(-change)
+            self.count(1)
 
-    def step_aside(self) -> None:
-        """Called after each chunk of computing: sleeps for a millisecond while a request is being answered."""
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While a job computes; waits for those that came before."""
+        mine = threading.Lock()
+        mine.acquire()
+        with self._state:
+            self._line.append(mine)
+            alone = len(self._line) == 1
+        if not alone:
+            mine.acquire()  # until the one before lets go of it
+        try:
+            yield
+        finally:
+            with self._state:
+                self._line.popleft()
+                if self._line:
+                    self._line[0].release()
+
+    def step_aside(self, worked: float) -> None:
+        """Waits, within bounds, until no request is being answered; `worked` is the seconds since the last call."""
         if self._requests > 0:
-            sleep(0.001)
+            with self._state:
+                self._state.wait_for(lambda: self._requests <= 0, min(_ASIDE_SECONDS, worked * _ASIDE_FACTOR))
+
+
+class _Task(NamedTuple):
+    """A claimed job and its function, paused at a yield."""
+
+    context: JobContext
+    steps: JobSteps
 
 
 class JobQueue:
     """Runs the jobs of the table. The table is the queue: a wake-up carries nothing, and a restart is a wake-up.
 
-    A *run* is one call on the runner. It claims a job, works on it to its end, and goes on until no job is due.
-    `_state` guards what is said here of runs and jobs; it is never held while the database or a job's function works.
-
-    - No wake-up is lost. Whoever may have made a job ready commits that first and then calls `wake`, which sets `_due`
-      and calls a run, unless one was called that has not begun, or as many are active as there are workers. A run
-      clears `_due` just before it claims, and leaves where it finds it cleared, in one step: so after each `wake`
-      something claims. A call that is lost with its thread is made up for by the first `wake` a second later, and
-      housekeeping wakes once a second.
-    - A job in progress here is a JobContext in `_active`, put there by its run. It ends once: whoever sets its `ended`
-      writes down how, and what its function does after that has no effect. That is its run, whatever the function
-      returns or raises; or, for a job that is stuck and canceled, `give_up`, which takes the run out of `_active` too,
-      so that another one may take its place.
-
-        pending --claim--> in-progress --> completed | failed | canceled
-           ^-------------------'  stopped, or the storage failed: not charged, but for a fault that is the job's own
+    At most `settings.workers` runs are on the runner at a time. A run takes one job, works on it until it ends or its
+    time slice is over while others wait, and submits the next run. A job whose slice is over is parked with its
+    function paused, and goes on later from there.
     """
 
     def __init__(self, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
                  make_id: Callable[[], str] | None = None, runner: Runner | None = None):
-        self.jobs, self.records = JobStore(database, clock, make_id), RecordStore(database)
+        self.jobs = JobStore(database, clock, make_id)
+        self.records = RecordStore(database)
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._executor = cast(Runner, ThreadPoolExecutor(_MOST_THREADS, "taskapi-worker")) if runner is None else runner
-        self.metrics, self.gate = Metrics(), CpuGate()
-        self._state = threading.Condition()  # guards all below but the last three
-        self._due = False  # a job may be ready that no claim has looked for
-        self._called = -math.inf  # when a run was called that has not begun
-        self._active: dict[object, JobContext | None] = {}  # by run: what it is at
-        self._abandoned: set[object] = set()  # runs whose job was given up and that have not come back
-        self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
+        self._executor = Workers(settings.workers) if runner is None else None
+        self._runner = cast(Runner, self._executor if runner is None else runner)
+        self.metrics, self.turns = Metrics(), CpuGate()
+        self._state = threading.Condition()  # guards all below
+        self._active = 0  # runs submitted and not ended
+        self._looking = 0  # runs that look for work, or are about to
+        self._wakes = 0  # counts wake-ups, so that one that comes while a run looks is not lost
+        self._answered = 0  # the wake-ups that had come before the last look that found nothing
+        self._moved = -math.inf  # when a run last took a job
+        self._cancels = 0  # of running jobs that were not in `_running` yet, or not any more
+        self._running: dict[str, JobContext] = {}  # jobs in progress here, parked ones too
+        self._parked: deque[_Task] = deque()
+        self._parked_first = False  # parked and pending jobs take turns
         self._waiters: dict[str, list[threading.Event]] = {}  # by job
-        self._looked = monotonic()  # when a run last looked for a job
-        self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
-        self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
+        self._stopping = threading.Event()  # no more work is begun, and nobody waits for any
+        self._closed = False  # no more jobs are taken in
+        self._housekeeper: threading.Thread | None = None
+        self._first: Callable[[Callable[[], bool]], None] = lambda interrupted: None
 
     # From outside
 
-    def recover(self) -> None:
-        """Takes up what an earlier process left in progress."""
-        jobs = self.jobs.recover(self._settings.max_attempts)
-        if jobs:
-            _LOG.warning("jobs that the end of the last process interrupted: %d", len(jobs))
-        for job in filter(lambda job: job.status.finished, jobs):
-            self._ended(job)
+    def start(self, first: Callable[[Callable[[], bool]], None]) -> int:
+        """Takes up what an earlier process left, and begins to work; returns how many stray files it removed.
+
+        `first` is called before anything else in the background, with a function that says when it should give up.
+        """
+        self._first = first
+        for job in self.jobs.recover(self._settings.max_attempts):
+            _LOG.warning("job %s (%s) was interrupted in attempt %d; now %s", job.job_id, job.type, job.attempt,
+                         job.status)
+            if job.status.finished:
+                self._count(job)
+        swept = self._folder.sweep(self.jobs.stored_paths())
+        if swept:
+            _LOG.info("removed %d files that no job had finished", swept)
+        if self._executor:
+            self._housekeeper = threading.Thread(target=self._housekeeping, name="taskapi-keeper", daemon=True)
+            self._housekeeper.start()
+        else:
+            first(self._stopping.is_set)
+            self._discard_orphans()
+            self.wake()
+        return swept
 
     def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None, key_hash: str | None = None,
                 keep: Callable[[str], StoredFile] | None = None) -> tuple[Job, bool]:
@@ -6194,20 +6263,15 @@ class JobQueue:
 
         `keep` puts the job's file in place under the job's id; it is removed again if no job comes of it.
         """
-        self._refuse_when_stopping()
-        try:
-            request = request.with_defaults(self._settings, self._clock)
-            body, makes, weight = request.model_dump(mode="json", exclude_none=True), request.makes, request.weight
-        except (SystemExit, GeneratorExit) as error:  # would end the thread that serves the request
-            raise RuntimeError(f"a request of job type {job_type_name!r} raised {type(error).__name__}") from error
-        if not isinstance(makes, str | None) or type(weight) is not int or not 0 <= weight < 2**63:
-            raise TypeError(f"a request of job type {job_type_name!r} makes {makes!r} and weighs {weight!r}")
+        self._refuse_when_closed()
+        with_defaults = request.with_defaults(self._settings, self._clock)
         job_id = self.jobs.new_id()
         with ExitStack() as undo:
             file = keep(job_id) if keep else None
             if file:
                 undo.callback(self._folder.remove, file)
-            job, new = self.jobs.insert(job_type_name, body, record_type=makes, after=request.after, key=key,
+            job, new = self.jobs.insert(job_type_name, with_defaults.model_dump(mode="json", exclude_none=True),
+                                        record_type=with_defaults.makes, after=with_defaults.after, key=key,
                                         key_hash=key_hash, max_pending=self._settings.max_pending, job_id=job_id,
                                         file=file)
             if new:
@@ -6215,83 +6279,99 @@ class JobQueue:
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
             self.wake()
-            if isinstance(self._executor, InlineRunner):
-                job = self.jobs.get(job.job_id)  # it has run within wake()
+            if not self._executor:
+                job = self.jobs.get(job.job_id)  # it may have run within wake()
         return job, new
 
     def run_now(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
         """Does a quick job at once, in this thread, and adds it as completed; otherwise like `enqueue`."""
-        self._refuse_when_stopping()
+        self._refuse_when_closed()
         body = request.model_dump(mode="json", exclude_none=True)
         job = Job(job_id=self.jobs.new_id(), type=job_type_name, status=JobStatus.IN_PROGRESS,
                   created_at=instant(self._clock()), request=body)
-        done = self._run_function(self.context(job, None, lambda: False), request)
-        assert done.file is not None
-        with ExitStack() as undo:
-            undo.callback(self._folder.remove, done.file)
-            job, new = self.jobs.insert_completed(job.job_id, job.type, body, done.result, done.file, key, key_hash)
-            if new:
-                undo.pop_all()
-        if new:
-            self._ended(job)
+        steps = JOB_TYPES[job_type_name].run(self._context(job, None), request)
+        outcome = self._run_out(steps)
+        assert outcome.file is not None
+        try:
+            job, new = self.jobs.insert_completed(job.job_id, job.type, body, outcome.result, outcome.file,
+                                                  key, key_hash)
+        except BaseException:
+            self._folder.remove(outcome.file)
+            raise
+        if not new:
+            self._folder.remove(outcome.file)
+            return job, new
+        _LOG.info("job %s %s completed", job.job_id, job.type)
+        self._count(job)
         return job, new
 
-    def _refuse_when_stopping(self) -> None:
-        if self.stopping.is_set():
+    def _run_out(self, steps: JobSteps) -> JobResult:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return cast(JobResult, end.value)
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
             raise Unavailable("the server is stopping")
 
     def wait(self, job_id: str, seconds: float | None = None, gone: Callable[[], bool] = lambda: False) -> Job:
-        """The job once it has finished; or as it is after `seconds`, when the work is stopped, when the asker is gone.
+        """The job once it has finished, or as it is after `seconds`, or soon after whoever asked is `gone`.
 
         It is looked up at most twice.
         """
         finished = threading.Event()
         with self._state:
             self._waiters.setdefault(job_id, []).append(finished)
+            self._state.notify_all()
         try:
             job = self.jobs.get(job_id)
-            if job.status.finished or seconds == 0 or self.stopping.is_set():
+            if job.status.finished or seconds == 0:
                 return job
-            until = math.inf if seconds is None else monotonic() + seconds
-            while not finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))) and monotonic() < until:
-                if gone():
-                    break
+            until = monotonic() + (math.inf if seconds is None else seconds)
+            while not (self._stopping.is_set() or finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic())))
+                       or monotonic() >= until or gone()):
+                pass
             return self.jobs.get(job_id)
         finally:
             with self._state:
                 waiters = self._waiters.get(job_id, [])
                 if finished in waiters:
                     waiters.remove(finished)
-                if not waiters:
-                    self._waiters.pop(job_id, None)
+                    if not waiters:
+                        del self._waiters[job_id]
+
+    def _announce(self, job_ids: Iterable[str]) -> None:
+        """Wakes whoever waits for one of the jobs."""
+        with self._state:
+            for finished in chain.from_iterable(self._waiters.pop(job_id, ()) for job_id in job_ids):
+                finished.set()
 
     def cancel(self, job_id: str) -> Job:
-        """Cancels a pending job at once; a running one is asked to stop, and given a second to do so, if not up."""
+        """Cancels a pending job at once; a running one is asked to stop, and given a second to do so."""
         file = self.jobs.get(job_id).file
         job = self.jobs.cancel(job_id)
         if job.status.finished:
             if file:
                 self._folder.remove(file)
-            self._ended(job)
+            self._count(job)
+            self._announce([job_id])
+            _LOG.info("job %s %s canceled", job.job_id, job.type)
             return job
         with self._state:
-            self._canceled.add(job_id)
-            context = next((context for context in self._active.values() if context and context.job.job_id == job_id),
-                           None)
+            context = self._running.get(job_id)
             if context:
                 context.interruption = _CANCELED
-        job = self.wait(job_id, _CANCEL_SECONDS)
-        if not job.status.finished and context in self.stuck():
-            self.give_up(context)
-            job = self.jobs.get(job_id)
-        return job
+            else:
+                self._cancels += 1
+        self.wake()
+        return self.wait(job_id, 1.0)
 
     def retry(self, job_id: str) -> Job:
         """Makes a failed or canceled job pending again."""
         job = self.jobs.retry(job_id)
-        with self._state:
-            self._canceled.discard(job_id)
         self.wake()
         return job
 
@@ -6304,215 +6384,281 @@ class JobQueue:
         _LOG.info("job %s %s deleted", job.job_id, job.type)
 
     def drain(self, seconds: float | None = None) -> bool:
-        """Waits until no job is pending or running; False if that takes longer than `seconds`, or work is stopped."""
-        until = math.inf if seconds is None else monotonic() + seconds
-        while self._active or self.jobs.counts() != (0, 0):
-            with self._state:
-                if monotonic() >= until or self.stopping.is_set():
-                    return False
-                # Jobs that wait for a worker are rarely without one: they need not be noticed at once.
-                self._state.wait(max(0.0, min(1.0 if self._active else 0.05, until - monotonic())))
-        return True
+        """Waits until no job is pending or running; False if that takes longer than `seconds`."""
+        def idle() -> bool:
+            return not self._active and not self._running and self.jobs.counts() == (0, 0)
 
-    def interrupt(self) -> None:
-        """Running jobs go back to pending at their next check, and no more begin; a signal handler may call this."""
-        self.stopping.set()
-
-    def halt(self) -> None:
-        """Like `interrupt`, and answers everybody who waits for a job, as it is now."""
-        self.interrupt()
-        self.release_waiters()
+        with self._state:
+            return self._state.wait_for(idle, seconds)
 
     def release_waiters(self) -> None:
         """Answers everybody who waits for a job, as it is now."""
         with self._state:
-            for finished in chain.from_iterable(self._waiters.values()):
-                finished.set()
+            waited_for = list(self._waiters)
+        self._announce(waited_for)
+
+    def halt(self) -> None:
+        """Begins to end the work: running jobs go back to pending at their next pause."""
+        self._stopping.set()
+        with self._state:
+            for context in self._running.values():
+                context.interruption = context.interruption or "stopped"
+        self.release_waiters()
 
     def stop(self, seconds: float) -> bool:
-        """Ends the work; False if a job's function does not come to a check in time, and so keeps its thread."""
+        """Ends the work and takes no more jobs; False if a job does not come to a pause in time."""
+        self._closed = True
         self.halt()
         with self._state:
-            ended = self._state.wait_for(lambda: not self._active and not self._abandoned, seconds)
-        self._executor.shutdown(wait=ended, cancel_futures=True)
+            parked, self._parked = self._parked, deque()
+        for task in parked:
+            self._interrupt(task)
+        with self._state:
+            ended = self._state.wait_for(lambda: not self._active, seconds)
+        self._runner.shutdown(wait=ended, cancel_futures=True)
+        if self._housekeeper:
+            self._housekeeper.join(seconds)
         return ended
 
     def check(self, seconds: float = 1.0) -> None:
-        """Raises Unavailable if no worker takes a job: asks a free one, if one is free."""
-        if self.stopping.is_set():
+        """Asks a free worker, if one is free; raises Unavailable if none answers. Busy ones are taken to be well."""
+        if self._stopping.is_set():
             raise Unavailable("the server is stopping")
-        stuck = self.stuck()
-        if len(stuck) >= self._settings.workers:
-            raise Unavailable(f"every worker is stuck; to cancel gives up: {', '.join(map(str, stuck))}")
-        if len(self._active) >= self._settings.workers:
-            return  # every worker has a job, and will take the next one after it
+        with self._state:
+            if self._active >= self._settings.workers:
+                return  # every worker has a job, and will take the next one after it
         answered = threading.Event()
         try:
-            self._executor.submit(answered.set)
-        except RuntimeError as error:
-            raise Unavailable(f"no worker can begin: {error}") from None
+            self._runner.submit(answered.set)
+        except RuntimeError:
+            raise Unavailable("the workers have been shut down") from None
         if not answered.wait(seconds):
             raise Unavailable("no worker answers")
-        self.wake()
-        waiting, looked = self.jobs.counts()[0], monotonic() - self._looked
-        if waiting and looked > _IDLE_SECONDS and len(self._active) < self._settings.workers:
-            raise Unavailable(f"{waiting} jobs wait beside idle workers, which looked for one {looked:.0f} s ago")
-
-    def stuck(self, seconds: float | None = None) -> list[JobContext]:
-        """The jobs whose functions have not come to a check for so long (default: when that is too long)."""
-        since = monotonic() - (_STUCK_SECONDS if seconds is None else seconds)
-        with self._state:
-            return [context for context in self._active.values() if context and context.checked < since]
-
-    def give_up(self, context: JobContext) -> None:
-        """Cancels a stuck job: what its function still does has no effect, and another run takes its place."""
-        job, context.interruption = context.job, _CANCELED
-        with suppress(LeaseLost):  # it has just come to an end
-            job = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
-            self.records.discard(job.job_id)
-            if context.job.file:
-                self._folder.remove(context.job.file)
-            self._ended(job)
-        with self._state:
-            context.ended = True
-            run = next((run for run, other in self._active.items() if other is context), None)
-            if run:
-                del self._active[run]
-                self._abandoned.add(run)
-        self.gate.pass_on(context)
-        self.wake()
 
     def wake(self) -> None:
-        """There may be work: calls a run, unless one is on its way, or enough are there."""
-        now = monotonic()
+        """There may be work: starts another run, unless one that looks for work will see it, or enough are there."""
         with self._state:
-            self._due = True
-            if self.stopping.is_set() or len(self._active) >= self._settings.workers or (
-                    now < self._called + _CALL_SECONDS):
+            self._wakes += 1
+            if self._looking or self._active >= self._settings.workers or self._stopping.is_set():
                 return
-            self._called = now
-        try:
-            self._executor.submit(self._run)
-        except RuntimeError as error:  # no thread to be had, or it is being shut down
-            if not self.stopping.is_set():
-                _LOG.error("no worker can begin: %s", error)
+            self._active += 1
+            self._looking += 1
+        self._runner.submit(self._run)
 
     # On the workers
 
     def _run(self) -> None:
-        """Works on one job after the other; ends when none is due."""
-        run = object()
-        with self._state:
-            self._called = -math.inf
-            if len(self._active) >= self._settings.workers:
-                return
-            self._active[run] = None
-        try:
-            while context := self._next(run):
-                self._work(context)
-        except BaseException:
-            _LOG.exception("a worker met a bug outside of any job")
-        finally:
-            with self._state:
-                self._active.pop(run, None)
-                self._abandoned.discard(run)
-                self._state.notify_all()
-
-    def _next(self, run: object) -> JobContext | None:
-        """A claimed job; None if none is due, and then the run is not active any more."""
-        while True:
-            with self._state:
-                if not self._due or self.stopping.is_set() or run in self._abandoned:
-                    self._active.pop(run, None)
-                    return None
-                self._due, self._active[run] = False, None
+        """Works on one job after the other; ends when there is nothing to do."""
+        self._hold_back()
+        task = self._look()
+        while task:
             try:
-                claim = self.jobs.claim() if self.fault is None or self._storage_fault() is None else None
-                if claim:
-                    return self._begin(run, claim)
-                self.fail_dependents()
-            except StorageError as error:
-                _LOG.error("cannot take a job: %s", error)  # housekeeping wakes us again
-                return None
-            finally:
-                self._looked = monotonic()
+                task = self._work(task)
+            except BaseException:
+                _LOG.exception("a worker met a bug outside of any job")
+                task = None
+            if not task:
+                with self._state:
+                    self._looking += 1
+                task = self._look()
 
-    def _begin(self, run: object, claim: Claim) -> JobContext:
-        job, context = claim.job, self.context(claim.job, claim.checkpoint)
+    def _hold_back(self) -> None:
+        """Waits while job after job is taken, unless somebody waits for one.
+
+        Threads that share the interpreter are slower than one, and jobs that gather meanwhile are taken in one go.
+        """
         with self._state:
-            self._active[run] = context
-            if job.job_id in self._canceled:
-                context.interruption = _CANCELED
-        _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
-        if claim.more:
-            self.wake()  # others may be free for it
-        return context
+            while self._executor and not self._waiters and not self._stopping.is_set() and (
+                    wait := self._moved + _HOLD_SECONDS - monotonic()) > 0:
+                self._state.wait(wait)
 
-    def context(self, job: Job, checkpoint: Json, stopping: Callable[[], bool] | None = None) -> JobContext:
-        """What a job's function gets."""
-        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
-                          stopping or self.stopping.is_set)
-
-    def _work(self, context: JobContext) -> None:
-        """Runs a job to its end and writes down how it ended, whatever that is."""
-        try:
-            done = self._run_function(context)
-            write_down: Callable[[], Job] = partial(self.jobs.finish, context.job, JobStatus.COMPLETED,
-                                                    result=done.result, file=done.file)
-        except BaseException as error:
-            write_down = self._meaning(context, error)
-        try:
-            self._record_outcome(context, write_down)
-        finally:
+    def _look(self) -> _Task | None:
+        """The next task; if there is none, this run has ended. Wake-ups that come meanwhile make it look again."""
+        task, again = None, True
+        while again and not task:
             with self._state:
-                self._due = True  # jobs that had to wait for this one
+                seen = self._wakes
+                found_none = seen == self._answered and not self._parked
+            failed = False
+            try:
+                task = None if found_none else self._take()
+            except StorageError as error:
+                _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
+                failed = True
+            except BaseException:
+                _LOG.exception("a worker met a bug outside of any job")
+                failed = True
+            with self._state:
+                again = self._wakes != seen and not failed and not self._stopping.is_set()
+                if not task and not failed:
+                    self._answered = max(self._answered, seen)
+                if task or not again:
+                    self._looking -= 1
+                if not task and not again:
+                    self._active -= 1
+                    self._state.notify_all()
+        if task and again:
+            self.wake()  # the wake-ups may have been for others
+        return task
 
-    def _run_function(self, context: JobContext, request: JobRequest | None = None) -> JobResult:
-        """Runs a job's function from yield to yield; raises what it raises, and Interrupted where it is to stop."""
-        kind = JOB_TYPES.get(context.job.type)
+    def _take(self) -> _Task | None:
+        """A parked job or a pending one, in turns; None if there is neither."""
+        if self._stopping.is_set():
+            return None
+        with self._state:
+            self._parked_first = not self._parked_first
+            parked_first = self._parked_first
+        return (self._unpark() or self._claim()) if parked_first else (self._claim() or self._unpark())
+
+    def _unpark(self) -> _Task | None:
+        with self._state:
+            return self._parked.popleft() if self._parked else None
+
+    def _claim(self) -> _Task | None:
+        cancels = self._cancels
+        if claim := self.jobs.claim():
+            return self._begin(claim, cancels)
+        if self.jobs.any_dependents_to_fail():
+            self._fail_dependents()
+        return None
+
+    def _fail_dependents(self) -> None:
+        for job in self.jobs.fail_dependents():
+            _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
+            self._count(job)
+            self._announce([job.job_id])
+
+    def _begin(self, claim: Claim, cancels: int) -> _Task:
+        """A claimed job's task; `cancels` is our count of them from before the claim."""
+        job = claim.job
+        _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
+        context = self._context(job, claim.checkpoint)
+        with self._state:
+            self._running[job.job_id] = context
+            self._moved = monotonic()
+            if self._stopping.is_set():
+                context.interruption = "stopped"
+            unseen = self._cancels != cancels  # since the claim, when nobody could be told
+        if unseen and self.jobs.get(job.job_id).cancel_requested:
+            context.interruption = _CANCELED
+        if claim.more or self._parked:
+            self.wake()  # workers may be free
+        return _Task(context, self._steps(context))
+
+    def _context(self, job: Job, checkpoint: Json) -> JobContext:
+        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database)
+
+    def _steps(self, context: JobContext) -> JobSteps:
+        """The job's function, with its request read back; itself a generator, so that it cannot fail before it runs."""
+        job = context.job
+        kind = JOB_TYPES.get(job.type)
+        if kind is None:
+            raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
+        request = kind.model.model_validate_json(json.dumps(job.request))
+        run = kind.run(context, request)
+        outcome = (yield from run) if isinstance(run, Generator) else run
+        if not isinstance(outcome, JobResult):
+            raise TypeError(f"the function of job type {job.type!r} returned no JobResult")
+        return outcome
+
+    def _work(self, task: _Task) -> _Task | None:
+        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker.
+
+        Returns the next job, if it could be taken in the transaction that ended this one.
+        """
+        job = task.context.job
+        until = monotonic() + _SLICE_SECONDS
         try:
-            with closing(_steps(kind, context, request)) as steps:
-                while True:
-                    with self.gate.turn(context, context.check) if kind and kind.computes else nullcontext():
-                        context.check()
-                        try:
-                            next(steps)
-                        except StopIteration as end:
-                            return cast(JobResult, end.value)
-                        self.gate.step_aside()
-        finally:
-            context.checked = math.inf
+            while not task.context.interruption:
+                self._folder.free_space()
+                with self._turn(job):
+                    self._step(task)
+                if monotonic() > until and self._others_wait():
+                    with self._state:
+                        if not self._stopping.is_set():
+                            self._parked.append(task)
+                            return None
+            self._interrupt(task)
+        except StopIteration as end:
+            return self._complete(job, cast(JobResult, end.value))
+        except BaseException as error:
+            self._fail(task, error)
+        return None
 
-    def _meaning(self, context: JobContext, error: BaseException) -> Callable[[], Job]:
-        """How to write down what an exception out of a job's function comes to."""
-        job, message = context.job, error_message(error)
-        failed = partial(self._end_without_trace, job, JobStatus.FAILED, message)
-        if isinstance(error, LeaseLost):  # if that is true, this raises it again, and what is there is another's
-            return partial(self.jobs.finish, job, JobStatus.FAILED, error=message)
-        if context.interrupted():
-            if not isinstance(error, Interrupted | StorageError):
-                _LOG.error("job %s %s did not end as it was asked to", job.job_id, job.type, exc_info=error)
-            if context.interruption:
-                return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
-            return partial(self.jobs.release, job, _STOPPED, charged=False)
-        if isinstance(error, StorageError):
-            charged = self._storage_fault() is None  # the storage is well: it is the job's own
-            if not charged or job.attempt < self._settings.max_attempts:
-                _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
-                return partial(self.jobs.release, job, message, charged=charged)
-        elif not isinstance(error, TaskError):
+    def _complete(self, job: Job, outcome: JobResult) -> _Task | None:
+        """Writes down the result; takes the next job along, unless a parked one comes first or the end."""
+        claim: Claim | None = None
+        looked = False
+        cancels = self._cancels
+
+        def write_down() -> Job:
+            nonlocal claim, looked
+            if self._parked or self._stopping.is_set():
+                return self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result, file=outcome.file)
+            ended, claim = self.jobs.complete(job, outcome.result, outcome.file)
+            looked = True
+            return ended
+
+        with self._state:
+            self._looking += 1
+            seen = self._wakes
+        self._record_outcome(job, write_down)
+        task = self._begin(claim, cancels) if claim else None
+        with self._state:
+            self._looking -= 1
+            if not looked:
+                self._wakes += 1
+            elif not claim:
+                self._answered = max(self._answered, seen)
+        if task and self._wakes != seen:
+            self.wake()
+        return task
+
+    def _turn(self, job: Job) -> AbstractContextManager[None]:
+        kind = JOB_TYPES.get(job.type)
+        return self.turns.turn() if kind and kind.computes else nullcontext()
+
+    def _step(self, task: _Task) -> None:
+        """Goes from pause to pause for the length of a turn."""
+        now = monotonic()
+        until = now + _TURN_SECONDS
+        while now < until and not task.context.interruption:
+            next(task.steps)
+            self.turns.step_aside(monotonic() - now)
+            now = monotonic()
+
+    def _others_wait(self) -> bool:
+        return bool(self._parked) or self.jobs.counts()[0] > 0
+
+    def _interrupt(self, task: _Task) -> None:
+        """Ends a paused job that was canceled, or that the end of the process interrupts."""
+        job = task.context.job
+        try:
+            task.steps.close()
+        except Exception:
+            _LOG.exception("job %s %s did not end as it was asked to", job.job_id, job.type)
+        if task.context.interruption == "stopped":
+            self._record_outcome(job, lambda: self.jobs.release(job, "the program was stopped", charged=False))
+        else:
+            self._record_outcome(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, _CANCELED))
+
+    def _fail(self, task: _Task, error: BaseException) -> None:
+        """Decides what an exception out of a job's function means."""
+        job = task.context.job
+        if isinstance(error, LeaseLost):
+            self._record_outcome(job, None)
+        elif isinstance(error, (Interrupted, StorageError)) and task.context.interruption:
+            self._interrupt(task)
+        elif isinstance(error, StorageError) and not isinstance(error, DiskFull) and (
+                job.attempt < self._settings.max_attempts):
+            _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, error)
+            self._record_outcome(job, lambda: self.jobs.release(job, str(error), charged=True))
+        elif isinstance(error, (TaskError, ValidationError)):
+            self._record_outcome(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
+        else:
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
-        return failed
-
-    def _storage_fault(self) -> str | None:
-        """What is wrong with the storage, which is really written to; until it is well, no job is claimed."""
-        try:
-            self._folder.probe()
-            self._database.probe(instant(self._clock()))
-            self.fault = None
-        except StorageError as error:
-            self.fault = str(error)
-        return self.fault
+            self._record_outcome(job, lambda: self._end_without_trace(
+                job, JobStatus.FAILED, _BUG.format(type(error).__name__)))
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
@@ -6522,147 +6668,84 @@ class JobQueue:
             self._folder.remove(job.file)
         return ended
 
-    def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
-        """Writes down how a job ended; tries until the storage takes it, or the process ends."""
-        job, (pause, longest) = context.job, _RETRY_SECONDS
-        while not context.ended:
+    def _record_outcome(self, job: Job, write_down: Callable[[], Job] | None) -> None:
+        """Writes down how a run ended; tries until the database can be used again or the process ends."""
+        while write_down:
             try:
-                self._ended(write_down())
-                return
+                job = write_down()
+                _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
+                break
             except LeaseLost:
-                return
+                break
             except StorageError as error:
                 _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
-            if self.stopping.wait(pause):
-                return  # it is still in progress in the table, so the next start takes it up
-            pause = min(2 * pause, longest)
-
-    def _ended(self, job: Job) -> None:
-        """Tells all who want to know that a job has ended, or was put back."""
-        _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
+            except Exception as error:  # a text that is not Unicode, say
+                _LOG.error("job %s %s ended in a way that cannot be written down", job.job_id, job.type, exc_info=error)
+                write_down = functools.partial(self._end_without_trace, job, JobStatus.FAILED,
+                                               _BUG.format(type(error).__name__))
+            if self._stopping.wait(_RETRY_SECONDS):
+                break  # it is still in progress in the table, so the next start takes it up
         with self._state:
-            if job.status.finished or self.stopping.is_set():
-                self._canceled.discard(job.job_id)
-                for finished in self._waiters.get(job.job_id, ()):
-                    finished.set()
-            self._state.notify_all()
-        if not job.status.finished:
-            return
+            self._running.pop(job.job_id, None)
+            self._wakes += job.status is not JobStatus.COMPLETED  # others may run now: a completed job's run has looked
+            if not self._active:
+                self._state.notify_all()
+        if job.status.finished:
+            self._count(job)
+            self._announce([job.job_id])
+
+    def _count(self, job: Job) -> None:
         self.metrics.add("jobs_total", type=job.type, status=job.status)
         if job.started_at and job.finished_at:
             took = datetime.fromisoformat(job.finished_at) - datetime.fromisoformat(job.started_at)
             self.metrics.observe("job_seconds", max(0.0, took.total_seconds()), type=job.type)
-        records = (job.result or {}).get("records")
-        if job.record_type and type(records) is int:
-            self.metrics.add("records_total", max(0, records))
+        if job.record_type and job.result:
+            self.metrics.add("records_total", job.result.get("records", 0))
         if job.file:
             self.metrics.add("file_bytes_total", job.file.bytes)
 
-    def fail_dependents(self) -> None:
-        """Fails the pending jobs that were to follow one that was not completed."""
-        if self.jobs.any_dependents_to_fail():
-            for job in self.jobs.fail_dependents():
-                self._ended(job)
+    # In the background
 
-
-def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None) -> JobSteps:
-    """A job's function, with its request read back; itself a generator, so that nothing fails before it runs."""
-    job = context.job
-    if kind is None:
-        raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
-    try:
-        request = request or kind.model.model_validate_json(json.dumps(job.request))
-    except ValidationError as error:
-        told = "; ".join(f"{field}: {text}" for field, text in field_problems(error))
-        raise JobFailed(f"the request is not understood any more: {told}") from None
-    run = kind.run(context, request)
-    returned = (yield from run) if isinstance(run, Generator) else run
-    try:
-        return checked_result(returned)
-    except BaseException:
-        if isinstance(file := getattr(returned, "file", None), StoredFile):
-            context.folder.remove(file)
-        raise
-
-
-class Housekeeping:
-    """What has to be done now and then: once a second, on a thread of its own, each task whatever the others meet."""
-
-    def __init__(self, queue: JobQueue, database: Database, folder: DataFolder, settings: Settings, clock: Clock):
-        self._queue, self._database, self._folder = queue, database, folder
-        self._settings, self._clock = settings, clock
-        self._thread: threading.Thread | None = None
-        self._stuck: list[JobContext] = []
-        self._said: dict[object, str] = {}  # by task, so that what lasts is logged once
-
-    def start(self, first: Callable[[Callable[[], bool]], None], threads: bool) -> None:
-        """Begins with `first`, which is called with a function that says when it should give up.
-
-        Without `threads`, this does one round, and later ones are the caller's to do.
-        """
-        if threads:
-            self._thread = threading.Thread(target=self._go_round, args=[first], name="taskapi-housekeeping")
-            self._thread.start()
-        else:
-            first(self._queue.stopping.is_set)
-            self.round()
-
-    def _go_round(self, first: Callable[[Callable[[], bool]], None]) -> None:
-        self._queue.wake()
-        first(self._queue.stopping.is_set)
+    def _housekeeping(self) -> None:
+        """Housekeeping: finishes what is left to delete, and wakes the workers now and then, for what errors left."""
+        self.wake()
+        self._first(self._stopping.is_set)
         while True:
-            self.round()
-            if self._queue.stopping.wait(1.0):
-                return
-
-    def join(self, seconds: float) -> None:
-        """Waits for the thread, once the queue is stopped."""
-        if self._thread:
-            self._thread.join(seconds)
-
-    def round(self) -> None:
-        """All tasks, once."""
-        for task in (self.watch_jobs, self._queue.jobs.sync, self.discard_orphans, self.retire,
-                     self._queue.fail_dependents, self._folder.free_space, self._queue.wake):
-            said = ""
             try:
-                task()
+                if self._executor and (died := self._executor.revive()):
+                    _LOG.error("replaced %d worker threads that had died", died)
+                self._discard_orphans()
+                self._retire()
+                if self.jobs.any_dependents_to_fail():
+                    self._fail_dependents()
+                self.wake()
+                self._folder.free_space()
+            except DiskFull as error:
+                _LOG.warning("%s; giving back what deleted records took", error)
+                self._shrink()
             except StorageError as error:
-                said = f"housekeeping has to wait: {error}"
-                if isinstance(error, DiskFull):
-                    with suppress(StorageError):
-                        self._database.shrink()  # gives back what deleted records took
+                _LOG.warning("housekeeping has to wait: %s", error)
             except Exception:
                 _LOG.exception("housekeeping met a bug")
-            if said and said != self._said.get(task):
-                _LOG.warning("%s", said)
-            self._said[task] = said
+            if self._stopping.wait(1.0):
+                return
 
-    def watch_jobs(self) -> None:
-        """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
-        for context in self._queue.stuck(_TURN_SECONDS):
-            self._queue.gate.pass_on(context)
-        known, self._stuck = self._stuck, self._queue.stuck()
-        for context in self._stuck:
-            if context.interruption:
-                self._queue.give_up(context)
-            elif context not in known:
-                _LOG.warning("job %s %s has not come to a check for %d s: to cancel it gives it up",
-                             context.job.job_id, context.job.type, _STUCK_SECONDS)
+    def _shrink(self) -> None:
+        with suppress(StorageError):
+            self._database.shrink()
 
-    def retire(self) -> None:
+    def _retire(self) -> None:
         """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
         if self._settings.retention_days:
             limit = self._clock() - timedelta(days=self._settings.retention_days)
-            for job_id in self._queue.jobs.finished_before(instant(limit), 50):
-                file = self._queue.jobs.get(job_id).file
+            for job_id in self.jobs.finished_before(instant(limit), 50):
+                file = self.jobs.get(job_id).file
                 if not file or not self._folder.in_use(file):
-                    self._queue.remove(job_id)
+                    self.remove(job_id)
 
-    def discard_orphans(self) -> None:
-        """Deletes records whose job is gone or has made none."""
-        for job_id in self._queue.records.orphans():
-            self._queue.records.discard(job_id, orphaned=True)
+    def _discard_orphans(self) -> None:
+        for job_id in self.records.orphans():
+            self.records.discard(job_id, orphaned=True)
 
 
 class Engine:
@@ -6675,7 +6758,7 @@ class Engine:
         self._started = monotonic()
         self._closed = False
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
-        self._polls = threading.Semaphore(max(1, settings.threads // 2))
+        self._polls = threading.Semaphore(LONG_POLLS)
         with ExitStack() as undo:
             try:
                 self.folder = DataFolder(settings.data_dir)
@@ -6691,8 +6774,7 @@ class Engine:
                 self._database = Database(settings.database_path)
                 undo.callback(self._database.close)
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
-                self.housekeeping = Housekeeping(self.queue, self._database, self.folder, settings, clock)
-                self._start(threads=runner is None)
+                self._check()
             except (OSError, StorageError) as error:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
             undo.pop_all()
@@ -6705,26 +6787,24 @@ class Engine:
                                f"exports hold {len(kept)} files of its jobs: restore it, or move those files away to "
                                "begin anew")
 
-    def _start(self, threads: bool) -> None:
-        """Looks the folder over, takes up what an earlier process left, and begins to work."""
+    def _check(self) -> None:
+        """Looks the folder over, starts the work, and notes what was found."""
         unclean = any(lock.unclean for lock in self._locks)
         self.folder.probe()
         self.checks = {"sqlite": sqlite_check(), "fileSystem": file_system_check(self.folder.root),
                        "freeSpace": f"{self.folder.free_space() // 2**20} MiB", "folders": "writable",
                        "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
-        self.queue.recover()
-        self.checks["strayFiles"] = f"{self.folder.sweep(self.queue.jobs.stored_paths())} removed"
+        removed = self.queue.start(self._check_integrity if unclean else lambda interrupted: None)
+        self.checks["strayFiles"] = f"{removed} removed"
         for name, found in self.checks.items():
-            wrong = "network" in found or found == "unclean"
-            _LOG.log(logging.WARNING if wrong else logging.DEBUG, "check %s: %s", name, found)
-        self.housekeeping.start(self._check_integrity if unclean else lambda interrupted: None, threads)
+            (_LOG.warning if "network" in found else _LOG.info)("check %s: %s", name, found)
 
     def _check_integrity(self, interrupted: Callable[[], bool]) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
         try:
             self._database.quick_check(interrupted)
             self.checks["integrity"] = "ok"
-            _LOG.debug("check integrity: ok")
+            _LOG.info("check integrity: ok")
         except Interrupted:
             return
         except StorageError as error:
@@ -6756,12 +6836,12 @@ class Engine:
         """The job once it has finished, or as it is after `seconds`."""
         return self.queue.wait(job_id, seconds)
 
-    def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool] = lambda: False) -> Job:
-        """Like `wait`, but answers at once when half of the threads wait already: the others are for other requests."""
+    def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool]) -> Job:
+        """Like the queue's `wait`, but answers at once when LONG_POLLS others are waiting already."""
         if not seconds or not self._polls.acquire(blocking=False):
             return self.queue.jobs.get(job_id)
         try:
-            with self.queue.gate.request(-1):
+            with self.queue.turns.idle():
                 return self.queue.wait(job_id, seconds, gone)
         finally:
             self._polls.release()
@@ -6786,15 +6866,10 @@ class Engine:
         except Unavailable as error:
             queue = "unavailable"
             errors.append(str(error))
-        checks = dict(self.checks)
-        if stuck := self.queue.stuck():
-            checks["stuck"] = f"to cancel gives up: {', '.join(map(str, stuck))}"
-        if self.queue.fault:
-            checks["storage"] = f"jobs wait for it: {self.queue.fault}"
         return Health.model_validate({
             "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
             "in_progress": in_progress, "workers": self.settings.workers,
-            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": checks,
+            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": self.checks,
             "links": {name: MOUNT.get() + path for name, path in LINKS.items()}})
 
     def close(self, seconds: float = 2.0) -> bool:
@@ -6806,7 +6881,6 @@ class Engine:
             return True
         self._closed = True
         ended = self.queue.stop(seconds)
-        self.housekeeping.join(seconds)
         self._database.close()
         for lock in self._locks:
             lock.release()
@@ -8947,7 +9021,7 @@ class HttpServer:
         self._pool, self._coming = upload_threads(), set[_Arrival]()
         try:
             self._server = waitress.create_server(
-                app, host=host, port=port, threads=settings.threads, ident="taskapi",
+                app, host=host, port=port, threads=settings.threads + LONG_POLLS, ident="taskapi",
                 max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
                 channel_timeout=60, connection_limit=self._limit, channel_request_lookahead=1, asyncore_use_poll=True,
                 clear_untrusted_proxy_headers=True)
@@ -8955,7 +9029,7 @@ class HttpServer:
             reason = f"{error.strerror}; --port 0 takes any free port"
             raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
         self._server.channel_class = type("Channel", (_Channel,), {
-            "parser_class": parser, "turns": engine.queue.gate,
+            "parser_class": parser, "turns": engine.queue.turns,
             "arrival": staticmethod(lambda content_type, length, on_step: _Arrival(
                 Reception(content_type, length, engine.folder, settings, self._pool, on_step),
                 self._pool, self._coming, on_step, chunked=length < 0))})
@@ -9066,10 +9140,7 @@ def _printable(text: str) -> str:
 
 
 class _LogFormat(logging.Formatter):
-    """One line an event, as text or as JSON; control characters are escaped, so that nobody can forge a line.
-
-    As text, the lines of a traceback follow, each indented.
-    """
+    """One line an event, as text or as JSON; control characters are escaped, so that nobody can forge a line."""
 
     def __init__(self, style: str):
         super().__init__()
@@ -9079,15 +9150,14 @@ class _LogFormat(logging.Formatter):
         """The line."""
         at = instant(datetime.fromtimestamp(record.created, UTC))
         message = record.getMessage()
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
         if self._json:
-            event = {"at": at, "level": record.levelname.lower(), "logger": record.name,
-                     "message": f"{message}\n{trace}" if trace else message}
+            event = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message}
             if isinstance(record.args, tuple) and record.msg.startswith("job %s"):
                 event["job"] = str(record.args[0])
             return json.dumps(event)
-        return "\n".join([f"{at} {record.levelname:<7} {_printable(message)}",
-                          *(f"    {_printable(line)}" for line in trace.splitlines())])
+        return f"{at} {record.levelname:<7} {_printable(message)}"
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -9753,11 +9823,10 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
     """A client of the data folder, or of the server that has it; `ended` gets False if a job came to no pause."""
     stopped = threading.Event()
 
-    def stop(service: Service) -> None:
+    def stop() -> None:
         if stopped.is_set():  # asked twice
             raise KeyboardInterrupt
-        stopped.set()  # raising here could leave a lock taken, so the client raises at its next request
-        service.queue.interrupt()
+        stopped.set()  # raising here could leave the database's lock taken, so the client raises at its next request
 
     with ExitStack() as stack:
         local = settings.model_copy(update={"max_upload_bytes": 2**50})  # the limit is for clients from elsewhere
@@ -9773,7 +9842,7 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
             return
-        stack.enter_context(_signals(["SIGINT", "SIGTERM"], partial(stop, opened)))
+        stack.enter_context(_signals(["SIGINT", "SIGTERM"], stop))
         stack.callback(lambda: ended.append(opened.close(_DRAIN_SECONDS if needs == "workers" else 0)))
         yield Client(_app_transport(opened.app), flags, stopped.is_set)
 
