@@ -374,28 +374,34 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
-    data_dir: Path = Field(Path("data"), description="Folder for the database, uploads and exports.")
-    database: Path | None = Field(None, description="The database file (default: taskapi.db in the data folder).")
-    workers: int = Field(16, ge=1, le=64, description="Jobs that run at the same time.")
-    threads: int = Field(32, ge=2, le=256,
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
+    data_dir: Path = Field(default=Path("data"), description="Folder for the database, uploads and exports.")
+    database: Path | None = Field(
+        default=None, description="The database file (default: taskapi.db in the data folder).")
+    workers: int = Field(default=16, ge=1, le=64, description="Jobs that run at the same time.")
+    threads: int = Field(default=32, ge=2, le=256,
                          description="Requests that are answered at the same time, besides long polls.")
     max_upload_bytes: Annotated[int, BeforeValidator(_bytes_count)] = Field(
-        100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
+        default=100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
     upload_types: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
-        ("csv", "tsv", "json", "ndjson", "jsonl", "txt", "xml", "gz", "zip", "pdf", "png", "jpg", "xlsx", "parquet"),
+        default=("csv", "tsv", "json", "ndjson", "jsonl", "txt", "xml", "gz", "zip", "pdf", "png", "jpg", "xlsx",
+                 "parquet"),
         description="File name extensions that may be uploaded, separated by commas.")
-    max_records: int = Field(10_000_000, ge=1, le=2**48, description="Most records that one job may generate.")
-    max_pending: int = Field(10_000, ge=1, le=10**9, description="Most jobs that may wait; then 503.")
-    max_attempts: int = Field(3, ge=1, le=100, description="Times a job is started before it fails as interrupted.")
-    retention_days: float = Field(0, ge=0, le=36500, description="Days to keep finished jobs; 0 keeps them.")
-    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Seed of the requests that name none (default: "
-                                                                    "another one each time).")
+    max_records: int = Field(default=10_000_000, ge=1, le=2**48, description="Most records that one job may generate.")
+    max_pending: int = Field(default=10_000, ge=1, le=10**9, description="Most jobs that may wait; then 503.")
+    max_attempts: int = Field(default=3, ge=1, le=100,
+                              description="Times a job is started before it fails as interrupted.")
+    retention_days: float = Field(default=0, ge=0, le=36500, description="Days to keep finished jobs; 0 keeps them.")
+    seed: int | None = Field(
+        default=None, ge=0, le=2**63 - 1,
+        description="Seed of the requests that name none (default: another one each time).")
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
-        (), description="Host names, beside the loopback ones, that requests may be addressed to.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
-    log_format: Literal["text", "json"] = Field("text", description="One line of text or of JSON for each event.")
+        default=(), description="Host names, beside the loopback ones, that requests may be addressed to.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level that is logged.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="One line of text or of JSON for each event.")
 
     @property
     def database_path(self) -> Path:
