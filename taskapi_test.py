@@ -6059,7 +6059,7 @@ def test_no_definition_refers_to_a_later_one() -> None:
     (r"\bsqlite3\.(?!Connection)", {4}),
     (r"\bsqlite_utils\b", {4}), (r"(import|from) faker|\bfaker\.", {5}), (r"\bmultipart\.", {6}),
     (r"\bThreadPoolExecutor\(", {4, 6, 8}),  # in 4 and 6 what waits without the interpreter lock
-    (r"\bthreading\.Thread\(", {8, 11}), (r"\bbottle\.", {9}),
+    (r"\bthreading\.Thread\(", {4, 8, 11}), (r"\bbottle\.", {9}),
     (r"\bwaitress\.", {11}), (r"\bsignal\.", {11}), (r"^    http_status = ", {1}),
     (r"\blogging\.(basicConfig|StreamHandler)", {11}),
     (r"\b(SELECT\b.*\bFROM|INSERT (OR \w+ )?INTO|DELETE FROM|UPDATE \w+ SET|PRAGMA)\b", {4}),
