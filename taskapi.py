@@ -39,7 +39,6 @@ from __future__ import annotations
 import base64
 import calendar
 import codecs
-import contextlib
 import difflib
 import errno
 import functools
@@ -52,7 +51,6 @@ import json
 import locale as locales
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -2408,10 +2406,11 @@ class RecordStore:
 MAX_INT = 2**63 - 1
 MAX_TEXT = 65_536  # characters in one value
 MAX_RECORD = 2**20  # characters in one record
-MAX_CHUNK = 2**23  # characters in one chunk, which sets how many large records it holds
 MAX_FAMILY = 100_000  # records that one record may bring along
-MAX_SIZE_ARG = 4_096  # what an argument may ask for: letters of a text, digits of a number, levels of a domain
+MAX_FAMILY_BYTES = 2**25  # of memory, for a record and what it brings along
+MAX_SIZE_ARG = 4_096  # what an argument may ask for: letters of a text, digits of a number, words of a sentence
 MAX_DEPTH = 8  # lists and objects inside each other
+MAX_WORK = 3_000  # values that trying a recipe once may take, over all its types, fields and locales
 TRIALS = 20  # values drawn from a field before there is a job: they show its kind and size
 UNIQUE_TRIES = 1000  # how often a unique field that is no text draws until the job fails, as stock Faker does
 REDRAWS = 8  # how often a unique field draws a taken value again before it takes a number instead
@@ -2493,13 +2492,64 @@ def _shuffled(size: int, key: int, i: int) -> int:
 # ---- Faker, fast and the same: shadows on one generator's own instances, never on a class or a module ----
 
 
-def _drawn(self: Any) -> Any:
-    return self.random_element(self.table)
+class _StandIn:
+    """What a method sees in place of a class: it makes and recognises the real thing, but for what is given here."""
+
+    def __init__(self, real: type, **own: Any) -> None:
+        vars(self).update(own, real=real)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.real(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, self.real)
 
 
-def _parsed(self: Any) -> Any:
-    pattern: str = self.random_element(self.table)
-    return self.generator.parse(pattern)
+def _stand_ins(rng: random.Random, clock: Clock) -> dict[int, Any]:
+    """What a provider's methods are to see in place of the clock and of the global Random, by identity."""
+    import faker.generator
+    from faker.providers import date_time
+
+    def now(tz: tzinfo | None = None) -> datetime:
+        return clock().astimezone(tz or UTC).replace(tzinfo=tz)
+
+    instants, dates = _StandIn(datetime, now=now), _StandIn(date, today=lambda: now().date())
+    module = sys.modules["datetime"]
+    local_zones = [vars(date_time)[name] for name in ("_get_local_timezone", "tzlocal") if name in vars(date_time)]
+    names = ("choice", "choices", "randint", "random", "randrange", "sample", "shuffle", "uniform")
+    pairs: list[tuple[Any, Any]] = [
+        (datetime, instants), (date, dates), (random, rng), (faker.generator.random, rng),
+        (module, types.SimpleNamespace(**{**vars(module), "datetime": instants, "date": dates})),
+        *((zone, lambda: UTC) for zone in local_zones),
+        *((getattr(random, name), getattr(rng, name)) for name in names)]
+    return {id(original): stand_in for original, stand_in in pairs}
+
+
+def _quick_texts() -> dict[int, Any]:
+    """Two slow helpers of Faker's, quick for the usual texts, by identity of the originals."""
+    import faker.decode
+    import faker.utils.text
+
+    slug, plain = faker.utils.text.slugify, faker.decode.unidecode
+
+    def slugify(value: str, allow_dots: bool = False, allow_unicode: bool = False) -> Any:
+        text = value if allow_dots else value.replace(".", "")
+        return text.lower() if text.isascii() and text.isalnum() else slug(value, allow_dots, allow_unicode)
+
+    def unidecode(txt: str) -> Any:
+        return txt if txt.isascii() else plain(txt)
+
+    return {id(faker.utils.text): types.SimpleNamespace(slugify=slugify), id(plain): unidecode}
+
+
+def _shadow(generator: FakerGenerator, provider: BaseProvider, name: str, method: Callable[..., Any]) -> None:
+    """Let this provider, and the generator where it asks this provider, have another method of that name."""
+    setattr(provider, name, method)
+    if getattr(vars(generator).get(name), "__self__", None) is provider:
+        setattr(generator, name, method)
 
 
 def _own(cls: type, name: str) -> Any:
@@ -2507,120 +2557,54 @@ def _own(cls: type, name: str) -> Any:
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
-def _table(cls: type, name: str, like: Any) -> Any:
-    """The table a method draws from, if its byte code is that of `like` with another table's name; else None."""
-    function, model = _own(cls, name), like.__code__
-    code = getattr(function, "__code__", None)
-    if code is None or code.co_code != model.co_code or function.__closure__ or code.co_argcount != 1:
-        return None
-    table_name = code.co_names[1]
-    if code.co_names != tuple(table_name if name == "table" else name for name in model.co_names):
-        return None
-    table = _own(cls, table_name)
-    return table if type(table) in (OrderedDict, tuple, list) and table else None
+@functools.cache
+def _routines(cls: Any) -> list[tuple[str, Any, Any]]:
+    """A provider class's methods by name, as written and as plain functions."""
+    owned = [(name, _own(cls, name)) for name in dir(cls) if not name.startswith("__")]
+    return [(name, own, own if inspect.isfunction(own) else own.__func__) for name, own in owned
+            if inspect.isfunction(own) or isinstance(own, (classmethod, staticmethod))]
 
 
-def _template(generator: FakerGenerator, stock: Callable[[str], str], text: str) -> Draw:
-    """A `{{token}}` text of Faker's, split once; its own `stock` function where a token has arguments."""
-    from faker.generator import _re_token
+def freeze_clock(generator: FakerGenerator, stand_ins: Mapping[int, Any]) -> None:
+    """Let a generator's methods see `stand_ins` for what is imported where they are written, the clock above all.
 
-    pieces = _re_token.split(text)  # literal, token, argument group, literal, ...
-    draws: list[Any] = [getattr(generator, token, None) for token in pieces[1::3]]
-    form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
-    if any(pieces[2::3]) or not all(draws):
-        return partial(stock, text)
-    if len(draws) == 1:  # the usual numbers need no list
-        (a,) = draws
-        return lambda: form % (a(),)
-    if len(draws) == 2:
-        a, b = draws
-        return lambda: form % (a(), b())
-    return lambda: form % tuple([draw() for draw in draws])
+    Its instances get copies of the functions whose module holds an original, and of what those call in that module;
+    a copy has other globals. The module itself is not touched.
+    """
+    modules: dict[int, dict[str, Any]] = {}
 
-
-class _Frozen(type):
-    """Of a class that stands for `real`: it makes and recognises the real thing, but for what it defines itself."""
-
-    real: type
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.real(*args, **kwargs)
-
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(cls.real, name)
-
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, cls.real)
-
-
-def _stand_ins(rng: random.Random, clock: Clock) -> dict[int, Any]:
-    """What a provider's methods see in place of the clock, the global Random and two slow helpers, by identity."""
-    import faker.decode
-    import faker.generator
-    import faker.providers.date_time
-    import faker.utils.text
-
-    def slugify(value: str, allow_dots: bool = False, allow_unicode: bool = False) -> str:
-        plain = value if allow_dots else value.replace(".", "")
-        return plain.lower() if plain.isascii() and plain.isalnum() else stock_slugify(value, allow_dots, allow_unicode)
-
-    def unidecode(txt: str) -> str:
-        return txt if txt.isascii() else stock_unidecode(txt)
-
-    stock_slugify, stock_unidecode = faker.utils.text.slugify, faker.decode.unidecode
-
-    def now(tz: tzinfo | None = None) -> datetime:
-        return clock().astimezone(tz or UTC).replace(tzinfo=tz)
-
-    instants = _Frozen("datetime", (), {"real": datetime, "now": now})
-    dates = _Frozen("date", (), {"real": date, "today": lambda: now().date()})
-    module = sys.modules["datetime"]
-    names = ("choice", "choices", "randint", "random", "randrange", "sample", "shuffle", "uniform")
-    pairs: list[tuple[Any, Any]] = [
-        (datetime, instants), (date, dates), (random, rng), (faker.generator.random, rng),
-        (module, types.SimpleNamespace(**{**vars(module), "datetime": instants, "date": dates})),
-        (faker.providers.date_time._get_local_timezone, lambda: UTC),
-        *((getattr(random, name), getattr(rng, name)) for name in names),
-        (faker.utils.text, types.SimpleNamespace(slugify=slugify)),
-        (stock_unidecode, unidecode)]
-    return {id(original): stand_in for original, stand_in in pairs}
-
-
-class _Worlds:
-    """Copies of functions that see a module's globals with stand-ins among them; the module itself is not touched."""
-
-    def __init__(self, stand_ins: Mapping[int, Any]) -> None:
-        self.stand_ins = stand_ins
-        self.worlds: dict[int, dict[str, Any]] = {}
-
-    def world(self, module: dict[str, Any]) -> dict[str, Any]:
-        """The module's globals as the copies see them: the same dict, if nothing in it has a stand-in."""
-        if id(module) not in self.worlds:
-            found = {name: self.stand_ins[id(value)] for name, value in module.items() if id(value) in self.stand_ins}
-            self.worlds[id(module)] = world = {**module, **found} if found else module
+    def seen_from(module: dict[str, Any]) -> dict[str, Any]:
+        """The module's globals as copies see them: the same dict, if nothing in it has a stand-in."""
+        if id(module) not in modules:
+            found = {name: stand_ins[id(value)] for name, value in module.items() if id(value) in stand_ins}
+            modules[id(module)] = seen = {**module, **found} if found else module
             for name, value in module.items() if found else ():
                 if inspect.isfunction(value) and value.__globals__ is module and name not in found:
-                    world[name] = self.copy(value)
-        return self.worlds[id(module)]
+                    seen[name] = copied(value)
+        return modules[id(module)]
 
-    def copy(self, function: Any) -> Any:
-        """The function in its new world, and so the one that a decorator wraps; itself, if nothing would differ."""
-        world = self.world(function.__globals__)
-        cells = [self._cell(cell) for cell in function.__closure__ or ()]
-        if world is function.__globals__ and all(map(operator.is_, cells, function.__closure__ or ())):
+    def copied(function: Any) -> Any:
+        """The function, and the one that it decorates, with such globals; itself, if nothing would differ."""
+        seen, cells = seen_from(function.__globals__), function.__closure__ or ()
+        inner = [copied(c.cell_contents) if inspect.isfunction(c.cell_contents) else c.cell_contents for c in cells]
+        same = all(twin is cell.cell_contents for twin, cell in zip(inner, cells, strict=True))
+        if same and seen is function.__globals__:
             return function
-        twin = types.FunctionType(function.__code__, world, function.__name__, function.__defaults__, tuple(cells))
+        twin = types.FunctionType(function.__code__, seen, function.__name__, function.__defaults__,
+                                  cells if same else tuple(map(types.CellType, inner)))
         twin.__kwdefaults__ = function.__kwdefaults__
         return twin
 
-    def _cell(self, cell: types.CellType) -> types.CellType:
-        inner = cell.cell_contents
-        twin = self.copy(inner) if inspect.isfunction(inner) else inner
-        return cell if twin is inner else types.CellType(twin)
+    for provider in generator.providers:
+        for name, own, function in _routines(cast(Any, provider).__class__):
+            if (twin := copied(function)) is not function:
+                # a class method too is bound to the instance: it then finds the other shadows through its `cls`
+                bound = twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
+                _shadow(generator, provider, name, bound)
 
 
-def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, Any]) -> dict[str, Callable[..., Any]]:
-    """The few methods under all others. `tables` holds, by identity, the weighted tables that classes own."""
+def _primitives(rng: random.Random, stock: Any, tables: Container[int]) -> dict[str, Callable[..., Any]]:
+    """The few methods under all others. `tables` has the identities of the weighted tables that classes own."""
     getrandbits, letter = rng.getrandbits, _pick(rng, string.ascii_letters)
     digits = {"#": string.digits, "%": string.digits[1:], "$": string.digits[2:]}  # in the order Faker fills them in
     draws: dict[int, Draw] = {}
@@ -2640,11 +2624,11 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
             draw = draws[id(elements)] = _pick(rng, elements)
         return draw()
 
-    @functools.lru_cache(4096)  # texts made up for one call pass through here too
+    @functools.lru_cache(1024)  # texts made up for one call pass through here too
     def slots(text: str) -> list[tuple[int, int, str]]:
         return [(i, len(some), some) for mark, some in digits.items() for i, c in enumerate(text) if c == mark]
 
-    def numerify(text: str = "###") -> str:
+    def numerify(text: str = "###") -> Any:
         letters = list(text)
         for i, n, some in slots(text):
             r = getrandbits(4)
@@ -2654,13 +2638,13 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
         filled = "".join(letters)
         return stock.numerify(filled) if "!" in text or "@" in text else filled
 
-    def lexify(text: str = "????", letters: str = string.ascii_letters) -> str:
+    def lexify(text: str = "????", letters: str = string.ascii_letters) -> Any:
         if "?" not in text or letters is not string.ascii_letters:
             return stock.lexify(text, letters)
         head, *rest = text.split("?")
         return head + "".join([letter() + piece for piece in rest])
 
-    def bothify(text: str = "## ??", letters: str = string.ascii_letters) -> str:
+    def bothify(text: str = "## ??", letters: str = string.ascii_letters) -> Any:
         text = numerify(text)
         return lexify(text, letters) if "?" in text else text
 
@@ -2668,7 +2652,81 @@ def _primitives(rng: random.Random, stock: BaseProvider, tables: Mapping[int, An
     return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **numbers}
 
 
-def _date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> Callable[..., str]:
+def _outcome(rng: random.Random, call: Draw, times: int = TRIALS) -> tuple[list[Any], Any]:
+    """Some values from one seed, or the error they end with, and the state that is left."""
+    rng.seed(7)
+    values: list[Any] = []
+    try:
+        for _ in range(times):
+            values.append(call())
+    except Exception as error:
+        values.append(repr(error))
+    return values, rng.getstate()
+
+
+@functools.cache
+def _same_primitives() -> list[str]:
+    """The primitives that give what stock Faker's of that name give, tried on all kinds of what they are asked for."""
+    from faker.providers import BaseProvider
+
+    rng, weighted = random.Random(), OrderedDict([("a", 0.2), ("b", 0.5), ("c", 9.0)])
+    texts = ["#%$!@?", "##-??-%%", "!!!!@@@@", "none", "", "?#$%@!"]
+    stock = BaseProvider(types.SimpleNamespace(random=rng))
+    stock.__use_weighting__ = True
+    asked: dict[str, list[Any]] = {
+        "random_element": [("a", "b", "c"), ["x"], [*range(17)], "abcdefgh", weighted, OrderedDict(x=1.0, y=2.0)],
+        "numerify": texts, "lexify": texts, "bothify": texts}
+    ours = _primitives(rng, stock, {id(weighted)})
+
+    def calls(method: Callable[..., Any], name: str) -> Draw:
+        return lambda: [method(value) for value in asked[name]] if name in asked else method()
+
+    return [name for name, method in ours.items()
+            if _outcome(rng, calls(method, name)) == _outcome(rng, calls(getattr(stock, name), name))]
+
+
+@functools.cache
+def _drawn_table(cls: Any, name: str) -> tuple[Any, bool] | None:
+    """The table that a method draws its value from, and whether it parses what it draws; None if it does otherwise.
+
+    Found by trying: it must give back each element of the table, or what `parse` makes of it, when that is drawn.
+    """
+    asked: list[Any] = []
+    drawn: Any = object()
+    parsed: Any = None
+
+    def random_element(elements: Any) -> Any:
+        asked.append(elements)
+        if len(asked) > 1:
+            raise LookupError("draws twice")
+        return drawn
+
+    def parse(text: Any) -> Any:
+        nonlocal parsed
+        parsed = object() if text is drawn and parsed is None else None
+        return parsed
+
+    provider = cls.__new__(cls)
+    vars(provider).update(random_element=random_element, generator=types.SimpleNamespace(parse=parse))
+    try:
+        method = getattr(provider, name)
+        if inspect.signature(method).parameters:
+            return None
+        value, patterns, (table,) = method(), parsed is not None, asked
+        if type(table) not in (OrderedDict, tuple, list) or not table or value is not (parsed if patterns else drawn):
+            return None
+        for drawn in table:
+            asked.clear()
+            parsed = None
+            value = method()
+            if asked[0] is not table or value is not (parsed if patterns else drawn):
+                return None
+    except Exception:  # whatever it does with what it is given here
+        return None
+    return table, patterns
+
+
+def _quick_date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> Callable[..., str]:
     """Faker's `date`: a moment since 1970, of which only the day is told."""
     uniform, epoch = rng.random, EPOCH.toordinal()
     end = lru_cache(1)(lambda now: int(now.timestamp()))
@@ -2684,83 +2742,187 @@ def _date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> Callab
 
 
 @functools.cache
-def _attributes(cls: type) -> list[tuple[str, Any, Any, Any]]:
-    """A provider class's methods as written, each with the table it draws its values, or their patterns, from."""
-    names = [name for name in dir(cls) if not name.startswith("__")]
-    owned = [(name, _own(cls, name)) for name in names]
-    return [(name, own, _table(cls, name, _drawn), _table(cls, name, _parsed)) for name, own in owned
-            if inspect.isfunction(own) or isinstance(own, (classmethod, staticmethod))]
+def _signature(cls: Any, name: str) -> inspect.Signature:
+    return inspect.signature(_own(cls, name).__get__(cls.__new__(cls), cls))
 
 
-def fast_faker(locale: str, rng: random.Random, clock: Clock) -> FakerGenerator:
+# Whole files as text: what they cost has no bound.
+_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
+
+
+class FastFaker:
     """A Faker of one locale that draws from `rng`, many times faster than stock and with the same values.
 
     Relative dates count from the `clock`; methods that in stock Faker ignore the seed, for they use the global
     Random, draw from `rng` too. Raises AttributeError for a locale that Faker does not have.
     """
-    from faker.factory import Factory
-    from faker.providers import BaseProvider, date_time
 
-    generator = Factory.create(locale)
-    generator.random = rng
-    stock = BaseProvider(generator)
-    stock.__use_weighting__ = True
-    worlds = _Worlds(_stand_ins(rng, clock))
-    # bounded, since some methods make up a text for each value
-    template = functools.lru_cache(4096)(partial(_template, generator, generator.parse))
-    classes = {base for provider in generator.providers for base in type(provider).__mro__}
-    tables = {id(value): value for base in classes for value in vars(base).values() if type(value) is OrderedDict}
-    primitives = _primitives(rng, stock, tables)
+    _same: ClassVar[dict[tuple[str, str], bool]] = {}  # by locale and name: whether the fast way gives what stock does
 
-    def patterned(draw: Draw) -> Draw:
-        return lambda: template(draw())()
+    def __init__(self, locale: str, rng: random.Random, clock: Clock) -> None:
+        self.locale, self.rng, self.clock = locale, rng, clock
+        self.generator = generator = self._frozen(_quick_texts())
+        # bounded, since some methods make up a text for each value
+        self._template = functools.lru_cache(1024)(partial(self._split, generator.parse))
+        self._shadow_primitives()
+        generator.parse = lambda text: self._template(text)()  # type: ignore[method-assign]
+        self._providers: dict[str, Any] = {}
 
-    def copied(provider: BaseProvider, own: Any) -> Any:
-        """The method bound, in a world of stand-ins; None, if it would be the same."""
-        function = own if inspect.isfunction(own) else own.__func__
-        twin = worlds.copy(function)
-        if twin is function:
-            return None
-        # a class method too is bound to the instance: it then finds the other shadows through its `cls`
-        bound = twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
-        plain_date = own is vars(date_time.Provider)["date"] and sys.platform != "win32"
-        return _date(rng, clock, bound) if plain_date else bound
+    def _frozen(self, more: dict[int, Any]) -> FakerGenerator:
+        from faker.factory import Factory
 
-    for provider in generator.providers:
-        for name, own, table, patterns in _attributes(type(provider)):  # type: ignore[arg-type]
-            fast: Any
-            if name in primitives and own is vars(BaseProvider)[name]:
-                fast = primitives[name]
-            elif table or patterns:
-                fast = _pick(rng, table) if table else patterned(_pick(rng, patterns))
-            else:
-                fast = copied(provider, own)
-            if fast:
-                setattr(provider, name, fast)
-                if getattr(vars(generator).get(name), "__self__", None) is provider:
-                    setattr(generator, name, fast)
-    generator.parse = lambda text: template(text)()  # type: ignore[method-assign]
-    return generator
+        generator = Factory.create(self.locale)
+        generator.random = self.rng
+        freeze_clock(generator, _stand_ins(self.rng, self.clock) | more)
+        return generator
+
+    @functools.cached_property
+    def stock(self) -> FakerGenerator:
+        """The same with nothing made fast."""
+        return self._frozen({})
+
+    def _shadow_primitives(self) -> None:
+        from faker.providers import BaseProvider, date_time
+
+        stock = BaseProvider(self.generator)
+        stock.__use_weighting__ = True
+        classes = {base for provider in self.generator.providers for base in type(provider).__mro__}
+        tables = {id(value) for base in classes for value in vars(base).values() if type(value) is OrderedDict}
+        primitives = _primitives(self.rng, stock, tables)
+        for provider in self.generator.providers:
+            for name in _same_primitives():
+                if _own(type(provider), name) is vars(BaseProvider)[name]:
+                    _shadow(self.generator, provider, name, primitives[name])
+            if _own(type(provider), "date") is vars(date_time.Provider)["date"] and sys.platform != "win32":
+                quick = _quick_date(self.rng, self.clock, provider.date)  # type: ignore[attr-defined]
+                _shadow(self.generator, provider, "date", quick)
+
+    def _split(self, stock: Callable[[str], str], text: str) -> Draw:
+        """A `{{token}}` text of Faker's, split once; its own `stock` function where a token has arguments."""
+        pieces = re.split(r"\{\{\s*(\w+)(:\s*\w+?)?\s*\}\}", text)  # literal, token, argument group, literal, ...
+        if any(pieces[2::3]) or not all(hasattr(self.generator, token) for token in pieces[1::3]):
+            return partial(stock, text)
+        draws = [self.quick(token) for token in pieces[1::3]]
+        form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
+        if len(draws) == 1:  # the usual numbers need no list
+            (a,) = draws
+            return lambda: form % (a(),)
+        if len(draws) == 2:
+            a, b = draws
+            return lambda: form % (a(), b())
+        return lambda: form % tuple([draw() for draw in draws])
+
+    def provider(self, name: str) -> Any:
+        """The provider that answers for a method; None for what is no public method, or withheld."""
+        if name not in self._providers:
+            offered = self.generator.providers if not name.startswith("_") and name not in _WITHHELD else []
+            self._providers[name] = next((p for p in offered if inspect.isroutine(_own(type(p), name))), None)
+        return self._providers[name]
+
+    def names(self) -> list[str]:
+        """Every public method, by name."""
+        names = {name for provider in self.generator.providers for name in dir(type(provider))}
+        return [name for name in sorted(names) if self.provider(name)]
+
+    def signature(self, name: str) -> inspect.Signature:
+        """What a method takes and gives."""
+        return _signature(self.provider(name).__class__, name)
+
+    def table(self, name: str) -> Any:
+        """The table that a method draws its values from; None if it does anything else."""
+        provider = self.provider(name)
+        table, patterns = (provider and _drawn_table(provider.__class__, name)) or (None, False)
+        return None if patterns else table
+
+    def quick(self, name: str) -> Callable[..., Any]:
+        """The method of this name, made fast."""
+        method: Callable[..., Any] = getattr(self.generator, name)
+        provider: Any = getattr(method, "__self__", None)
+        if provider in self.generator.providers and (found := _drawn_table(provider.__class__, name)):
+            draw = _pick(self.rng, found[0])
+            method = (lambda: self._template(draw())()) if found[1] else draw
+            _shadow(self.generator, provider, name, method)
+        return method
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """The method of this name: made fast where that gives the same, which is tried once, else as it is."""
+        key = self.locale, name
+        if key not in self._same:
+            state = self.rng.getstate()
+            quick, stock = _outcome(self.rng, self.quick(name)), _outcome(self.rng, getattr(self.stock, name))
+            self._same[key] = quick == stock
+            self.rng.setstate(state)
+        found: Callable[..., Any] = self.quick(name) if self._same[key] else getattr(self.stock, name)
+        return found
+
+
+@lru_cache(1024)
+def _plain_locale(name: str) -> str:
+    """A locale as Faker calls it, whatever way it is spelled."""
+    from faker.config import DEFAULT_LOCALE
+
+    return locales.normalize((name or DEFAULT_LOCALE).replace("-", "_")).split(".")[0]
+
+
+class Chance:
+    """A Random and the Fakers that draw from it: what one record type's values come from. Used by one at a time."""
+
+    _idle: ClassVar[deque[Chance]] = deque(maxlen=8)
+
+    def __init__(self) -> None:
+        self.rng, self.now, self.fakers = random.Random(0), EPOCH, dict[str, FastFaker]()
+
+    @classmethod
+    def take(cls, now: datetime) -> Chance:
+        """One that nobody uses: building a Faker takes longer than many a job."""
+        try:
+            chance = cls._idle.pop()
+        except IndexError:
+            chance = cls()
+        chance.rng.seed(0)
+        chance.now = now
+        return chance
+
+    def give_back(self) -> None:
+        """After the last draw."""
+        if len(self.fakers) <= 16:
+            self._idle.append(self)
+
+    def faker(self, locale: str) -> FastFaker:
+        """The Faker of a locale."""
+        name = _plain_locale(locale)
+        if name not in self.fakers:
+            self.fakers[name] = FastFaker(name, self.rng, lambda: self.now)
+        return self.fakers[name]
 
 
 def _unknown_locales(names: Iterable[str]) -> Iterator[FieldProblem]:
     """Those that Faker does not have, told without building it."""
-    from faker.config import AVAILABLE_LOCALES, DEFAULT_LOCALE
+    from faker.config import AVAILABLE_LOCALES
 
     for name in names:
-        if locales.normalize((name or DEFAULT_LOCALE).replace("-", "_")).split(".")[0] not in AVAILABLE_LOCALES:
+        if _plain_locale(name) not in AVAILABLE_LOCALES:
             yield FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, AVAILABLE_LOCALES)}")
 
 
-# ---- Record types: the record in hand, and how far each has come ----
+
+
+# ---- Rows: those made so far, and what refers to them ----
 
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def _stored_json(value: Any) -> str:
+    text = _dumps(value)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a value is longer than {MAX_TEXT} characters")
+    return text
+
+
 # What JSON and SQLite hold in different ways, there and back.
-_STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _dumps}
+_STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _stored_json}
 _LOAD: dict[Kind, Callable[[Any], Any]] = {"bool": bool, "json": json.loads}
 _Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
 _Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
@@ -2780,14 +2942,45 @@ class RecordSpec(BaseModel):
         return (self.count, self.count) if isinstance(self.count, int) else self.count
 
 
-class Past(Protocol):
-    """What is already committed of this job."""
+class RowSource:
+    """The rows of a plan so far: the newest are here, `fresh`, those before them wherever they are stored.
+
+    `columns` are the fields by record type and `counts` says how many rows of each are stored; `rows` and `column`
+    read those: some fields of the rows with these 0-based ordinals (ascending), and one field of all rows, in order.
+    """
+
+    def __init__(self, columns: Mapping[str, Iterable[str]], counts: Mapping[str, int] | None = None,
+                 rows: Callable[[str, Sequence[str], Sequence[int]], list[Row]] = lambda *_: [],
+                 column: Callable[[str, str], Iterator[Any]] = lambda *_: iter(())) -> None:
+        self.slots = {name: {field: at for at, field in enumerate(fields)} for name, fields in columns.items()}
+        self.fresh: dict[str, list[Row]] = {name: [] for name in columns}
+        self.column = column
+        self._stored, self._stored_rows = Counter(counts or {}), rows
+        self._measured, self._bytes = Counter[str](), 0
 
     def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
-        """These fields of the job's rows with these 0-based ordinals (ascending, no two equal), in that order."""
+        """These fields of the rows with these ordinals (ascending, no two equal), in that order."""
+        first, fresh = self._stored[record_type], self.fresh[record_type]
+        old = [ordinal for ordinal in ordinals if ordinal < first]
+        slots = [self.slots[record_type][field] for field in fields]
+        return [*(self._stored_rows(record_type, fields, old) if old else ()),
+                *(tuple([fresh[o - first][slot] for slot in slots]) for o in ordinals[len(old):])]
 
-    def column(self, record_type: str, field: str) -> Iterator[Any]:
-        """A field of all the job's rows of the type, in order."""
+    def size(self) -> int:
+        """Bytes of memory that the values of the newest rows take."""
+        for name, rows in self.fresh.items():
+            if more := rows[self._measured[name]:]:
+                self._bytes += sum(map(sys.getsizeof, chain.from_iterable(more)))
+                self._measured[name] = len(rows)
+        return self._bytes
+
+    def committed(self) -> None:
+        """The newest rows are stored now, and need not be kept."""
+        for name, rows in self.fresh.items():
+            self._stored[name] += len(rows)
+            rows.clear()
+        self._measured.clear()
+        self._bytes = 0
 
 
 class UniqueSet:
@@ -2828,110 +3021,122 @@ class ForeignRow:
         self.row: Row | None = None
         self.block: dict[int, Row] = {}  # by the ordinal of the record that looks
 
-    def columns(self, row: Sequence[Any]) -> Row:
-        """The fields that are read of one of the target's rows."""
-        return tuple([row[self.index[name]] for name in self.fields])
-
     def reader(self, column: str, example: Sequence[Any]) -> Draw:
         """The field in the present record's row; until there is one, in the example."""
         if column not in self.fields:
             self.fields.append(column)
-        at, self.row = self.fields.index(column), self.columns(example)
+        at, self.row = self.fields.index(column), tuple([example[self.index[name]] for name in self.fields])
         return lambda: self.row[at] if self.row else None
 
-    def pick(self, ordinal: int, done: int, past: Past, fresh: Sequence[Row]) -> None:
-        """Settle the row for the record of this ordinal: one of `done`, of which `past` lacks the `fresh` last ones."""
+    def pick(self, ordinal: int, done: int, rows: RowSource) -> None:
+        """Settle the row for the record of this ordinal: one of the `done` ones."""
         if ordinal not in self.block:
             ahead = range(ordinal, ordinal + (1 if self.together else 500))
             chosen = {o: _mix(self.key, o) % done for o in ahead} if done else {}
-            old = sorted({at for at in chosen.values() if at < done - len(fresh)})
-            found = dict(zip(old, past.rows(self.target, self.fields, old), strict=True)) if old else {}
-            self.block = {o: found.get(at) or self.columns(fresh[at - done]) for o, at in chosen.items()}
+            ordinals = sorted(set(chosen.values()))
+            found = dict(zip(ordinals, rows.rows(self.target, self.fields, ordinals), strict=True))
+            self.block = {o: found[at] for o, at in chosen.items()}
         self.row = self.block.get(ordinal)
 
 
-class _Stream:
-    """One record type of a plan, as its fields see it and as it grows."""
+_RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
 
-    def __init__(self, name: str, spec: RecordSpec, seed: int) -> None:
-        self.name, self.spec, self.seed = name, spec, seed
-        self.key = _hash64(seed, name)
-        self.shuffles: dict[str, int] = {}  # the keys of the unique fields that are shuffles
-        self.timed = False  # whether the field that is being compiled looked at the clock
-        self.rng = random.Random(0)
-        self.parent: _Stream | None = None
-        self.children: list[_Stream] = []
-        self.bound = spec.range[1]
+
+class RecipeType:
+    """One record type of a recipe: what does not change from one use of the recipe to the next."""
+
+    def __init__(self, name: str, spec: RecordSpec, path: str) -> None:
+        self.name, self.spec, self.path = name, spec, path
         self.index = {column: slot for slot, column in enumerate(spec.schema_)}
+        self.fields: dict[str, Any] = {}  # the checked description of each, in the order in which they are made
         self.kinds: dict[str, Kind] = {}
-        self.late: set[str] = set()  # fields that wait for the children: sums, and what reads them
-        self.lookups: dict[_Stream, ForeignRow] = {}
-        self.steps: list[tuple[_Steps, _Steps]] = []  # by locale: early, late
-        self.values: list[Any] = [None] * len(self.index)  # the record that is being made
-        self.family: list[Row] = []  # the rows made so far for the present parent
-        self.seen: dict[str, UniqueSet] = {}
-        self.size = self.done = self.locale = 0
+        self.deferred: set[str] = set()  # fields that wait for the children: sums, and what reads them
+        self.parent: RecipeType | None = None
+        self.children: list[RecipeType] = []
+        self.bound = spec.range[1]  # the most records there can be
+        self.size = 0  # characters of a large record
+
+    def at(self, *steps: str) -> str:
+        """The path of a part of this description."""
+        return ".".join([*filter(None, [self.path]), *steps])
 
     @property
-    def root(self) -> _Stream:
+    def root(self) -> RecipeType:
         """The type at the upper end of `per`."""
         return self.parent.root if self.parent else self
 
-    def ancestors(self) -> list[_Stream]:
+    def ancestors(self) -> list[RecipeType]:
         """The types that this one is made per, nearest first."""
         return [self.parent, *self.parent.ancestors()] if self.parent else []
 
-    def lookup(self, target: _Stream) -> ForeignRow:
+
+class RecordGenerator:
+    """Makes the records of one type, one after the other, in one use of a recipe."""
+
+    def __init__(self, record_type: RecipeType, seed: int, chance: Chance) -> None:
+        self.type, self.name, self.seed = record_type, record_type.name, seed
+        self.key = _hash64(seed, self.name)
+        self.chance, self.rng = chance, chance.rng
+        self.parent: RecordGenerator | None = None
+        self.children: list[RecordGenerator] = []
+        self.lookups: dict[RecordGenerator, ForeignRow] = {}
+        self.steps: list[tuple[_Steps, _Steps]] = []  # by locale: those at first, those that are deferred
+        self.values: list[Any] = [None] * len(record_type.index)  # the record that is being made
+        self.siblings: list[Row] = []  # those made so far for the present parent
+        self.seen: dict[str, UniqueSet] = {}
+        self.done = self.locale = 0
+
+    def lookup(self, target: RecordGenerator) -> ForeignRow:
         """The one random row of this type that all fields of a record read."""
         if target not in self.lookups:
-            self.lookups[target] = ForeignRow(self.lookup_key(target), target.name, target.index,
-                                              target.root is self.root)
+            together = target.type.root is self.type.root
+            self.lookups[target] = ForeignRow(
+                _hash64(self.seed, self.name, target.name), target.name, target.type.index, together)
         return self.lookups[target]
 
-    def lookup_key(self, target: _Stream) -> int:
-        """What settles which row of this type a record reads."""
-        return _hash64(self.seed, self.name, target.name)
-
-    def reseed(self, seed: int) -> None:
-        """Take another seed, before the next start."""
-        self.seed, self.key, self.done = seed, _hash64(seed, self.name), 0
-        for field in self.shuffles:
-            self.shuffles[field] = _hash64(seed, self.name, field)
-        for target, lookup in self.lookups.items():
-            lookup.key = self.lookup_key(target)
-
-    def forget(self) -> None:
-        """Let go of what has been made; some of it is large."""
-        self.family.clear()
-        self.seen = {column: UniqueSet(1, 1) for column in self.seen}
-        for lookup in self.lookups.values():
-            lookup.block, lookup.row = {}, None
-
-    def many(self, parent_ordinal: int) -> int:
+    def child_count(self, parent_ordinal: int) -> int:
         """How many records are made for this parent (0 for a type that has none)."""
-        low, high = self.spec.range
+        low, high = self.type.spec.range
         return low + _mix(self.key, parent_ordinal) % (high - low + 1)
 
-    def grow(self, past: Past, rows: dict[str, list[Row]]) -> None:
-        """Make one record, and all that is made per it."""
+    def make_one(self, rows: RowSource) -> None:
+        """Make a record of a type that has no children."""
+        self._begin(rows)
+        self._end(rows)
+
+    def make_family(self, rows: RowSource) -> Iterator[None]:
+        """Make a record and all that is made per it; where that is much, with pauses."""
+        self._begin(rows)
+        for child in self.children:
+            child.siblings.clear()
+            for number in range(1, child.child_count(self.done) + 1):
+                if child.children:
+                    yield from child.make_family(rows)
+                else:
+                    child.make_one(rows)
+                if not number % 50:
+                    yield
+        self._end(rows)
+
+    def _begin(self, rows: RowSource) -> None:
         for target, lookup in self.lookups.items():
-            lookup.pick(self.done, target.done, past, rows[target.name])
+            lookup.pick(self.done, target.done, rows)
         if self.parent:
             self.locale = self.parent.locale
         elif len(self.steps) > 1:
             self.locale = self.rng.randrange(len(self.steps))
-        values, (early, late) = self.values, self.steps[self.locale]
-        for slot, draw in early:
+        values = self.values
+        for slot, draw in self.steps[self.locale][0]:
             values[slot] = draw()
-        for child in self.children:
-            child.family.clear()
-            for _ in range(child.many(self.done)):
-                child.grow(past, rows)
-        for slot, draw in late:
+
+    def _end(self, rows: RowSource) -> None:
+        values = self.values
+        for slot, draw in self.steps[self.locale][1]:
             values[slot] = draw()
         row = tuple(values)
-        rows[self.name].append(row)
-        self.family.append(row)
+        rows.fresh[self.name].append(row)
+        if self.parent:
+            self.siblings.append(row)
         self.done += 1
 
     def state(self) -> Json:
@@ -2952,70 +3157,98 @@ class _Stream:
             self.rng.setstate((3, words, left_over and float.fromhex(left_over)))
 
 
-@dataclass(frozen=True)
-class Scope:
-    """What a field type may use while it is compiled: its record type, all of them, one locale's Faker, the instant."""
+@dataclass
+class Build:
+    """What is shared while a recipe's fields become functions: to try the recipe, or to use it."""
 
-    stream: _Stream
-    streams: Mapping[str, _Stream]
-    make_faker: Callable[[], FakerGenerator]  # built when a field first asks for it: it takes its time
+    now: datetime
+    generators: dict[str, RecordGenerator]
+    trial: bool
+    found: dict[tuple[str, str], Any]  # what the trial showed, by locale and path
+    dated: bool = False  # whether a field looked at the clock
+
+
+@dataclass(slots=True)
+class Scope:
+    """What a field type may use to become a function: chance, the instant, one locale's Faker, the other fields."""
+
+    build: Build
+    generator: RecordGenerator
+    locale: str
     several: bool  # locales
-    clock: Clock
     path: str
     depth: int = 0
 
     @property
     def now(self) -> datetime:
-        """The instant that relative dates count from; who asks for it is compiled again for another instant."""
-        self.stream.timed = True
-        return self.clock()
+        """The instant that relative dates count from."""
+        self.build.dated = True
+        return self.build.now
 
     @property
     def rng(self) -> random.Random:
         """The one source of chance of this record type."""
-        return self.stream.rng
+        return self.generator.rng
+
+    @property
+    def fast(self) -> FastFaker:
+        """Faker of this locale; built when a field first asks for it."""
+        return self.generator.chance.faker(self.locale)
 
     @property
     def faker(self) -> FakerGenerator:
-        """Faker of this locale; it draws from `rng`."""
-        return self.make_faker()
+        """Faker's own generator of this locale; it draws from `rng`."""
+        return self.fast.generator
 
     def at(self, *steps: str | int) -> Scope:
         """The same for an option of this field, or a field inside it."""
-        return replace(self, path=".".join([self.path, *map(str, steps)]))
+        path = ".".join([self.path, *map(str, steps)])
+        return Scope(self.build, self.generator, self.locale, self.several, path, self.depth)
 
     def refuse(self, message: str, *steps: str | int) -> BadRequest:
         """The error that names this field, or an option of it."""
         return BadRequest.of(self.at(*steps).path, message)
 
+    def tried(self, find: Callable[[], Any]) -> Any:
+        """What `find` finds by trying; that is done once, when the recipe is checked."""
+        key = self.locale, self.path
+        if self.build.trial:
+            self.build.found[key] = find()
+        return self.build.found[key]
+
     def longest(self, draw: Draw, *steps: str | int) -> int:
-        """The length, as JSON, of the longest of a few values."""
+        """The length, as JSON, of the longest of a few values; 0 once the recipe has been checked."""
         try:
-            return max(len(_dumps(draw())) for _ in range(TRIALS))
+            return max(len(_dumps(draw())) for _ in range(TRIALS)) if self.build.trial else 0
         except Exception as error:  # a field type's or Faker's; either way this request can not be made
             raise self.refuse(str(error) or type(error).__name__, *steps) from None
 
-    def find(self, name: str, among: Iterable[_Stream]) -> tuple[_Stream, str]:
+    def find(self, name: str, among: Iterable[RecordGenerator]) -> tuple[RecordGenerator, str]:
         """The other record type and the field of it that a name such as "customer.id" stands for."""
-        names = {f"{s.name}.{column}": (s, column) for s in among for column in s.index if s is not self.stream}
+        names = {f"{g.name}.{column}": (g, column) for g in among for column in g.type.index if g is not self.generator}
         if name not in names:
             raise self.refuse(f"no such field {name!r}{did_you_mean(name, names)}")
         return names[name]
 
-    def kind(self, owner: _Stream, column: str) -> Kind:
+    def owner(self, name: str) -> tuple[RecordGenerator, str]:
+        """Whose field a name stands for: "age" for one of this record, "customer.id" for one of a related record."""
+        mine = name in self.generator.type.index
+        return (self.generator, name) if mine else self.find(name, self.build.generators.values())
+
+    def kind(self, owner: RecordGenerator, column: str) -> Kind:
         """The kind of a field; an error that names nothing if it has none, being at fault itself."""
-        if column not in owner.kinds:
+        if column not in owner.type.kinds:
             raise BadRequest("a field that this one needs is at fault")
-        return owner.kinds[column]
+        return owner.type.kinds[column]
 
     def reader(self, name: str) -> tuple[Draw, Kind]:
         """The present value of a field of this record, "age", or of the one it is related to, "customer.id"."""
-        me = self.stream
-        owner, column = (me, name) if name in me.index else self.find(name, self.streams.values())
-        if column in owner.late and owner in me.ancestors():
+        me, (owner, column) = self.generator, self.owner(name)
+        above = owner.type in me.type.ancestors()
+        if column in owner.type.deferred and above:
             raise self.refuse(f"{name} is only known once these records are made")
-        kind, slot, values = self.kind(owner, column), owner.index[column], owner.values
-        if owner is me or owner in me.ancestors():
+        kind, slot, values = self.kind(owner, column), owner.type.index[column], owner.values
+        if owner is me or above:
             return _mapped(lambda: values[slot], _LOAD.get(kind)), kind
         return _mapped(me.lookup(owner).reader(column, values), _LOAD.get(kind)), kind
 
@@ -3026,7 +3259,8 @@ class Scope:
 class FieldType(BaseModel):
     """A field of a schema. A subclass is a type: its attributes are the options, its docstring is shown at /fields."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel, populate_by_name=True,
+                              allow_inf_nan=False, defer_build=True)
     example: ClassVar[dict[str, Any]] = {}
     kind: ClassVar[Kind] = "text"
     redraws: ClassVar[int | None] = None  # for `unique`: how often to draw a taken value again; None: only if countable
@@ -3040,6 +3274,10 @@ class FieldType(BaseModel):
         """The fields, "age" or "customer.id", that values of this one are made from."""
         return ()
 
+    def work(self) -> int:
+        """How much it takes to make one value, where that of an ordinary field is 1."""
+        return 1
+
     def domain(self, scope: Scope) -> Domain | None:
         """How many values there are and the n-th of them, where that can be told: `unique` is then a shuffle."""
         return None
@@ -3047,8 +3285,8 @@ class FieldType(BaseModel):
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         """The function that makes a value as JSON would have it, and the kind of the values.
 
-        Called once for each locale. `scope.rng` is the only source of chance, so that a seed settles everything.
-        Raises `scope.refuse(...)` if the options make no sense.
+        Called for each locale, to check a recipe and again for each use of it. `scope.rng` is the only source of
+        chance, so that a seed settles everything. Raises `scope.refuse(...)` if the options make no sense.
         """
         size, nth = self.domain(scope) or (0, str)
         if size < 1:
@@ -3076,29 +3314,17 @@ def field_type(name: str, **example: Any) -> Callable[[_F], _F]:
 
 _SCALARS: dict[type, Kind] = {
     str: "text", bool: "bool", int: "int", float: "float", Decimal: "decimal", date: "date", datetime: "datetime",
-    time_of_day: "text", timedelta: "float"}
+    time_of_day: "text", timedelta: "text"}
 # What Faker gives as an object, as JSON would have it.
 _PLAIN: dict[type, Callable[[Any], Any]] = {
     Decimal: lambda value: format(value, "f"), date: date.isoformat, time_of_day: time_of_day.isoformat,
-    datetime: lambda value: value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z",
-    timedelta: timedelta.total_seconds}
-# Whole files as text: what they cost has no bound.
-_WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
+    datetime: lambda value: value.replace(tzinfo=None).isoformat(timespec="seconds") + "Z", timedelta: str}
 # Arguments that are values; any other number says how much to make.
 _VALUE_ARG = re.compile(r"(min|max)(_value)?|step|number|center|radius|bank_code|.*(date|start|end).*")
 _DATE_ARG = re.compile(r".*(date|start|end|birth).*")
-
-
-def _provider(generator: FakerGenerator, name: str) -> BaseProvider | None:
-    """The provider that answers for a method; None for what is no public method, or withheld."""
-    offered = generator.providers if not name.startswith("_") and name not in _WITHHELD else []
-    return next((provider for provider in offered if inspect.isroutine(_own(type(provider), name))), None)
-
-
-def _methods(generator: FakerGenerator) -> list[str]:
-    """Every public method of a generator's providers, by name."""
-    names = {name for provider in generator.providers for name in dir(type(provider))}
-    return [name for name in sorted(names) if _provider(generator, name)]
+# The most that may be asked for where MAX_SIZE_ARG would be too much: each step of these makes several values.
+_MOST = {"depth": 64, "levels": 16, "nb_sentences": 500, "nb_words": 1000, "deep": 256, "digits": 1000,
+         "left_digits": 1000, "right_digits": 1000}
 
 
 def _dated(name: str, value: Any) -> Any:
@@ -3108,21 +3334,31 @@ def _dated(name: str, value: Any) -> Any:
     return value
 
 
-def _argument(scope: Scope, name: str, value: Any) -> Any:
-    """An argument that is safe to hand to Faker: none makes it work without end, none is a template of its own."""
+def _argument(name: str, value: Any) -> Any:
+    """An argument that is safe to hand to Faker, literal or read from a field; ValueError says what it may be.
+
+    None makes Faker work without end, none is a template of its own.
+    """
+    if isinstance(value, (dict, list)) and len(value) > MAX_SIZE_ARG // 4:
+        raise ValueError(f"takes at most {MAX_SIZE_ARG // 4} values")
     if isinstance(value, dict):  # Faker wants weights in an OrderedDict
-        return OrderedDict((key, _argument(scope.at(key), name, inner)) for key, inner in value.items())
+        return OrderedDict((_argument(name, key), _argument(name, inner)) for key, inner in value.items())
     if isinstance(value, list):
-        return [_argument(scope.at(i), name, inner) for i, inner in enumerate(value)]
+        return [_argument(name, inner) for inner in value]
     if isinstance(value, str) and ("{" in value or len(value) > MAX_SIZE_ARG):
-        raise scope.refuse(f"a text here has no braces and at most {MAX_SIZE_ARG} characters")
-    limit = MAX_INT if _VALUE_ARG.fullmatch(name) else MAX_SIZE_ARG
+        raise ValueError(f"a text here has no braces and at most {MAX_SIZE_ARG} characters")
+    limit = MAX_INT if _VALUE_ARG.fullmatch(name) else _MOST.get(name, MAX_SIZE_ARG)
     if isinstance(value, (int, float)) and abs(value) > limit:
-        raise scope.refuse(f"should be at most {limit}")
-    try:
-        return _dated(name, value)
-    except ValueError as error:
-        raise scope.refuse(str(error)) from None
+        raise ValueError(f"should be at most {limit}")
+    return _dated(name, value)
+
+
+def _check_words(words: Any, room: int) -> None:
+    """Text is made of words until it is full, and begun again where not even the first sentence fits."""
+    longest = room - 1 if room < 25 else room // 4
+    fit = isinstance(words, list) and all(type(word) is str and 1 <= len(word) <= longest for word in words)
+    if words and not fit:
+        raise ValueError(f"ext_word_list: in {room} characters (max_nb_chars) should be words of 1 to {longest}")
 
 
 class FakerField(FieldType):
@@ -3139,45 +3375,64 @@ class FakerField(FieldType):
     def reads(self) -> Iterable[str]:
         return self.holes().values()
 
+    def work(self) -> int:
+        return 1 + sum(int(value) // 50 for name, value in self.args.items()
+                       if type(value) in (int, float) and 0 < value <= MAX_SIZE_ARG and not _VALUE_ARG.fullmatch(name))
+
     def domain(self, scope: Scope) -> Domain | None:
-        provider = None if self.args or scope.several else _provider(scope.faker, self.type)
-        values = list(dict.fromkeys((provider and _table(type(provider), self.type, _drawn)) or ()))
+        table = None if self.args or scope.several else scope.fast.table(self.type)
+        values = list(dict.fromkeys(table or ()))
         return (len(values), values.__getitem__) if values else None
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        provider = _provider(scope.faker, self.type)
-        if provider is None:
-            hint = did_you_mean(self.type, [*FIELD_TYPES, *_methods(scope.faker)])
-            raise scope.refuse(f"no such type {self.type!r}{hint}")
-        signature = inspect.signature(_own(type(provider), self.type).__get__(provider, type(provider)))
+        if problem := scope.tried(lambda: self._problem(scope.fast)):
+            raise scope.refuse(*problem)
+        call = self._call(scope)
+        kind = scope.at("kind").tried(lambda: self._tried(scope, call))
+        plain = kind == "text" and not self.args and scope.fast.signature(self.type).return_annotation is str
+        return (call if plain else _mapped(call, partial(self._held, kind))), kind
+
+    def _problem(self, fast: FastFaker) -> tuple[str, ...] | None:
+        """Why there is no such call, and at which step of the path."""
+        if fast.provider(self.type) is None:
+            return (f"no such type {self.type!r}{did_you_mean(self.type, [*FIELD_TYPES, *fast.names()])}",)
+        signature = fast.signature(self.type)
         made = get_origin(signature.return_annotation) or signature.return_annotation
         if isinstance(made, type) and issubclass(made, Iterable) and not issubclass(made, str):
             # not even tried: a container's elements may be as large and as many as its arguments say
-            raise scope.refuse(f"{self.type!r} gives no single value")
-        self._check_names(scope, signature)
-        call = self._call(scope)
-        kind = self._tried(scope, call)
-        plain = kind == "text" and signature.return_annotation is str and not self.holes()
-        return (call if plain else _mapped(call, partial(self._held, kind))), kind
-
-    def _check_names(self, scope: Scope, signature: inspect.Signature) -> None:
+            return (f"{self.type!r} gives no single value",)
         known = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         known.pop("seed", None)  # there is one seed
         for name in [name for name in self.args if name not in known]:
             takes = ", ".join(nearest(name, known) or known) or "no arguments"
-            raise scope.refuse(f"{self.type} has no argument {name!r}; it takes {takes}", "args", name)
+            return f"{self.type} has no argument {name!r}; it takes {takes}", "args", name
         missing = [name for name, p in known.items() if p.default is p.empty and name not in self.args]
-        if missing:
-            raise scope.refuse(f"{self.type} needs {', '.join(missing)}", "args")
+        return (f"{self.type} needs {', '.join(missing)}", "args") if missing else None
 
     def _call(self, scope: Scope) -> Draw:
-        """The method with its arguments."""
-        method = getattr(scope.faker, self.type)
+        """The method with its arguments, each of which is bounded whatever way it comes."""
+        method, fixed = scope.fast.method(self.type), {}
         reads = {name: scope.at("args", name).reader(field)[0] for name, field in self.holes().items()}
-        fixed = {n: _argument(scope.at("args", n), n, value) for n, value in self.args.items() if n not in reads}
+        for name, value in self.args.items():
+            try:
+                if name not in reads:
+                    fixed[name] = _argument(name, value)
+            except ValueError as error:
+                raise scope.refuse(str(error), "args", name) from None
+        room = "ext_word_list" in self.args and scope.fast.signature(self.type).parameters.get("max_nb_chars")
+
+        def arguments() -> dict[str, Any]:
+            given = fixed | {name: _argument(name, read()) for name, read in reads.items()} if reads else fixed
+            if room:
+                _check_words(given["ext_word_list"], given.get("max_nb_chars", room.default))
+            return given
+
         if reads:
-            return lambda: method(**fixed, **{name: _dated(name, read()) for name, read in reads.items()})
-        return partial(method, **fixed) if fixed else method
+            return lambda: method(**arguments())
+        try:
+            return partial(method, **arguments()) if fixed else method
+        except ValueError as error:
+            raise scope.refuse(str(error), "args") from None
 
     def _tried(self, scope: Scope, call: Draw) -> Kind:
         """The kind that a few values have: the same ones again from the same state."""
@@ -3204,7 +3459,11 @@ class FakerField(FieldType):
         if kind != "text" and _SCALARS.get(type(value)) != kind:
             raise TaskError(f"{self.type} gave {value!r} where it had given {kind}")
         plain = _PLAIN[type(value)](value) if type(value) in _PLAIN else value
-        return str(plain) if kind == "text" else plain
+        if kind != "text":
+            return plain
+        if len(text := str(plain)) > MAX_TEXT:
+            raise TaskError(f"{self.type} gave more than {MAX_TEXT} characters")
+        return text
 
 
 def _refusal(problems: Sequence[FieldProblem]) -> BadRequest:
@@ -3213,29 +3472,75 @@ def _refusal(problems: Sequence[FieldProblem]) -> BadRequest:
     return BadRequest(f"{problems[0].field}: {problems[0].message}{more}", problems)
 
 
+# What people call types elsewhere, and the types they mean.
+_MEANT = {"string": "word, text or pattern", "str": "word, text or pattern", "number": "int, float or decimal",
+          "integer": "int", "timestamp": "datetime", "regex": "pattern", "enum": "choice", "array": "list"}
+_MEANT_TOO = {"boolean": "bool", "text": "word, pattern or template"}  # these are methods of Faker as well
+
+
+def _option_problem(cls: type[FieldType], name: str, problem: Mapping[str, Any]) -> str:
+    """What is wrong with an option; for one that a type does not have, those that it has."""
+    if problem["type"] != "extra_forbidden" or len(problem["loc"]) != 1:
+        return str(problem["msg"])
+    option = str(problem["loc"][0])
+    options = [f.alias or key for key, f in cls.model_fields.items() if key != "type"]
+    options = sorted(options, key=("null", "unique").__contains__)
+    arguments = "; what Faker's method takes goes into args" if cls is FakerField else ""
+    arguments += f"; or say {_MEANT_TOO[name]}" if name in _MEANT_TOO else ""
+    return f"{name} has no option {option!r}{did_you_mean(option, options)}; it takes {', '.join(options)}{arguments}"
+
+
 def parse_field(raw: Any, path: str) -> FieldType:
     """A field's description, checked: a type's name or an object with `type`. BadRequest names each option at fault."""
     spec = {"type": raw} if isinstance(raw, str) else raw
-    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+    if not isinstance(spec, dict) or not isinstance(name := spec.get("type"), str):
         raise BadRequest.of(path, "should be the name of a type, or an object with a type")
+    if name in _MEANT and name not in FIELD_TYPES:
+        raise BadRequest.of(path, f"no such type {name!r}; say {_MEANT[name]}")
+    cls = FIELD_TYPES.get(name, FakerField)
     try:
-        return FIELD_TYPES.get(spec["type"], FakerField).model_validate(spec, by_alias=True, by_name=False)
+        return cls.model_validate(spec)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
-        problems = [FieldProblem(".".join([path, *map(str, d["loc"])]), d["msg"]) for d in details]
-        raise _refusal(problems) from None
+        raise _refusal([FieldProblem(".".join([path, *map(str, detail["loc"])]), _option_problem(cls, name, detail))
+                        for detail in details]) from None
 
 
-def nested(scope: Scope, raw: Any, *steps: str | int) -> tuple[Draw, Kind]:
-    """Compile a field inside another one, at these steps from it."""
-    inner = replace(scope.at(*steps), depth=scope.depth + 1)
-    if inner.depth > MAX_DEPTH:
-        raise inner.refuse(f"fields go at most {MAX_DEPTH} deep")
-    model = parse_field(raw, inner.path)
-    if model.unique:
-        raise inner.refuse("only the fields of the record itself can be unique", "unique")
-    draw, kind = model.draw(inner)
-    return _nullable(draw, model.null, scope.rng), kind
+class _Container(FieldType):
+    """A type with fields inside: their descriptions are checked once."""
+
+    def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
+        """The way to each of them, and its description."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def models(self) -> list[FieldType | None]:
+        """Each of them checked; None for one at fault, which is refused when it is compiled."""
+        models: list[FieldType | None] = []
+        for _, raw in self.inner():
+            try:
+                models.append(parse_field(raw, ""))
+            except BadRequest:
+                models.append(None)
+        return models
+
+    def reads(self) -> Iterable[str]:
+        return [name for model in self.models if model for name in model.reads()]
+
+    def work(self) -> int:
+        return 1 + sum(model.work() for model in self.models if model)
+
+    def nested(self, scope: Scope, number: int = 0) -> tuple[Draw, Kind]:
+        """One of them as a function."""
+        steps, raw = list(self.inner())[number]
+        inner = replace(scope.at(*steps), depth=scope.depth + 1)
+        if inner.depth > MAX_DEPTH:
+            raise inner.refuse(f"fields go at most {MAX_DEPTH} deep")
+        model = self.models[number] or parse_field(raw, inner.path)
+        if model.unique:
+            raise inner.refuse("only the fields of the record itself can be unique", "unique")
+        draw, kind = model.draw(inner)
+        return _nullable(draw, model.null, scope.rng), kind
 
 
 # ---- Field types: the built-in ones ----
@@ -3250,10 +3555,10 @@ class SequenceField(FieldType):
     step: int = Field(1, ge=1, le=2**32)
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        stream, start, step = scope.stream, self.start, self.step
-        if start + step * stream.bound > MAX_INT:
+        generator, start, step = scope.generator, self.start, self.step
+        if start + step * generator.type.bound > MAX_INT:
             raise scope.refuse(f"goes past {MAX_INT}", "start")
-        return lambda: start + step * stream.done, "int"
+        return lambda: start + step * generator.done, "int"
 
 
 class _Number(FieldType):
@@ -3304,17 +3609,27 @@ class FloatField(_Number):
     max: float = Field(1, ge=-1e300, le=1e300)
     round: int | None = Field(None, ge=0, le=15)
 
+    def scaled(self, digits: int) -> tuple[int, int]:
+        """The bounds, counted in units of the last digit."""
+        low, high = (EXACT.scaleb(Decimal(repr(bound)), digits) for bound in (self.min, self.max))
+        return math.ceil(low), math.floor(high)
+
     def domain(self, scope: Scope) -> Domain | None:
         if self.round is None or max(abs(self.min), abs(self.max)) > 1e15:
             return None
-        scale = 10**self.round
-        first, last = math.ceil(Decimal(repr(self.min)) * scale), math.floor(Decimal(repr(self.max)) * scale)
+        (first, last), scale = self.scaled(self.round), 10**self.round
         return last - first + 1, lambda i: (first + i) / scale
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         low, high, digits, uniform = self.min, self.max, self.round, scope.rng.random
         draw = self.bell(scope, low, high) or (lambda: low + (high - low) * uniform())
-        return draw if digits is None else lambda: min(max(round(draw(), digits), low), high), "float"
+        if digits is None:
+            return draw, "float"
+        first, last = self.scaled(digits)
+        if first > last:
+            raise scope.refuse(f"no number with {digits} digits after the point lies between {low} and {high}", "round")
+        least, most = first / 10**digits, last / 10**digits
+        return lambda: min(max(round(draw(), digits), least), most), "float"
 
 
 @field_type("decimal", min="0.01", max="99.99", places=2)
@@ -3386,6 +3701,8 @@ class ChoiceField(FieldType):
         return len(values), values.__getitem__
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if max(len(_dumps(value)) for value in self.values) > MAX_TEXT:
+            raise scope.refuse(f"a value has at most {MAX_TEXT} characters", "values")
         if isinstance(self.values, list):
             return _pick(scope.rng, self.values), _literal_kind(self.values)
         if min(self.values.values()) < 0 or not 0 < sum(self.values.values()) < math.inf:
@@ -3437,7 +3754,7 @@ class DatetimeField(FieldType):
     """An instant in UTC between `from` and `to`, both included, as YYYY-MM-DDTHH:MM:SSZ, with milliseconds if `ms`.
 
     A bound is ISO ("2024-12-31"), relative to now ("-90d", "-1y", "+2h", "now", "today"; units y M w d h m s), or
-    another field, moved or not ("{joined}", "{order.placedAt}+2h"); then an empty range gives its `from`.
+    another field, moved or not ("{joined}", "{order.placedAt}+2h").
     """
 
     kind: ClassVar[Kind] = "datetime"
@@ -3481,6 +3798,29 @@ class DatetimeField(FieldType):
             raise scope.refuse(f"{text!r}: {error}", *steps) from None
         return lambda: fixed
 
+    def ends(self, scope: Scope) -> tuple[str, str] | None:
+        """The earliest and the latest value there can be; None if that is not known."""
+        first, last = self.extreme(scope, "from_", 0), self.extreme(scope, "to", 1)
+        return None if first is None or last is None else (self.text(self.first(first)), self.text(last // self.unit()))
+
+    def extreme(self, scope: Scope, option: str, end: int) -> int | None:
+        """How early (end 0) or late (end 1) a bound can be, in milliseconds since 1970; None if that is not known."""
+        found = _BOUND.fullmatch(getattr(self, option))
+        if not found or not found["field"]:
+            return int(self.bound(scope, option)())
+        owner, column = scope.owner(found["field"])
+        model = owner.type.fields[column]
+        ends = model.ends(replace(scope, generator=owner)) if isinstance(model, DatetimeField) else None
+        return _shifted(_moment(ends[end], option == "to"), found["shift"]) if ends else None
+
+    def check_order(self, scope: Scope) -> None:
+        """Refuse bounds of which one is another field's value, where that may be on the wrong side of the other."""
+        if len(set(self.reads())) == len(list(self.reads())) == 1:
+            latest, earliest = self.extreme(scope, "from_", 1), self.extreme(scope, "to", 0)
+            if latest is not None and earliest is not None and self.first(latest) > earliest // self.unit():
+                raise scope.refuse(f"may have to come after {self.text(self.first(latest))} (from {self.from_}) and "
+                                   f"before {self.text(earliest // self.unit())} (to {self.to})", "from")
+
     def domain(self, scope: Scope) -> Domain | None:
         if self.reads():
             return None
@@ -3493,13 +3833,16 @@ class DatetimeField(FieldType):
         if not self.reads():
             return super().draw(scope)
         low, high, uniform, unit = self.bound(scope, "from_"), self.bound(scope, "to"), scope.rng.random, self.unit()
+        self.check_order(scope)
 
         def draw() -> str | None:
             u, start, end = uniform(), low(), high()
             if start is None or end is None:
                 return None
-            first = self.first(start)
-            return self.text(first + int(u * max(1, end // unit - first + 1)))
+            first, last = self.first(start), end // unit
+            if first > last:
+                raise TaskError(f"{scope.path}: from {self.from_} comes after to {self.to}")
+            return self.text(first + int(u * (last - first + 1)))
 
         return draw, self.kind
 
@@ -3599,34 +3942,37 @@ class TemplateField(FieldType):
         read, _ = scope.reader(name)
         for unknown in [name for name in filters if name not in _FILTERS]:
             raise scope.refuse(f"no such filter {unknown!r}{did_you_mean(unknown, _FILTERS)}", "template")
-        steps: list[Callable[[Any], str]] = [str, *(_FILTERS[name] for name in filters)]
-        return lambda: "" if (value := read()) is None else functools.reduce(lambda v, step: step(v), steps, value)
+        steps = [_FILTERS[name] for name in filters]
 
+        def part() -> str:
+            value = read()
+            if type(value) is not str:
+                value = "" if value is None else str(value) if type(value) in (int, float) else _dumps(value)
+            for step in steps:
+                value = step(value)
+            return value
 
-def _inner_reads(raws: Iterable[Any]) -> list[str]:
-    """What fields inside a field read; one at fault is refused when it is compiled."""
-    names: list[str] = []
-    for raw in raws:
-        with contextlib.suppress(BadRequest):
-            names += parse_field(raw, "").reads()
-    return names
+        return part
 
 
 @field_type("list", of="word", min=0, max=3)
-class ListField(FieldType):
+class ListField(_Container):
     """A list of `min` to `max` values of the type `of`, stored as JSON."""
 
     of: Any
     min: int = Field(1, ge=0)
     max: int = Field(3, ge=0, le=1000)
 
-    def reads(self) -> Iterable[str]:
-        return _inner_reads([self.of])
+    def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
+        return [(("of",), self.of)]
+
+    def work(self) -> int:
+        return 1 + self.max * super().work()
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         if self.min > self.max:
             raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
-        draw, _ = nested(scope, self.of, "of")
+        draw, _ = self.nested(scope)
         if self.max * scope.longest(draw, "of") > MAX_TEXT:
             raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
         length = _pick(scope.rng, range(self.min, self.max + 1))
@@ -3634,16 +3980,16 @@ class ListField(FieldType):
 
 
 @field_type("object", fields={"city": "city", "zip": "postcode"})
-class ObjectField(FieldType):
+class ObjectField(_Container):
     """An object with `fields` of its own, stored as JSON."""
 
     fields: dict[str, Any] = Field(min_length=1, max_length=100)
 
-    def reads(self) -> Iterable[str]:
-        return _inner_reads(self.fields.values())
+    def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
+        return [(("fields", name), raw) for name, raw in self.fields.items()]
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        draws = [(name, nested(scope, raw, "fields", name)[0]) for name, raw in self.fields.items()]
+        draws = [(name, self.nested(scope, number)[0]) for number, name in enumerate(self.fields)]
         return lambda: {name: draw() for name, draw in draws}, "json"
 
 
@@ -3692,10 +4038,10 @@ class SumField(_Arithmetic):
     field: str
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        child, column = scope.find(self.field, scope.stream.children)
+        child, column = scope.find(self.field, scope.generator.children)
         total, kind = self.fold(scope, [scope.kind(child, column)], EXACT.add, sum)
-        slot, family = child.index[column], child.family
-        return lambda: total([row[slot] for row in family if row[slot] is not None]), kind
+        slot, rows = child.type.index[column], child.siblings
+        return lambda: total([row[slot] for row in rows if row[slot] is not None]), kind
 
 
 @field_type("product", of=["price", "quantity"])
@@ -3714,29 +4060,29 @@ class ProductField(_Arithmetic):
 
 
 @field_type("first_of", of=["state_abbr", "province_abbr", "city"])
-class FirstOfField(FieldType):
+class FirstOfField(_Container):
     """The first type of `of` that this locale can make: ["state_abbr", "province_abbr", "city"]."""
 
     redraws: ClassVar = REDRAWS
     of: list[Any] = Field(min_length=1, max_length=16)
 
-    def reads(self) -> Iterable[str]:
-        return _inner_reads(self.of)
+    def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
+        return [(("of", number), raw) for number, raw in enumerate(self.of)]
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        for i, raw in enumerate(self.of):
-            try:
-                draw, kind = nested(scope, raw, "of", i)
-                scope.longest(draw, "of", i)
-                return draw, kind
-            except BadRequest as refusal:
-                last = refusal
-        raise last
+        def first() -> int:
+            for number in range(len(self.of)):
+                try:
+                    scope.longest(self.nested(scope, number)[0], "of", number)
+                    return number
+                except BadRequest as refusal:
+                    last = refusal
+            raise last
+
+        return self.nested(scope, scope.tried(first))
 
 
-# ---- The plan: record types checked, put in order and compiled ----
-
-_RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
+# ---- Recipe and plan: record types checked and put in order; then made into functions for each use ----
 
 
 def _storable(raw: Any) -> bool:
@@ -3764,102 +4110,83 @@ def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
     return list(done)
 
 
-class _RecordType(_Stream):
-    """A stream with the description it is compiled from."""
+def _parsed(record_type: RecipeType) -> Iterator[FieldProblem]:
+    """Check all that can be checked of a description by itself, and keep its fields."""
+    low, high = record_type.spec.range
+    if not _RECORD_TYPE.fullmatch(record_type.name):
+        yield FieldProblem(record_type.path or "recordType",
+                           f"{record_type.name!r} can not be the name of a record type")
+    if low > high or high < 1:
+        yield FieldProblem(record_type.at("count"), "should be 1 or more, or a range from less to more")
+    folded: dict[str, str] = {}
+    for name, raw in record_type.spec.schema_.items():
+        path = record_type.at("schema", name)
+        if not is_field_name(name):
+            yield FieldProblem(path, "a name has 1 to 64 printable characters, and is not _id, _job or _created")
+        elif (other := folded.setdefault(name.lower(), name)) != name:
+            yield FieldProblem(path, f"differs from {other!r} only in case")
+        if not _storable(raw):
+            yield FieldProblem(path, "holds a character that a database can not")
+            continue
+        try:
+            record_type.fields[name] = parse_field(raw, path)
+        except BadRequest as refusal:
+            yield from refusal.fields
 
-    def __init__(self, name: str, spec: RecordSpec, seed: int, path: str) -> None:
-        super().__init__(name, spec, seed)
-        self.path = path
-        self.fields: dict[str, FieldType] = {}
+
+def _order_fields(record_type: RecipeType) -> None:
+    """Put the fields in order: as in the schema, but what a field reads comes first. ValueError tells a cycle."""
+    fields = record_type.fields
+    graph = {name: [n for n in model.reads() if n in fields] for name, model in fields.items()}
+    record_type.fields = {name: fields[name] for name in _ordered(graph)}
+    for name, model in record_type.fields.items():
+        if isinstance(model, SumField) or not record_type.deferred.isdisjoint(graph[name]):
+            record_type.deferred.add(name)
+
+
+class _FieldCompiler:
+    """Makes the functions of one record type's fields, and tries them where the recipe is being checked."""
+
+    def __init__(self, generator: RecordGenerator) -> None:
+        self.generator, self.type = generator, generator.type
         self.draws: list[dict[str, tuple[Draw, Kind]]] = []  # by locale
-        self.clocked: list[tuple[dict[str, tuple[Draw, Kind]], str, Scope]] = []  # those that depend on the instant
 
-    def at(self, *steps: str) -> str:
-        """The path of a part of this description."""
-        return ".".join([*filter(None, [self.path]), *steps])
-
-    def parse(self) -> Iterator[FieldProblem]:
-        """Check all that can be checked of the description by itself."""
-        low, high = self.spec.range
-        if not _RECORD_TYPE.fullmatch(self.name):
-            yield FieldProblem(self.path or "recordType", f"{self.name!r} can not be the name of a record type")
-        if low > high or high < 1:
-            yield FieldProblem(self.at("count"), "should be 1 or more, or a range from less to more")
-        folded: dict[str, str] = {}
-        for name, raw in self.spec.schema_.items():
-            path = self.at("schema", name)
-            if not is_field_name(name):
-                yield FieldProblem(path, "a name has 1 to 64 printable characters, and is not _id, _job or _created")
-            elif (other := folded.setdefault(name.lower(), name)) != name:
-                yield FieldProblem(path, f"differs from {other!r} only in case")
-            if not _storable(raw):
-                yield FieldProblem(path, "holds a character that a database can not")
-                continue
-            try:
-                self.fields[name] = parse_field(raw, path)
-            except BadRequest as refusal:
-                yield from refusal.fields
-
-    def needs(self, streams: Iterable[str]) -> list[str]:
-        """Those of the record types that have to be made first."""
-        read = {name.partition(".")[0] for f in self.fields.values() for name in f.reads() if name not in self.index}
-        return [name for name in streams if name in read or name == self.spec.per]
-
-    def order(self) -> None:
-        """Put the fields in order: as in the schema, but what a field reads comes first. ValueError tells a cycle."""
-        graph = {name: [n for n in model.reads() if n in self.fields] for name, model in self.fields.items()}
-        self.fields = {name: self.fields[name] for name in _ordered(graph)}
-        for name, model in self.fields.items():
-            if isinstance(model, SumField) or not self.late.isdisjoint(graph[name]):
-                self.late.add(name)
-
-    def compile(self, scope: Scope, late: bool) -> Iterator[FieldProblem]:
-        """Make these fields' functions for one more locale, try each, and tell what is wrong."""
-        for name in [name for name in self.fields if (name in self.late) is late]:
+    def compile(self, scope: Scope, deferred: bool) -> Iterator[FieldProblem]:
+        """Make the functions for one more locale, and tell what is wrong."""
+        for name in [name for name in self.type.fields if (name in self.type.deferred) is deferred]:
             try:
                 self._compile(scope.at(name), name)
             except BadRequest as refusal:
                 yield from refusal.fields
-        self.family[:] = [tuple(self.values)]
+        self.generator.siblings[:] = [tuple(self.generator.values)]
 
     def _compile(self, scope: Scope, name: str) -> None:
-        model, self.timed = self.fields[name], False
-        draw, kind = model.draw(scope)
-        if (longest := scope.longest(draw)) > MAX_TEXT:
-            raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
-        self.size += longest
-        self.values[self.index[name]] = _mapped(draw, _STORE.get(kind))()
-        # another locale's values may be of another kind: text holds both
-        self.kinds[name] = kind if self.kinds.get(name, kind) == kind else "text"
+        draw, kind = self.type.fields[name].draw(scope)
+        if scope.build.trial:
+            if (longest := scope.longest(draw)) > MAX_TEXT:
+                raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
+            self.type.size += longest
+            self.generator.values[self.type.index[name]] = _mapped(draw, _STORE.get(kind))()
+            # another locale's values may be of another kind: text holds both
+            self.type.kinds[name] = kind if self.type.kinds.get(name, kind) == kind else "text"
         self.draws[-1][name] = self._unique(scope, name, draw), kind
-        if self.timed:
-            self.clocked.append((self.draws[-1], name, scope))
-
-    def retime(self) -> None:
-        """Compile again what depends on the instant, which has changed."""
-        for draws, name, scope in self.clocked:
-            draw, kind = self.fields[name].draw(scope)
-            draws[name] = self._unique(scope, name, draw), kind
-        if self.clocked:
-            self.finish()
 
     def _unique(self, scope: Scope, name: str, draw: Draw) -> Draw:
         """What draws the field's values: `draw`, or where they are to be unique what sees to that."""
-        model = self.fields[name]
+        model, generator, bound = self.type.fields[name], self.generator, self.type.bound
         if not model.unique:
             return draw
         size, nth = (None if model.distinct else model.domain(scope)) or (2**64 + 1, str)
-        if size < self.bound:
-            raise scope.refuse(f"has only {size} different values for {self.bound} records", "unique")
+        if size < bound:
+            raise scope.refuse(f"has only {size} different values for {bound} records", "unique")
         if size <= 2**64:
-            keys = self.shuffles
-            keys[name] = _hash64(self.seed, self.name, name)
-            return lambda: nth(_shuffled(size, keys[name], self.done))
+            key = _hash64(generator.seed, self.type.name, name)
+            return lambda: nth(_shuffled(size, key, generator.done))
         if model.distinct:
             return draw
-        if model.redraws is None or self.kinds[name] == "json":
+        if model.redraws is None or self.type.kinds[name] == "json":
             raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
-        self.seen[name] = UniqueSet(1, 1)
+        generator.seen[name] = UniqueSet(1, 1)
         return partial(self._new, name, draw, model.redraws)
 
     def _new(self, name: str, draw: Draw, redraws: int) -> Any:
@@ -3867,7 +4194,7 @@ class _RecordType(_Stream):
 
         No two records try the same number, so this does not get slower as values run out.
         """
-        add = self.seen[name].add
+        add = self.generator.seen[name].add
         for tries in itertools.count(1):
             value = draw()
             if value is None or add(value):
@@ -3875,218 +4202,247 @@ class _RecordType(_Stream):
             if tries > redraws and isinstance(value, str):
                 break
             if tries >= UNIQUE_TRIES:
-                raise TaskError(f"{self.name}.{name}: no new value in {tries} draws")
+                raise TaskError(f"{self.type.name}.{name}: no new value in {tries} draws")
         start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
-        n = self.done + 1
+        n = self.generator.done + 1
         while not add(numbered := f"{start}{n}{at}{end}"):
-            n += self.bound
+            n += self.type.bound
         return numbered
 
     def finish(self) -> None:
         """Settle the steps of a record, now that the kinds of all fields are known."""
-        self.steps.clear()
+        kinds, rng = self.type.kinds, self.generator.rng
         for draws in self.draws:
             steps: tuple[_Steps, _Steps] = ([], [])
             for name, (draw, kind) in draws.items():
-                stored = _mapped(draw, _STORE.get(kind, None if self.kinds[name] == kind else str))
-                step = self.index[name], _nullable(stored, self.fields[name].null, self.rng)
-                steps[name in self.late].append(step)
-            self.steps.append(steps)
+                stored = _mapped(draw, _STORE.get(kind, None if kinds[name] == kind else str))
+                step = self.type.index[name], _nullable(stored, self.type.fields[name].null, rng)
+                steps[name in self.type.deferred].append(step)
+            self.generator.steps.append(steps)
 
 
-class _Memory:
-    """A Past for a plan whose rows nobody stores, such as a preview's: it keeps the rows that are referred to."""
-
-    def __init__(self, streams: Iterable[_Stream]) -> None:
-        self.targets = {target.name: target for stream in streams for target in stream.lookups}
-        self.kept: dict[str, list[Row]] = {name: [] for name in self.targets}
-
-    def extend(self, rows: Mapping[str, list[Row]]) -> None:
-        for name, kept in self.kept.items():
-            kept += rows[name]
-
-    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
-        kept, slots = self.kept[record_type], [self.targets[record_type].index[name] for name in fields]
-        return [tuple([kept[o][slot] for slot in slots]) for o in ordinals]
-
-    def column(self, record_type: str, field: str) -> Iterator[Any]:
-        raise NotImplementedError("only a plan that goes on asks for this")
-
-
-class Chunk(NamedTuple):
-    """More rows by record type, and how many are done of how many."""
-
-    rows: dict[str, list[Row]]
-    done: int
-    total: int
-    state: Callable[[], Json]
-
-    @property
-    def checkpoint(self) -> Json:
-        """From where to go on after these rows, JSON-able; to be had until the next chunk is asked for."""
-        return self.state()
+def _compiled(types: Mapping[str, RecipeType], locales_: Sequence[str], seed: int, build: Build) -> list[FieldProblem]:
+    """Fill `build` with generators that are ready to start, and tell what is wrong."""
+    shared = Chance.take(build.now) if build.trial else None
+    for name, record_type in types.items():
+        build.generators[name] = generator = RecordGenerator(record_type, seed, shared or Chance.take(build.now))
+        if record_type.parent:
+            generator.parent = build.generators[record_type.parent.name]
+            generator.parent.children.append(generator)
+    compilers = {name: _FieldCompiler(generator) for name, generator in build.generators.items()}
+    problems: list[FieldProblem] = []
+    for locale in locales_:
+        for _, tree in itertools.groupby(compilers.values(), key=lambda compiler: compiler.type.root):
+            scopes = {}
+            for compiler in tree:
+                several, path = len(locales_) > 1, compiler.type.at("schema")
+                scopes[compiler] = scope = Scope(build, compiler.generator, locale, several, path)
+                compiler.draws.append({})
+                problems += compiler.compile(scope, deferred=False)
+            for compiler, scope in reversed(scopes.items()):
+                problems += compiler.compile(scope, deferred=True)
+    for compiler in compilers.values() if not problems else ():
+        compiler.finish()
+    if shared:
+        shared.give_back()
+    return problems
 
 
-class Plan:
-    """A checked recipe: what a request will make.
+class Recipe:
+    """What a request asks for, checked: how to make records, whatever the seed and the instant. It does not change.
 
-    `records` are the record types by name; `seed` and `now` settle all that is drawn; `locale` is one of Faker's or a
-    list, of which each record draws one (what is made per it follows). Paths in errors begin with `where`: "" for the
+    `records` are the record types by name; `now` is the instant it is tried at; `locale` is one of Faker's or a list,
+    of which each record draws one (what is made per it follows). Paths in errors begin with `where`: "" for the
     short form of one type ("schema.age.min"), "records" for the long one ("records.order.schema.age.min").
     Raises BadRequest with every problem that is found.
     """
 
     columns: dict[str, dict[str, Kind]]  # record type -> field -> kind; parents before children
     bounds: dict[str, int]  # the most rows each type can have; their number, where no range is asked for
-    total: int  # rows of all types, an estimate where ranges are asked for
+    dated: bool  # whether it depends on the instant
 
-    def __init__(self, records: Mapping[str, RecordSpec], *, seed: int, now: datetime,
-                 locale: str | Sequence[str], where: str = "") -> None:
-        self.seed, self.now = seed, now.astimezone(UTC)
+    def __init__(self, records: Mapping[str, RecordSpec], *, now: datetime, locale: str | Sequence[str],
+                 where: str = "") -> None:
         self.locales = [locale] if isinstance(locale, str) else list(dict.fromkeys(locale))
         where = where or ("records" if len(records) > 1 else "")
-        self.streams = {name: _RecordType(name, spec, seed, f"{where}.{name}" if where else "")
-                        for name, spec in records.items()}
-        problems = [problem for stream in self.streams.values() for problem in stream.parse()]
+        self.types = {name: RecipeType(name, spec, f"{where}.{name}" if where else "")
+                      for name, spec in records.items()}
+        self.found: dict[tuple[str, str], Any] = {}
+        problems = [problem for record_type in self.types.values() for problem in _parsed(record_type)]
         related = list(self._relate(where or "schema"))
-        problems += related or list(_unknown_locales(self.locales))[:1] or self._compile()
+        problems += related or list(_unknown_locales(self.locales))[:1] or self._too_much(where or "schema") or (
+            self._try(now.astimezone(UTC)))
         if problems := list(dict.fromkeys(problems)):
             raise _refusal(problems)
-        self.columns = {name: {column: s.kinds[column] for column in s.index} for name, s in self.streams.items()}
-        self.bounds = {name: stream.bound for name, stream in self.streams.items()}
-        self.total = self._expected()
+        self.columns = {name: {column: t.kinds[column] for column in t.index} for name, t in self.types.items()}
+        self.bounds = {name: t.bound for name, t in self.types.items()}
 
     def _relate(self, where: str) -> Iterator[FieldProblem]:
         """Find each type's parent, put types and their fields in order, and tell what can not be."""
-        for stream in self.streams.values():
-            per = stream.spec.per
-            if per in self.streams:
-                stream.parent = self.streams[per]
-                stream.parent.children.append(stream)
+        for record_type in self.types.values():
+            per = record_type.spec.per
+            if per in self.types:
+                record_type.parent = self.types[per]
             elif per is not None:
-                yield FieldProblem(stream.at("per"), f"no such record type {per!r}{did_you_mean(per, self.streams)}")
+                yield FieldProblem(record_type.at("per"), f"no such record type {per!r}{did_you_mean(per, self.types)}")
         try:
             self._order()
         except ValueError as cycle:
             yield FieldProblem(where, f"these record types need each other: {cycle}")
             return
-        for stream in self.streams.values():
-            stream.children = [s for s in self.streams.values() if s.parent is stream]
-            stream.bound *= stream.parent.bound if stream.parent else 1
-            if math.prod(s.spec.range[1] for s in [stream, *stream.ancestors()] if s.parent) > MAX_FAMILY:
-                yield FieldProblem(stream.at("count"), f"one record can bring along at most {MAX_FAMILY}")
+        for record_type in self.types.values():
+            record_type.children = [t for t in self.types.values() if t.parent is record_type]
+            record_type.bound *= record_type.parent.bound if record_type.parent else 1
+            if math.prod(t.spec.range[1] for t in [record_type, *record_type.ancestors()] if t.parent) > MAX_FAMILY:
+                yield FieldProblem(record_type.at("count"), f"one record can bring along at most {MAX_FAMILY}")
             try:
-                stream.order()
+                _order_fields(record_type)
             except ValueError as cycle:
-                yield FieldProblem(stream.at("schema"), f"these fields need each other: {cycle}")
+                yield FieldProblem(record_type.at("schema"), f"these fields need each other: {cycle}")
 
     def _order(self) -> None:
         """Parents before children, what is referred to before its reader. ValueError tells a cycle."""
-        needs = {name: stream.needs(self.streams) for name, stream in self.streams.items()}
+        needs = {}
+        for name, record_type in self.types.items():
+            read = {n.partition(".")[0] for f in record_type.fields.values() for n in f.reads()
+                    if n not in record_type.index}
+            needs[name] = [other for other in self.types if other in read or other == record_type.spec.per]
         order = _ordered(needs)
-        tree = {name: self.streams[name].root.name for name in order}
+        tree = {name: self.types[name].root.name for name in order}
         # a tree of types is made as a whole, so trees have an order too
         between = {top: [tree[o] for n in order if tree[n] == top for o in needs[n]] for top in tree.values()}
         tops = _ordered({top: [other for other in others if other != top] for top, others in between.items()})
-        self.streams = {name: self.streams[name] for top in tops for name in order if tree[name] == top}
+        self.types = {name: self.types[name] for top in tops for name in order if tree[name] == top}
 
-    def _compile(self) -> list[FieldProblem]:
-        """Compile every field for every locale."""
-        problems: list[FieldProblem] = []
-        several = len(self.locales) > 1
-        for locale in self.locales:
-            for _, tree in itertools.groupby(self.streams.values(), key=lambda s: s.root):
-                scopes = {}
-                for stream in tree:
-                    faker = functools.cache(partial(fast_faker, locale, stream.rng, self._clock))
-                    scopes[stream] = scope = Scope(
-                        stream, self.streams, faker, several, self._clock, stream.at("schema"))
-                    stream.draws.append({})
-                    problems += stream.compile(scope, late=False)
-                for stream, scope in reversed(scopes.items()):
-                    problems += stream.compile(scope, late=True)
-        for stream in self.streams.values():
-            stream.finish()
-            if stream.size > MAX_RECORD * len(self.locales):
-                problems.append(FieldProblem(stream.at("schema"), f"makes records longer than {MAX_RECORD} characters"))
-        return problems
+    def _too_much(self, where: str) -> list[FieldProblem]:
+        """Trying a recipe takes time, which is reckoned before it is spent."""
+        works = {t.at("schema", name): model.work() for t in self.types.values() for name, model in t.fields.items()}
+        values, most = sum(works.values()) + 10 * len(self.types), max(works, key=works.__getitem__, default="")
+        if (work := values * len(self.locales)) <= MAX_WORK:
+            return []
+        return [FieldProblem(where if works[most] * 2 < values else most, (
+            f"is too much to try: with {len(works)} fields (those inside them, elements of lists and what large "
+            f"arguments ask for count too, {most} is {works[most]}) in {len(self.types)} record types (10 each) and "
+            f"{len(self.locales)} locales it takes {work} values, of at most {MAX_WORK}"))]
 
-    def _clock(self) -> datetime:
-        return self.now
+    def _try(self, now: datetime) -> list[FieldProblem]:
+        """Make some values of every field for every locale."""
+        build = Build(now, {}, True, self.found)
+        problems = _compiled(self.types, self.locales, 0, build)
+        self.dated = build.dated
+        return problems + [
+            FieldProblem(t.at("schema"), f"makes records longer than {MAX_RECORD} characters")
+            for t in self.types.values() if t.size > MAX_RECORD * len(self.locales)]
 
-    def forget(self) -> None:
-        """Let go of what has been made, before the plan is laid aside."""
-        for stream in self.streams.values():
-            stream.forget()
-
-    def renew(self, seed: int, now: datetime) -> None:
-        """Make it what it would be with this seed and instant: compiling takes longer than many a job.
-
-        Raises BadRequest, after which it is of no use, if dates do not fit any more.
-        """
-        earlier, self.seed, self.now = self.now, seed, now.astimezone(UTC)
-        for stream in self.streams.values():
-            stream.reseed(seed)
-            if self.now != earlier:
-                stream.retime()
-        self.total = self._expected()
-
-    def _expected(self) -> int:
-        """How many rows there will be: those made, and the mean of what is to come."""
+    @property
+    def total(self) -> int:
+        """Rows of all types, an estimate where ranges are asked for."""
         expected: dict[str, float] = {}
-        for name, stream in self.streams.items():
-            if stream.parent:
-                to_come = expected[stream.parent.name] - stream.parent.done
-                expected[name] = stream.done + to_come * sum(stream.spec.range) / 2
-            else:
-                expected[name] = stream.many(0)
+        for name, record_type in self.types.items():
+            parents = expected[record_type.parent.name] if record_type.parent else 1
+            expected[name] = parents * sum(record_type.spec.range) / 2
         return round(sum(expected.values()))
 
-    def chunks(self, checkpoint: Json | None = None, past: Past | None = None, size: int = 500) -> Iterator[Chunk]:
-        """Make the rows that come after `checkpoint`, about `size` at a time; a record brings along all made per it.
 
-        Commit each chunk before asking for the next: `past` reads committed rows. Without one, for a preview, the plan
-        starts at the beginning and keeps the rows that others refer to itself. Use one iterator of a plan at a time.
-        TaskError tells a value that fails.
+class Chunk(NamedTuple):
+    """How many rows are made of how many, at a pause; `whole` if no record waits for those made per it."""
+
+    done: int
+    total: int
+    whole: bool
+    state: Callable[[], Json]
+
+    @property
+    def checkpoint(self) -> Json:
+        """From where to go on after a whole chunk, JSON-able; to be had until the next chunk is asked for."""
+        return self.state()
+
+
+class Plan:
+    """One use of a recipe: `seed` and `now` settle all that is drawn. BadRequest if dates do not fit that instant.
+
+    To be closed after its use, or used as a context manager, so that others need not build what it was made with.
+    """
+
+    def __init__(self, recipe: Recipe, seed: int, now: datetime) -> None:
+        self.recipe, self.seed = recipe, seed
+        build = Build(now.astimezone(UTC), {}, False, recipe.found)
+        if problems := _compiled(recipe.types, recipe.locales, seed, build):
+            raise _refusal(list(dict.fromkeys(problems)))
+        self.generators = build.generators
+
+    def close(self) -> None:
+        """End its use."""
+        for generator in self.generators.values():
+            generator.chance.give_back()
+        self.generators = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def expected(self) -> int:
+        """How many rows there will be: those made, and the mean of what is to come."""
+        expected: dict[str, float] = {}
+        for name, generator in self.generators.items():
+            if generator.parent:
+                to_come = expected[generator.parent.name] - generator.parent.done
+                expected[name] = generator.done + to_come * sum(generator.type.spec.range) / 2
+            else:
+                expected[name] = generator.child_count(0)
+        return round(sum(expected.values()))
+
+    def chunks(self, rows: RowSource, checkpoint: Json | None = None, size: int = 40) -> Iterator[Chunk]:
+        """Add to `rows` those that come after `checkpoint`, with a pause after about `size`, sooner if they are large.
+
+        A chunk that is not whole is a pause only. Use one iterator of a plan at a time. TaskError tells a value that
+        fails.
         """
-        streams = self.streams.values()
-        memory = _Memory(streams)
-        self._start(checkpoint if past else None, past or memory)
-        size = max(1, min(size, MAX_CHUNK // max(1, *(stream.size for stream in streams))))
-        for root in [stream for stream in streams if not stream.parent]:
-            while root.done < root.many(0):
-                rows = self._grow(root, past or memory, size)
-                if not past:
-                    memory.extend(rows)
-                yield Chunk(rows, sum(stream.done for stream in streams), self._expected(), self._state)
+        self._start(checkpoint, rows)
+        generators = self.generators.values()
+        size = max(1, min(size, 2**17 // max(1, *(generator.type.size for generator in generators))))
+        for root in [generator for generator in generators if not generator.parent]:
+            try:
+                for whole in self._pauses(root, rows, size):
+                    yield Chunk(sum(generator.done for generator in generators), self.expected(), whole, self._state)
+            except TaskError:
+                raise
+            except Exception as error:
+                raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
 
     def _state(self) -> Json:
-        return {name: stream.state() for name, stream in self.streams.items()}
+        return {name: generator.state() for name, generator in self.generators.items()}
 
-    def _start(self, checkpoint: Json | None, past: Past) -> None:
+    def _start(self, checkpoint: Json | None, rows: RowSource) -> None:
         """Put every type where the checkpoint says, or at its beginning."""
-        room = BLOOM_BYTES // max(1, sum(len(stream.seen) for stream in self.streams.values()))
-        for i, (name, stream) in enumerate(self.streams.items()):
+        room = BLOOM_BYTES // max(1, sum(len(generator.seen) for generator in self.generators.values()))
+        for i, (name, generator) in enumerate(self.generators.items()):
             # the first type's values are stock Faker's under seed_instance(seed)
-            stream.start(stream.key if i else self.seed, checkpoint and checkpoint[name])
-            for column in stream.seen:
-                stream.seen[column] = seen = UniqueSet(stream.bound, room)
-                for value in past.column(name, column) if stream.done else ():
+            generator.start(generator.key if i else self.seed, checkpoint and checkpoint[name])
+            for column in generator.seen:
+                generator.seen[column] = seen = UniqueSet(generator.type.bound, room)
+                for value in rows.column(name, column) if generator.done else ():
                     seen.add(value)
 
-    def _grow(self, root: _Stream, past: Past, size: int) -> dict[str, list[Row]]:
-        """The next chunk of rows."""
-        rows: dict[str, list[Row]] = {name: [] for name in self.streams}
-        made, end = list(rows.values()), root.many(0)
-        try:
-            while root.done < end and sum(map(len, made)) < size:
-                root.family.clear()
-                root.grow(past, rows)
-        except TaskError:
-            raise
-        except Exception as error:
-            raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
-        return rows
+    def _pauses(self, root: RecordGenerator, rows: RowSource, size: int) -> Iterator[bool]:
+        """Make all of a type and what is made per it; each pause says whether it is between two records of the type."""
+        tree = [generator for generator in self.generators.values() if generator.type.root is root.type]
+        made, at, total = 0, sum(generator.done for generator in tree), root.child_count(0)
+        while root.done < total:
+            if root.children:
+                for _ in root.make_family(rows):
+                    yield False
+                made = sum(generator.done for generator in tree) - at
+            else:
+                root.make_one(rows)
+                made += 1
+            if made >= size:
+                made, at = 0, at + made
+                yield True
+        if made:
+            yield True
 
 
 # ---- Presets: plain schemas, to be read, copied and changed ----
@@ -4195,17 +4551,21 @@ def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, An
     records = {"customer": {"count": 1, "schema": {"id": "sequence"}},
                "sample": {"per": "customer", "count": 1, "schema": {**common, **chosen}},
                "item": {"per": "sample", "count": 2, "schema": {"amount": _PRICE}}}
+    now = datetime(2026, 1, 1, tzinfo=UTC)
     try:
-        plan = Plan(_specs(records), seed=1, now=datetime(2026, 1, 1, tzinfo=UTC), locale=locale)
+        recipe = Recipe(_specs(records), now=now, locale=locale)
     except BadRequest as refusal:
         at = "records.sample.schema.sample"
         faulty = {n for n in fields for p in refusal.fields if f"{p.field}.".startswith(f"{at} {n}.")}
         if not faulty:
             raise
         return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
-    kinds = plan.columns["sample"]
-    row = dict(zip(kinds, next(plan.chunks()).rows["sample"][0], strict=True))
-    return {n: (kinds[c], _LOAD.get(kinds[c], lambda v: v)(row[c])) for n, c in zip(fields, chosen, strict=True)}
+    rows = RowSource(recipe.columns)
+    with Plan(recipe, 1, now) as plan:
+        next(plan.chunks(rows))
+    kinds, row = recipe.columns["sample"], rows.fresh["sample"][0]
+    values = dict(zip(kinds, row, strict=True))
+    return {n: (kinds[c], _LOAD.get(kinds[c], lambda v: v)(values[c])) for n, c in zip(fields, chosen, strict=True)}
 
 
 def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
@@ -4218,11 +4578,11 @@ def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
     return [{"name": n, "default": d if type(d) in (str, int, float, bool) else None} for n, d in defaults.items()]
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(256)  # there are about a hundred
 def _entries(locale: str) -> list[dict[str, Any]]:
     samples = _samples(locale, {name: cls.example for name, cls in FIELD_TYPES.items()})  # refuses an unknown locale
-    generator = fast_faker(locale, random.Random(0), utc_now)
-    methods = {name: getattr(type(_provider(generator, name)), name) for name in _methods(generator)}
+    fast = Chance().faker(locale)
+    methods = {name: getattr(type(fast.provider(name)), name) for name in fast.names()}
     samples |= _samples(locale, {name: {"type": name} for name in methods if name not in FIELD_TYPES})
     entries = []
     for name, (kind, sample) in samples.items():
@@ -5519,8 +5879,9 @@ def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool =
     return register
 
 
-_IDLE_PLANS: dict[str, Plan] = {}  # compiled ones by recipe, the oldest first
-_IDLE_PLANS_MOST = 16
+_RECIPES_LOCK = threading.Lock()
+_RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text, the one used last at the end
+_LARGE_RECIPES: OrderedDict[str, Recipe] = OrderedDict()
 
 
 class GenerateRequest(JobRequest):
@@ -5546,31 +5907,42 @@ class GenerateRequest(JobRequest):
             "now": instant(clock()) if self.now is None else self.now,
             "locale": self.locale or "en_US",
             "record_type": None if self.records else self.record_type or "person"})
-        filled._moment()
-        if filled._checked_total() > settings.max_records:
+        recipe = filled.recipe()
+        if recipe.total > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
+        if recipe.dated:  # and so may not fit this request's instant
+            filled.plan().close()
         return filled
 
-    def _checked_total(self) -> int:
-        """How many records the recipe makes; raises BadRequest.
+    def recipe(self) -> Recipe:
+        """What to make, checked; raises BadRequest with every problem it has.
 
-        Checking a recipe takes many times as long as answering, and clients post the same one again and again, so the
-        last ones are remembered by all that the check looks at; of `now` only where there are dates of its own.
+        Checking takes many times as long as answering, and clients post the same recipe again and again, so the last
+        ones are kept: of the large ones few.
         """
-        recipe = self.recipe()
-        dated = re.search(r'"(from|to|\w*date\w*)":', recipe)
-        now = instant(self._moment()) if dated else "2000-01-01T00:00:00Z"
-        return self._total(recipe, now)
+        moment = self._moment()
+        text = self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
+        with _RECIPES_LOCK:
+            kept = _RECIPES if len(text) < 2**15 else _LARGE_RECIPES
+            if text in kept:
+                kept.move_to_end(text)
+                return kept[text]
+        recipe = Recipe(self._specs(), now=moment, locale=self.locale or "en_US",
+                        where="records" if self.records else "")
+        with _RECIPES_LOCK:
+            kept[text] = recipe
+            while len(_RECIPES) > 64 or len(_LARGE_RECIPES) > 4:
+                (_RECIPES if len(_RECIPES) > 64 else _LARGE_RECIPES).popitem(last=False)
+        return recipe
 
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def _total(recipe: str, now: str) -> int:
-        with GenerateRequest.model_validate_json(recipe).model_copy(update={"now": now}).planned() as plan:
-            return plan.total
+    def plan(self) -> Plan:
+        """The recipe made ready for this request's seed and instant; to be closed."""
+        return Plan(self.recipe(), self.seed or 0, self._moment())
 
-    def recipe(self) -> str:
-        """What is to be made, but for the seed and the instant."""
-        return self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
+    @property
+    def weight(self) -> int:
+        """How many records are to be expected."""
+        return self.recipe().total
 
     @property
     def makes(self) -> str | None:
@@ -5584,27 +5956,6 @@ class GenerateRequest(JobRequest):
             return now.astimezone(UTC) if now.tzinfo else now.replace(tzinfo=UTC)
         except (ValueError, OverflowError):
             raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z") from None
-
-    def plan(self) -> Plan:
-        """The checked recipe; raises BadRequest with every problem it has."""
-        return Plan(self._specs(), seed=self.seed or 0, now=self._moment(),
-                    locale=self.locale or "en_US", where="records" if self.records else "")
-
-    @contextmanager
-    def planned(self) -> Iterator[Plan]:
-        """Like `plan`, but one that was made for the same recipe before, and that nobody uses now, is used again."""
-        recipe = self.recipe()
-        plan = _IDLE_PLANS.pop(recipe, None)
-        if plan:
-            plan.renew(self.seed or 0, self._moment())
-        else:
-            plan = self.plan()
-        yield plan
-        plan.forget()  # one whose use was broken off does not come here
-        _IDLE_PLANS[recipe] = plan
-        with suppress(KeyError, RuntimeError):  # where another thread was faster
-            while len(_IDLE_PLANS) > _IDLE_PLANS_MOST:
-                del _IDLE_PLANS[next(iter(_IDLE_PLANS))]
 
     def _specs(self) -> dict[str, RecordSpec]:
         """The record types asked for, from one of the three forms: related types, a schema, or a preset."""
@@ -5624,77 +5975,40 @@ class GenerateRequest(JobRequest):
         return preset_records(record_type, self.count)
 
 
-class RowSource:
-    """The rows of a recipe so far, for the generator to look up: committed ones in tables, the newest still here."""
-
-    def __init__(self, plan: Plan, context: JobContext | None = None):
-        self.fields = {record_type: list(kinds) for record_type, kinds in plan.columns.items()}
-        self.fresh: dict[str, list[tuple[Json, ...]]] = {record_type: [] for record_type in self.fields}
-        self._context = context
-        self._committed = context.records.own_counts(context.job) if context else Counter[str]()
-
-    def add(self, chunk: Chunk) -> None:
-        """Takes in what was just made."""
-        for record_type, rows in chunk.rows.items():
-            self.fresh[record_type] += rows
-
-    def append(self, connection: sqlite3.Connection) -> None:
-        """Within a transaction: adds the newest rows to the tables."""
-        assert self._context
-        for record_type, rows in self.fresh.items():
-            if rows:
-                self._context.records.append(connection, self._context.job, record_type, self.fields[record_type], rows)
-
-    def committed(self) -> None:
-        """After that transaction: they need not be kept any more."""
-        for record_type, rows in self.fresh.items():
-            self._committed[record_type] += len(rows)
-            rows.clear()
-
-    def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
-        """Rows by their 0-based ordinals, which ascend."""
-        first = self._committed[record_type]
-        old = [ordinal for ordinal in ordinals if ordinal < first]
-        stored = self._context.records.own_rows(self._context.job, record_type, fields, old) if self._context else []
-        places = [self.fields[record_type].index(field) for field in fields]
-        newest = [self.fresh[record_type][ordinal - first] for ordinal in ordinals if ordinal >= first]
-        return [*stored, *(tuple(row[place] for place in places) for row in newest)]
-
-    def column(self, record_type: str, field: str) -> Iterator[Json]:
-        """All committed values of a field, in order."""
-        return self._context.records.own_column(self._context.job, record_type, field) if self._context else iter(())
-
-
 _CHUNK_ROWS = 40  # made between two pauses: a millisecond or two, which is how long a request may have to wait
 _SAVE_ROWS = 1000  # committed together
+_SAVE_BYTES = 2**22  # of memory, that rows may take until they are
 
 
 @job_type("generate", GenerateRequest)
 def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
     versions = {"taskapi": __version__, **library_versions()}
-    with request.planned() as plan:
-        state = context.checkpoint
+    job, records = context.job, context.records
+    with request.plan() as plan:
+        columns, state = plan.recipe.columns, context.checkpoint
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
-            context.records.open_job(context.job, plan.columns, plan.bounds)
+            records.open_job(job, columns, plan.recipe.bounds)
             state = {"versions": versions, "plan": None}
-        made = RowSource(plan, context)
+        rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
+                         partial(records.own_column, job))
         saved = done = context.progress.done if state["plan"] else 0
 
-        def save(chunk: Chunk) -> None:
-            context.save(Progress(done=chunk.done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint},
-                         made.append)
-            made.committed()
+        def append(connection: sqlite3.Connection) -> None:
+            for record_type, fresh in rows.fresh.items():
+                if fresh:
+                    records.append(connection, job, record_type, list(columns[record_type]), fresh)
 
-        for chunk in plan.chunks(state["plan"], made, _CHUNK_ROWS):
-            made.add(chunk)
-            done = chunk.done
-            if done - saved >= _SAVE_ROWS:
-                save(chunk)
+        for chunk in plan.chunks(rows, state["plan"], _CHUNK_ROWS):
+            done, size = chunk.done, rows.size()
+            if size > MAX_FAMILY_BYTES:
+                raise JobFailed(f"a record and those made per it take more than {MAX_FAMILY_BYTES // 2**20} MiB")
+            if chunk.whole and (done - saved >= _SAVE_ROWS or size >= _SAVE_BYTES or done == chunk.total):
+                context.save(Progress(done=done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint},
+                             append)
+                rows.committed()
                 saved = done
             yield
-        if done > saved:
-            save(chunk)
         return JobResult({"records": done, "versions": versions})
 
 
@@ -5710,21 +6024,34 @@ def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
 
 
 _PREVIEW_MOST = 10_000  # a request waits for them: a hundred of the parents and what they bring along
+_PREVIEW_BYTES = 2**24
+
+
+def _check_preview(size: int) -> None:
+    if size > _PREVIEW_BYTES:
+        raise BadRequest(f"these records take more than {_PREVIEW_BYTES // 2**20} MiB, the most that a preview may: "
+                         "ask for fewer, or for shorter texts")
 
 
 def preview(request: GenerateRequest) -> str:
     """JSON text of what a request would make: {"records": [...]}, or for several types an object of such lists."""
-    plan = request.plan()
-    if plan.total > _PREVIEW_MOST:
-        raise BadRequest.of("records", f"make {plan.total} records together, of at most {_PREVIEW_MOST} in a preview")
-    made = RowSource(plan)
-    for chunk in plan.chunks(None, made):
-        made.add(chunk)
-    lists = {record_type: f"[{', '.join(_record_text(plan.columns[record_type], row) for row in rows)}]"
-             for record_type, rows in made.fresh.items()}
-    if len(lists) == 1 and not request.records:
-        return f'{{"records": {next(iter(lists.values()))}}}'
-    return f'{{"records": {{{", ".join(f"{json.dumps(name)}: {rows}" for name, rows in lists.items())}}}}}'
+    recipe = request.recipe()
+    if recipe.total > _PREVIEW_MOST:
+        raise BadRequest.of("records", f"make {recipe.total} records together, of at most {_PREVIEW_MOST} in a preview")
+    rows, columns, size = RowSource(recipe.columns), recipe.columns, 0
+    with request.plan() as plan:
+        for _ in plan.chunks(rows):
+            _check_preview(rows.size())
+    lists: dict[str, list[str]] = {record_type: [] for record_type in columns}
+    for record_type, texts in lists.items():
+        for row in rows.fresh[record_type]:
+            texts.append(_record_text(columns[record_type], row))
+            size += len(texts[-1])
+            _check_preview(size)
+    joined = {record_type: f"[{', '.join(texts)}]" for record_type, texts in lists.items()}
+    if len(joined) == 1 and not request.records:
+        return f'{{"records": {next(iter(joined.values()))}}}'
+    return f'{{"records": {{{", ".join(f"{json.dumps(name)}: {texts}" for name, texts in joined.items())}}}}}'
 
 
 def _export_format(name: str) -> str:
