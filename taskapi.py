@@ -39,6 +39,7 @@ from __future__ import annotations
 import base64
 import calendar
 import codecs
+import csv
 import difflib
 import errno
 import functools
@@ -471,9 +472,13 @@ Clock = Callable[[], datetime]
 RESERVED_COLUMNS = ("_id", "_job", "_created")  # of every record table
 
 
+MAX_FIELDS = 1990  # of a record type: SQLite gives a table up to 2,000 columns
+MAX_FIELD_NAME = 255  # characters
+
+
 def is_field_name(name: str) -> bool:
-    """True if a record's field may have this name, which becomes a column: 1 to 64 printable characters."""
-    return 1 <= len(name) <= 64 and name.isprintable() and name == name.strip() and (
+    """True if a record's field may have this name, which becomes a column: printable, up to 255 characters."""
+    return 1 <= len(name) <= MAX_FIELD_NAME and name.isprintable() and name == name.strip() and (
         name.lower() not in RESERVED_COLUMNS)
 
 
@@ -2934,7 +2939,7 @@ class RecordSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True, defer_build=True)
     count: _Count | tuple[_Count, _Count]
     per: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=500)
+    schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=MAX_FIELDS)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -5000,38 +5005,63 @@ def _file_type(suffix: str) -> FileType:
     return FILE_TYPES.get(suffix, FileType("application/octet-stream"))
 
 
-class _ContentCheck:
-    """Tells, block by block, whether content is what its name says; raises BadRequest at the first block that isn't."""
+_UNSOUND = re.compile("[\0\ud800-\udfff]")  # what SQLite, or UTF-8, cannot hold
+_UNLIKELY = re.compile("[\0-\x08\x0e-\x1f\x7f\ufffd]")  # no text in windows-1252 has these
 
-    def __init__(self, suffix: str, encoding: str | None = None):
-        self._suffix, self._encoding = suffix, encoding
-        self._known = suffix in FILE_TYPES
-        self._magic = _file_type(suffix).magic
-        self._decoder: codecs.IncrementalDecoder | None = None
-        self._head = b""
+
+class TextEncoding:
+    """Tells block by block which encoding a text is in: `told`, or UTF-8, UTF-16 by its mark, or else windows-1252."""
+
+    def __init__(self, told: str | None):
+        self.name, self._told = told or "utf-8", told
+        self._decoder = text_decoder(told) if told else None
+        self._head, self._unlikely = b"", False
 
     def feed(self, block: bytes, last: bool = False) -> None:
-        if not self._known:
-            return
-        if self._magic:
-            self._head = (self._head + block)[:16]
-            if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
-                raise BadRequest.of("file", f"is not {self._suffix}: it does not begin as such a file does")
-            return
+        """Takes a block in; UnicodeError says why it is no text in any of them."""
         if self._decoder is None:
             self._head += block
             if len(self._head) < 2 and not last:
                 return
             block = self._head
-            utf16 = block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            self._decoder = text_decoder(self._encoding or ("utf-16" if utf16 else "utf-8"))
+            self.name = "utf-16" if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+            self._decoder = text_decoder(self.name)
+        held = self._decoder.getstate()[0]
         try:
             text = self._decoder.decode(block, last)
-        except UnicodeError:
-            raise BadRequest.of("file", f"is not {self._suffix}: it is not text in UTF-8, or in UTF-16 with a byte "
-                                        "order mark") from None
+        except UnicodeError as error:
+            if self._told or self.name != "utf-8":
+                raise UnicodeError(f"it is not text in {self.name}") from error
+            self.name, self._decoder = "windows-1252", codecs.getincrementaldecoder("windows-1252")("replace")
+            text = self._decoder.decode(held + block, last)
+        self._unlikely = self._unlikely or bool(_UNLIKELY.search(text))
         if "\0" in text:
-            raise BadRequest.of("file", f"is not {self._suffix}: it has a NUL character, so it is not text")
+            raise UnicodeError("it has a NUL character, so it is not text")
+        if self._unlikely and self.name == "windows-1252" != self._told:
+            raise UnicodeError("it is not text in UTF-8, in UTF-16 with a byte order mark, or in windows-1252")
+
+
+class _ContentCheck:
+    """Tells, block by block, whether content is what its name says; raises BadRequest at the first block that isn't."""
+
+    def __init__(self, suffix: str, encoding: str | None = None):
+        self._suffix, self._known = suffix, suffix in FILE_TYPES
+        self._magic = _file_type(suffix).magic
+        self._text = None if self._magic else TextEncoding(encoding)
+        self._head = b""
+
+    def feed(self, block: bytes, last: bool = False) -> None:
+        if not self._known:
+            return
+        if not self._text:
+            self._head = (self._head + block)[:16]
+            if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
+                raise BadRequest.of("file", f"is not {self._suffix}: it does not begin as such a file does")
+            return
+        try:
+            self._text.feed(block, last)
+        except UnicodeError as error:
+            raise BadRequest.of("file", f"is not {self._suffix}: {error}") from None
 
 
 def upload_too_large(settings: Settings) -> BadRequest:
@@ -5296,14 +5326,11 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
 }
 
 
-# Readers: an uploaded file in, chunks of its records out, in bounded memory
+# Readers: an uploaded file in, batches of its records out, in bounded memory
 
-MAX_FIELDS = 500
 _PIECE = 128 * 1024  # bytes of unpacked text that are looked at together
 _RECORD_LIMIT = 8 * 2**20  # characters of one record: what no end is found for by then has none
 _UNPACKED_RATIO, _UNPACKED_FREE, _UNPACKED_LIMIT = 100, 64 * 2**20, 2**36  # bytes out for each in, beyond free ones
-_DELIMITERS = ",;\t|"
-_UNSOUND = re.compile("[\0\ud800-\udfff]")  # what SQLite, or UTF-8, cannot hold
 
 
 def _bad_line(line: int, reason: str) -> JobFailed:
@@ -5338,71 +5365,124 @@ def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
         raise JobFailed(f"the gzip data is cut off after {taken} bytes")
 
 
-def _decoded(blocks: Iterator[bytes], encoding: str | None) -> Iterator[str]:
-    """The text of a file: in `encoding`, or else in UTF-16 if it has that mark, or else in UTF-8."""
-    head = b""
-    while len(head) < 3 and (block := next(blocks, b"")):
-        head += block
-    name = encoding or ("utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
-    decoder = text_decoder(name)
+def _decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
+    """The text of a file, without the mark at its beginning."""
+    decoder = text_decoder(encoding)
     taken, line, mark = 0, 1, "\ufeff"
-    for block in chain([head], blocks, [b""]):
+    for block in chain(blocks, [b""]):
         held = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, not block)
         except UnicodeDecodeError as error:
             line += error.object[:error.start].count(b"\n")
             raise _bad_line(line, f"byte {taken - held + error.start} of the text, 0x{error.object[error.start]:02x}, "
-                                  f"is not {name}; save the file as UTF-8, or name its encoding") from None
+                                  f"is not {encoding}; the part encoding names another") from None
         except UnicodeError as error:  # no byte order mark, for one
-            raise _bad_line(line, f"the text is not {name}: {error}") from None
+            raise _bad_line(line, f"the text is not {encoding}: {error}") from None
         if unsound := _UNSOUND.search(text):
-            raise _bad_line(line + _lines_in(text[:unsound.start()]), "there is a NUL character: this is no text")
+            raise _bad_line(line + _lines_in(text[:unsound.start()]), "there is a NUL character: this is no text, or "
+                                                                      "in an encoding that the part encoding names")
         taken, line = taken + len(block), line + _lines_in(text)
         if text:
             yield text.removeprefix(mark)
             mark = ""
 
 
-def _texts(stream: BinaryIO, packed: bool, encoding: str | None) -> Iterator[str]:
-    """The text of a stored file, in pieces; JobFailed says at which line it cannot be read any more."""
-    blocks = iter(lambda: stream.read(_PIECE), b"")
-    line = 1
-    texts = _decoded(_unpacked(blocks) if packed else blocks, encoding)
-    while True:
-        try:
-            text = next(texts, None)
-        except JobFailed as error:
-            raise error if str(error).startswith("line ") else _bad_line(line, str(error)) from None
-        if text is None:
-            return
-        line += _lines_in(text)
-        yield text
+def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, of which none ends inside a line end, with a line feed behind the last line if it has none."""
+    held, last = "", "\n"
+    for text in texts:
+        text = held + text
+        held = "\r" if text.endswith("\r") else ""
+        if text := text.removesuffix("\r"):
+            yield (last := text)
+    if held or last[-1] != "\n":
+        yield held or "\n"
+
+
+def _without_lines(texts: Iterator[str], count: int) -> Iterator[str]:
+    """The texts without their first lines."""
+    for text in texts:
+        place = 0
+        while count and (end := _LINE_END.search(text, place)):
+            place, count = end.end(), count - 1
+        if not count:
+            yield text[place:]
+            break
+    yield from texts
 
 
 class ColumnBatch(NamedTuple):
-    """Some records by columns: of each field the cells as the file has them. Fields may be missing, meaning null."""
+    """Some records by columns: of each field the cells as the file has them. Fields may be missing, meaning null.
+
+    `part` names the list in the file that they stand in, where a file is split.
+    """
 
     columns: Mapping[str, Sequence[Json]]
     length: int
+    part: str = ""
 
 
-def _check_fields(names: Collection[str], line: int) -> None:
-    """Refuses names that no schema could have either."""
-    if len(names) > MAX_FIELDS:
-        raise _bad_line(line, f"there are more than {MAX_FIELDS} fields")
-    seen: dict[str, str] = {}
-    for name in names:
-        if not is_field_name(name):
-            raise _bad_line(line, f"{name[:80]!r} cannot name a field: 1 to 64 printable characters without a space "
-                                  f"around them, and not {', '.join(RESERVED_COLUMNS)}")
-        if name.lower() in seen:
-            raise _bad_line(line, f"two fields are named {seen[name.lower()]!r} and {name!r}")
-        seen[name.lower()] = name
+class FieldNames:
+    """The names that the fields of a file get, each once, and what was changed for that.
+
+    `renamed` has the new name of each that was changed: by the old one, or by its position where two were equal.
+    `spare` are columns at the end of a header that it does not name; without a value they are left out.
+    """
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, str] = {}  # of JSON
+        self.renamed: dict[str, str] = {}
+        self.spare: list[str] = []
+        self._taken: set[str] = set()  # in lower case, since SQLite sees no difference
+
+    def of_header(self, header: Sequence[str], line: int) -> list[str]:
+        """The names of all columns; JobFailed where there cannot be any."""
+        names = self._add(header, line)
+        named = len("".join(header)) and max(place for place, name in enumerate(header, 1) if name.strip())
+        self.spare = names[named:]
+        return names
+
+    def of_keys(self, keys: Iterable[str], line: int) -> Mapping[str, str]:
+        """The names of all keys so far, these too."""
+        if new := [key for key in dict.fromkeys(keys) if key not in self.by_key]:
+            self.by_key |= zip(new, self._add(new, line), strict=True)
+        return self.by_key
+
+    def _add(self, texts: Sequence[str], line: int) -> list[str]:
+        first = len(self._taken) + 1
+        if first + len(texts) - 1 > MAX_FIELDS:
+            raise _bad_line(line, f"there are more than {MAX_FIELDS} fields")
+        wanted = [_field_name(text, position) for position, text in enumerate(texts, first)]
+        if long := next((name for name in wanted if len(name) > MAX_FIELD_NAME), None):
+            raise _bad_line(line, f"the name of a field is longer than {MAX_FIELD_NAME} characters: {long[:60]}...")
+        counts, theirs, names = Counter(texts), {name.lower() for name in wanted}, []
+        for position, (text, name) in enumerate(zip(texts, wanted, strict=True), first):
+            made, number = name, 1
+            while made.lower() in self._taken or (number > 1 and made.lower() in theirs):
+                number += 1
+                made = f"{name[:MAX_FIELD_NAME - 6]}_{number}"
+            self._taken.add(made.lower())
+            names.append(made)
+            if made != text:
+                self.renamed[text if counts[text] == 1 else str(position)] = made
+        return names
+
+
+def _field_name(text: str, position: int) -> str:
+    """What a column is called by the text in its header."""
+    name = "".join(character if character.isprintable() else " " if character.isspace() else ""
+                   for character in re.sub(r"\s*[\r\n]\s*", " ", text)).strip()
+    return f"{name}_" if name.lower() in RESERVED_COLUMNS else name or f"column_{position}"
 
 
 # CSV. A cell stays as it is written while rows are told apart: the quotes around it tell "" from null, and text from
 # numbers.
+
+_DELIMITERS = ",;\t|"
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_NUMERIC = re.compile(r"[-\d.,:]*")
+_DECIMAL_COMMA = re.compile(r" *[-+]?[\d.]*\d,\d+ *")
 
 
 def _cell_pattern(delimiter: str) -> str:
@@ -5426,88 +5506,172 @@ def _first_record(text: str, delimiter: str, start: int = 0) -> tuple[list[str],
     return cells, start - 1
 
 
-def _find_delimiter(sample: str) -> str:
-    """The delimiter that cuts the first records of a text into the same number of cells, the more the better."""
-    def rating(delimiter: str) -> tuple[bool, int, bool]:
-        widths: list[int] = []
-        end, steady = 0, True
-        while steady and len(widths) < 100 and (start := len(sample) - len(sample[end:].lstrip("\r\n"))) < len(sample):
-            cells, end = _first_record(sample, delimiter, start)
-            if end == len(sample):
-                break  # cut off
-            widths.append(len(cells))
-            steady = widths[0] == widths[-1] and sample[end] in "\r\n"
-        width = widths[0] if widths else 1
-        return steady and width > 1, width, steady
-
-    return max(_DELIMITERS, key=rating)
+def _sample_rows(sample: str, delimiter: str, gap: re.Pattern[str]) -> list[list[str]]:
+    """The cells of up to a hundred records, until one that is broken or cut; at least one record."""
+    rows: list[list[str]] = []
+    end = 0
+    while len(rows) < 100 and (match := gap.match(sample, end)) and match.end() < len(sample):
+        cells, end = _first_record(sample, delimiter, match.end())
+        if rows and sample[end:end + 1] not in ("\r", "\n"):
+            break
+        rows.append(cells)
+        if end == len(sample):
+            break
+    return rows or [[""]]
 
 
-def _check_rest(rest: str, delimiter: str, width: int, line: int, last: bool) -> None:
+def _usual_width(rows: Sequence[Sequence[str]]) -> int:
+    """How many cells more than half of the rows after the first have; 0 if there is no such number."""
+    counts = Counter(map(len, rows[1:])).most_common(1)
+    return counts[0][0] if counts and 2 * counts[0][1] > len(rows) - 1 else 0
+
+
+def _fits(row: Sequence[str], width: int) -> bool:
+    """Whether a row has a cell for each field, and beyond them nothing but empty ones."""
+    return len(row) == width or (len(row) > width and not any(row[width:]))
+
+
+def _find_delimiter(samples: Mapping[str, list[list[str]]], line: int) -> str:
+    """The delimiter that cuts the first records of a text into the same number of cells, the more the better.
+
+    JobFailed where the first line is no header for what follows, or two delimiters are as good as each other.
+    """
+    widths = {delimiter: len(rows[0]) for delimiter, rows in samples.items()}
+    steady = [delimiter for delimiter, rows in samples.items()
+              if widths[delimiter] > 1 and all(_fits(row, widths[delimiter]) for row in rows)]
+    if {",", ";"} <= {*steady} and any(map(_DECIMAL_COMMA.fullmatch, chain.from_iterable(samples[";"]))):
+        return ";"
+    widest = max(widths[delimiter] for delimiter in steady or samples)
+    best = [delimiter for delimiter in steady or samples if widths[delimiter] == widest]
+    if len(steady) > 1 and len(best) > 1:
+        raise _bad_line(line, f"{' and '.join(map(repr, best))} cut the lines equally well; the part delimiter decides")
+    if widest == 1:  # one column, of texts in which some delimiter may stand
+        best.sort(key=lambda delimiter: max(map(len, samples[delimiter])))
+    usual = {delimiter: _usual_width(rows) for delimiter, rows in samples.items()}
+    if not steady and (other := max(usual.values())) > 1 and (widest == 1 or usual[best[0]] != widest):
+        raise _bad_line(line, f"the first line has {_fields(widest)}, the lines below it have {other}: skip leaves out "
+                              "lines above the header, comment those that begin with it, header names the fields, and "
+                              "delimiter tells what is between them")
+    return best[0]
+
+
+def _fields(count: int) -> str:
+    return f"{count} {'field' if count == 1 else 'fields'}"
+
+
+def _check_rest(rest: str, delimiter: str, gap: re.Pattern[str], line: int, last: bool) -> None:
     """Tells a record that goes on in the next piece, which is well, from one that is wrong."""
-    start = len(rest) - len(rest.lstrip("\r\n"))
-    if width == 1:  # here an empty line is a record
-        start = min(start, 2 if rest.startswith("\r\n") else 1)
+    start = _end_of(gap, rest)
     cells, end = _first_record(rest, delimiter, start)
     line += _lines_in(rest[:start])
-    if rest[end:end + 1] in ("\r", "\n") and len(cells) != width:
-        raise _bad_line(line, f"{len(cells)} {'field' if len(cells) == 1 else 'fields'} instead of {width}")
-    line += _lines_in(rest[start:end])
-    if rest[end:end + 1] not in ("", "\r", "\n", '"'):
-        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}")
     if last and rest[end:end + 1] == '"':
         raise _bad_line(line, f"the quote that opens field {len(cells)} is never closed")
+    if rest[end:end + 1] not in ("", "\r", "\n", '"'):
+        line += _lines_in(rest[start:end])
+        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}")
     if len(rest) > _RECORD_LIMIT:
         raise _bad_line(line, f"a record is longer than {_RECORD_LIMIT} characters; is a quote not closed?")
 
 
-def _ended(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, with a line feed behind the last line if it has none."""
-    last = "\n"
-    for last in texts:
-        yield last
-    if last[-1] != "\n":
-        yield "\n"
+def _end_of(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
+    match = pattern.match(text, start)
+    return match.end() if match else start
 
 
-def _csv_rows(texts: Iterator[str], delimiter: str, fields: Sequence[str], line: int) -> Iterator[ColumnBatch]:
-    """The records after the header; the first text begins with the header's line end."""
-    row = re.escape(delimiter).join([f"({_cell_pattern(delimiter)})"] * len(fields))
-    # With one field an empty line is a null. The last group takes what is left: a record that is cut, or wrong.
-    row = rf"[\r\n]*{row}[\r\n]+" if len(fields) > 1 else rf"(?:\r\n|\n|\r(?!\n)){row}(?=[\r\n])"
-    pattern = re.compile(rf"{row}|([\s\S]+)")
-    rest = ""
-    for text in texts:
-        text = rest + text
+def _row_pattern(delimiter: str, width: int, gap: str) -> re.Pattern[str]:
+    """Groups of a row: its cells, or all of a row that has another number of them, or a text that is cut or wrong."""
+    cell, comma = _cell_pattern(delimiter), re.escape(delimiter)
+    end = r"[\r\n]++" if width > 1 else r"(?:\r\n|\n|\r)"  # with one field an empty line is a null
+    row = comma.join([f"({cell})"] * width)
+    return re.compile(rf"{gap}{row}(?:{comma})*+{end}|{gap}((?:{cell})(?:{comma}(?:{cell}))*+){end}|([\s\S]+)")
+
+
+def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[str], pad: bool,
+              line: int) -> Iterator[ColumnBatch]:
+    """The records after the header, in which rows with too few cells end in nulls if `pad`."""
+    width, rest, enough = len(fields), "", 0
+    pattern, between = _row_pattern(delimiter, width, gap), re.compile(gap)
+    for text in chain(texts, [""]):
+        rest += text
+        if text and len(rest) < enough:
+            continue  # a record that was cut is looked at again once there is as much again, not piece by piece
+        text = rest
         rows = pattern.findall(text)
         rest = rows.pop()[-1] if rows and rows[-1][-1] else ""
+        columns = [*zip(*rows, strict=True)]
+        if rows and any(columns[width]):
+            rows = [*_padded(rows, pattern, text, delimiter, width, pad, line)]
+            columns = [*zip(*rows, strict=True)]
         if rows:
-            yield ColumnBatch(dict(zip(fields, zip(*rows, strict=True), strict=False)), len(rows))
+            yield ColumnBatch(dict(zip(fields, columns, strict=False)), len(rows))
         line += _lines_in(text[:len(text) - len(rest)])
-        _check_rest(rest, delimiter, len(fields), line, last=False)
-    _check_rest(rest, delimiter, len(fields), line, last=True)
+        _check_rest(rest, delimiter, between, line, last=not text)
+        enough = 2 * len(rest)
+    _check_rest(rest, delimiter, between, line, last=True)
 
 
-def _read_csv(texts: Iterator[str], delimiter: str | None) -> Iterator[ColumnBatch]:
-    """Records of delimited text (RFC 4180, and what is usual beside it), named by the first line."""
-    texts, sample = _ended(texts), ""
-    while len(sample) < _PIECE and (piece := next(texts, "")):
-        sample += piece
-    text = sample.lstrip("\r\n")
-    line = 1 + _lines_in(sample[:len(sample) - len(text)])
+def _padded(rows: Sequence[Sequence[str]], pattern: re.Pattern[str], text: str, delimiter: str, width: int, pad: bool,
+            line: int) -> Iterator[Sequence[str]]:
+    """The rows of a text, those with too few cells filled up; JobFailed if that is not wanted or one has too many."""
+    for number, row in enumerate(rows):
+        if not row[width]:
+            yield row
+            continue
+        cells, _ = _first_record(row[width], delimiter)
+        if len(cells) > width or not pad:
+            place = next(match for index, match in enumerate(pattern.finditer(text)) if index == number)
+            hint = ("ragged=pad ends short rows in nulls" if len(cells) < width else
+                    "skip or comment leaves out what stands above the header")
+            raise _bad_line(line + _lines_in(text[:place.start(width + 1)]),
+                            f"{_fields(len(cells))} instead of {width}; {hint}")
+        yield *cells, *[""] * (width - len(cells))
+
+
+def _header(first: Sequence[str], told: str, line: int) -> tuple[list[str], bool]:
+    """The header that `told` means, and whether it is the first record."""
+    if told == "none":
+        return [f"column_{number}" for number in range(1, len(first) + 1)], False
+    if told != "auto":
+        names: list[str] = next(csv.reader([told], skipinitialspace=True))
+        if not _fits(first, len(names)):
+            raise _bad_line(line, f"{_fields(len(first))} instead of the {len(names)} that header names")
+        return names, False
+    if all(map(_NUMERIC.fullmatch, first)):
+        raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names there, "
+                              "do without, and skip leaves out lines above it")
+    return [*map(_unquoted, first)], True
+
+
+def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
+              likely: str) -> Iterator[ColumnBatch]:
+    """Records of delimited text (RFC 4180, and what is usual beside it); `likely` delimits if the first line has it."""
+    texts, text = _without_lines(_whole_lines(texts), options.skip), ""
+    while len(text) < _PIECE and (piece := next(texts, "")):
+        text += piece
+    comment = rf"{re.escape(options.comment)}[^\r\n]*+" if options.comment else "(?!)"
+    gap = re.compile(rf"(?:(?: *+|{comment})[\r\n])*+")
+    start = _end_of(gap, text)
+    line = 1 + options.skip + _lines_in(text[:start])
+    delimiter, text = options.delimiter, text[start:]
     if told := re.match(r'sep=([^\r\n"])(?:\r\n|\r|\n)', text):  # as Excel understands it
         text, line, delimiter = text[told.end():], line + 1, delimiter or told[1]
-    delimiter = delimiter or _find_delimiter(text)
-    header, end = _first_record(text, delimiter)
-    if all(re.fullmatch(r"[-\d.,:]*", cell) for cell in header) and text[end:end + 1] != '"':
-        raise _bad_line(line, "there is no header: the first line must name the fields")
+    if not delimiter:
+        samples = {each: _sample_rows(text, each, gap) for each in _DELIMITERS}
+        delimiter = likely if likely and len(samples[likely][0]) > 1 else _find_delimiter(samples, line)
+    first, end = _first_record(text, delimiter)
     if text[end:end + 1] not in ("\r", "\n"):
-        _check_rest(text, delimiter, len(header), line, last=True)
-        raise _bad_line(line, f"the first line is longer than {_PIECE} characters")
-    fields = [_unquoted(cell) for cell in header]
-    _check_fields(fields, line)
+        _check_rest(text, delimiter, gap, line, last=True)
+        raise _bad_line(line, "there is no header: the file is empty" if not text else
+                        f"the first line is longer than {_PIECE} characters")
+    header, is_first = _header(first, options.header, line)
+    fields = names[""].of_header(header, line)
     yield ColumnBatch(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
-    yield from _csv_rows(chain([text[end:]], texts), delimiter, fields, line)
+    if is_first:
+        end = _end_of(_LINE_END, text, end)
+        text, line = text[end:], line + _lines_in(text[:end])
+    between = gap.pattern if len(fields) > 1 else rf"(?:{comment}(?:\r\n|\n|\r))*+"
+    texts = chain([text] if text else [], texts)
+    yield from _csv_rows(texts, delimiter, between, fields, options.ragged == "pad", line)
 
 
 # JSON. Cells are what json.loads makes of them, but for numbers with a point or an exponent: they keep their digits.
@@ -5531,6 +5695,7 @@ def _refuse_constant(name: str) -> Json:
 
 
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_JsonNumber, parse_constant=_refuse_constant)
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _compact(value: Json) -> str:
@@ -5550,80 +5715,292 @@ def _strings(value: Json) -> Iterator[str]:
             yield from _strings(member)
 
 
-class _JsonGaps(NamedTuple):
-    """What stands before the first record of a JSON text, between two, behind the last; and instead of any."""
-
-    first: re.Pattern[str]
-    between: re.Pattern[str]
-    last: re.Pattern[str]
-    empty: re.Pattern[str]
-    expected: str
+_BATCH = 4096  # records of JSON at most in a batch
 
 
-def _gaps(first: str, between: str, last: str, expected: str) -> _JsonGaps:
-    space = r"[ \t\r\n]*"
-    return _JsonGaps(re.compile(rf"{space}{first}{space}(?=[^\s\]])"), re.compile(rf"{between}{space}(?=\S)"),
-                     re.compile(space + last + space), re.compile(space + first + space + last + space), expected)
+class _TooLong(JobFailed):
+    """No end of a value was found within the limit of a record."""
 
 
-_ARRAY = _gaps(r"\[", r"[ \t\r\n]*,", r"\]", "a JSON array of objects, [{...}, ...]")
-_LINES = _gaps("", r"[ \t\r]*\n", "", "one JSON object on each line")
+class _JsonText:
+    """A JSON text that is taken value by value; of all the text one value and one piece are held at a time."""
 
+    def __init__(self, texts: Iterator[str], options: IngestOptions):
+        self._texts, self._options = texts, options
+        self._text, self._place, self._start, self._line = "", 0, 0, 1  # start: of the last value
+        self._escaped, self._refills = False, 0
 
-def _json_records(text: str, gap: re.Pattern[str], between: re.Pattern[str], line: int) -> tuple[list[Json], int]:
-    """The whole records at the beginning of a text, and where they end."""
-    records, place, escapes = [], 0, "\\u" in text
-    while match := gap.match(text, place):
+    @property
+    def line(self) -> int:
+        """Where what is held begins."""
+        return self._line
+
+    def error(self, reason: str, place: int | None = None) -> JobFailed:
+        """What is wrong here, or at another place of what is held."""
+        place = self._place if place is None else place
+        if place >= len(self._text):
+            reason = f"the file ends too early: {reason}"
+        return _bad_line(self._line + _lines_in(self._text[:place]), reason)
+
+    def _more(self, limit: int = _RECORD_LIMIT) -> bool:
+        """Takes in as much again as is held of a value, so that looking again costs no more than reading it once."""
+        held = self._text[self._place:]
+        if len(held) > limit:
+            raise _TooLong(str(self.error(f"a record is longer than {limit} characters, or broken")))
+        self._line += _lines_in(self._text[:self._place])
+        pieces, size = [held], 0
+        while size <= len(held) and (piece := next(self._texts, "")):
+            pieces.append(piece)
+            size += len(piece)
+        self._text, self._place = "".join(pieces), 0
+        self._escaped, self._refills = "\\u" in self._text, self._refills + 1
+        return size > 0
+
+    def peek(self) -> str:
+        """The next character that is no space; none at the end."""
+        while True:
+            self._place = _end_of(_JSON_SPACE, self._text, self._place)
+            if self._place < len(self._text) or not self._more():
+                return self._text[self._place:self._place + 1]
+
+    def _expect(self, characters: str) -> str:
+        found = self.peek()
+        if not found or found not in characters:
+            raise self.error(f"expected {' or '.join(characters)}")
+        self._place += 1
+        return found
+
+    def value(self, check: Callable[[Json], object] = lambda value: None, limit: int = _RECORD_LIMIT) -> Json:
+        """The value that comes next, if `check` raises no ValueError, and an end is found within the limit."""
+        self.peek()
+        while True:
+            try:
+                value, end = _JSON_DECODER.raw_decode(self._text, self._place)
+                size = end - self._place
+                if end == len(self._text) and not isinstance(value, (str, list, dict)) and self._more(limit):
+                    continue  # a number may go on
+                if self._escaped and any(map(_UNSOUND.search, _strings(value))):
+                    raise ValueError("a text has a NUL or half a surrogate pair")
+                check(value)
+                self._start, self._place = self._place, self._place + size
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self._text) - 20 or error.msg.startswith("Unterminated")
+                offset = error.pos - self._place
+                if not cut or not self._more(limit):
+                    raise self.error(error.msg, self._place + offset) from None
+            except RecursionError:
+                raise self.error("the record is nested too deeply") from None
+            except ValueError as error:
+                raise self.error(str(error)) from None
+
+    def _checked(self, *before: Json) -> Callable[[Json], None]:
+        """What refuses a value of a list that does not go with the first one."""
+        first = [*before]
+
+        def check(value: Json) -> None:
+            if not first:
+                first.append(value)
+            if type(value) is not type(first[0]):
+                raise ValueError(f"a record must be a JSON {'array' if isinstance(first[0], list) else 'object'}, "
+                                 "as the first one is")
+            if isinstance(value, list) and (len(value) > len(first[0]) or (
+                    len(value) < len(first[0]) and self._options.ragged != "pad")):
+                raise ValueError(f"{_fields(len(value))} instead of {len(first[0])}; ragged=pad ends short rows in "
+                                 "nulls")
+
+        return check
+
+    def _values(self, ended: Callable[[], bool], *first: Json) -> Iterator[list[Json]]:
+        """Values until they have ended, some at a time, of one kind with a first one."""
+        check, batch, refills = self._checked(*first), list[Json](), self._refills
+        while True:
+            batch.append(self.value(check))
+            end = ended()
+            if end or self._refills != refills or len(batch) == _BATCH:
+                yield batch
+                batch, refills = [], self._refills
+            if end:
+                return
+
+    def concatenated(self, first: Json) -> Iterator[list[Json]]:
+        """What comes behind a first value, up to the end of the text."""
+        if self.peek():
+            yield from self._values(lambda: not self.peek(), first)
+
+    def elements(self) -> Iterator[list[Json]]:
+        """The elements of the array that comes next."""
+        self._expect("[")
+        if self.peek() == "]":
+            self._place += 1
+        else:
+            yield from self._values(lambda: self._expect(",]") == "]")
+
+    def steps(self) -> Iterator[str]:
+        """The keys of the object that comes next, or the indices of the array; each value is to be taken in between."""
+        end = {"{": "}", "[": "]"}[self._expect("{[")]
+        if self.peek() == end:
+            self._place += 1
+            return
+        for number in itertools.count():
+            key = str(number)
+            if end == "}":
+                key = self.value(_check_key)
+                self._expect(":")
+            yield key
+            if self._expect(f",{end}") == end:
+                return
+
+    def members(self) -> Iterator[tuple[str, Json]]:
+        """The members of the object that comes next; arrays as iterators of their elements, to be taken in between."""
+        for key in self.steps():
+            yield key, self.elements() if self.peek() == "[" else self.value()
+
+    def skip(self) -> None:
+        """Takes the value that comes next, however long it is."""
         try:
-            record, end = _JSON_DECODER.raw_decode(text, match.end())
-            if not isinstance(record, dict):
-                raise ValueError("a record must be a JSON object")
-            if escapes and any(map(_UNSOUND.search, _strings(record))):
-                raise ValueError("a text has a NUL or half a surrogate pair")
-        except json.JSONDecodeError:
-            break  # wrong, or going on in the next piece
-        except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, ValueError) else "the record is nested too deeply"
-            raise _bad_line(line + _lines_in(text[:match.end()]), reason) from None
-        records.append(record)
-        place, gap = end, between
-    return records, place
+            self.value()
+        except _TooLong:
+            if self.peek() not in ("[", "{"):
+                raise
+            for _ in self.steps():
+                self.skip()
+
+    def back(self, *, if_last: bool) -> bool:
+        """Goes back before the value just taken, `if_last` only where nothing comes behind it."""
+        start, line = self._start, self._line + _lines_in(self._text[:self._start])
+        text = self._text[start:]
+        if if_last and self.peek():
+            return False
+        self._text, self._place, self._line, self._escaped = text, 0, line, "\\u" in text
+        return True
 
 
-def _json_error(text: str, gap: re.Pattern[str], line: int, expected: str) -> JobFailed:
-    """Why a text neither goes on with a record nor ends."""
-    place, reason = len(text) - len(text.lstrip()), f"expected {expected}"
-    if match := gap.match(text):
+def _check_key(key: Json) -> None:
+    if not isinstance(key, str):
+        raise ValueError("a key must be a text")
+
+
+def _keyed(key: str, record: dict[str, Json]) -> dict[str, Json]:
+    if record.get("key", key) != key:
+        raise JobFailed(f"line 1: the object {key[:80]!r} has a member 'key', where its own name is to stand; the part "
+                        "path names other records")
+    return {"key": key, **record}
+
+
+def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
+    """The records at a JSON Pointer."""
+    if not pointer:
+        yield from _value_records(text, options)
+        return
+    found = False
+    if text.peek() in ("{", "["):
+        for step in text.steps():
+            if step == pointer[0] and not found:
+                found = True
+                yield from _pointed(text, pointer[1:], options)
+            else:
+                text.skip()
+    if not found:
+        raise JobFailed(f"line 1: there is nothing at path {options.path!r}: no {pointer[0][:80]!r}")
+
+
+def _value_records(text: _JsonText, options: IngestOptions, lines: bool = False,
+                   alone: bool = True) -> Iterator[tuple[str, list[Json]]]:
+    """The records of the value that comes next, and the name of the list they are in where the file is split.
+
+    Objects one after another are records too, unless `alone`; of `lines` also the only one.
+    """
+    if text.peek() == "[":
+        yield from (("", batch) for batch in text.elements())
+    elif text.peek() != "{":
+        raise text.error("expected objects one after another, a JSON array of them, or an object that holds such an "
+                         "array")
+    else:
         try:
-            _JSON_DECODER.raw_decode(text, match.end())
-        except json.JSONDecodeError as error:
-            place, reason = error.pos, error.msg
-    if place == len(text):
-        reason = f"the file ends too early: {reason}"
-    if len(text) > _RECORD_LIMIT:
-        reason = f"a record is longer than {_RECORD_LIMIT} characters, or broken: {reason}"
-    return _bad_line(line + _lines_in(text[:place]), reason)
+            first = text.value(limit=_RECORD_LIMIT if lines else _LIST_LENGTH)
+        except _TooLong:
+            if lines:
+                raise
+            first = None  # so it is rather a list of records than one of them
+        if first is None or (not lines and text.back(if_last=not alone)):
+            yield from _listed(text, first, options.split)
+        else:
+            yield "", [first]
+            yield from (("", batch) for batch in text.concatenated(first))
 
 
-def _read_json(texts: Iterator[str], gaps: _JsonGaps) -> Iterator[ColumnBatch]:
-    """Records of a JSON array or of JSON lines; of all the text one record and one piece are held at a time."""
-    text, line, fields = "", 1, dict[str, None]()
-    gap, end = gaps.first, gaps.empty
-    for piece in texts:
-        text += piece
-        records, place = _json_records(text, gap, gaps.between, line)
-        if records:
-            gap, end = gaps.between, gaps.last
-            new = dict.fromkeys(chain.from_iterable(records)).keys() - fields.keys()
-            if new:
-                fields |= dict.fromkeys(key for key in chain.from_iterable(records) if key in new)
-                _check_fields(fields, line)
-            yield ColumnBatch({field: [record.get(field) for record in records] for field in fields}, len(records))
-        line, text = line + _lines_in(text[:place]), text[place:]
-        if len(text) > _RECORD_LIMIT:
-            break
-    if not end.fullmatch(text):
-        raise _json_error(text, gap, line, gaps.expected)
+_HELD_MEMBERS = 1000  # objects in an object that are held until it shows whether they are the records
+_LIST_LENGTH = 2**20  # characters of an object that has to be one with records in it, not the first of several records
+
+
+def _listed(text: _JsonText, whole: Json, split: bool) -> Iterator[tuple[str, list[Json]]]:
+    """The records in the object that comes next: in its one list of objects, or in each such list if `split`; or else
+    its members, if all are objects; or else `whole`, which is that object, unless it is too long."""
+    found = nested = ""
+    objects, keyed, others = list[tuple[str, dict[str, Json]]](), False, False
+    for key, member in text.members():
+        if isinstance(member, Iterator):
+            for batch in member:
+                others = True
+                if isinstance(batch[0], dict):
+                    if not split and found not in ("", key):
+                        raise JobFailed(f"line 1: several lists hold objects, {found[:80]!r} and {key[:80]!r}: path "
+                                        f"names one (path=/{found[:80]}), split=true makes a record type of each")
+                    found = key
+                    yield key if split else "", batch
+                elif isinstance(batch[0], list):
+                    nested = key
+        elif not isinstance(member, dict):
+            others = True
+        elif not others:
+            objects.append((key, member))
+        if keyed and others:
+            raise text.error(f"{key[:80]!r} is no object, as the members before it are")
+        if len(objects) > _HELD_MEMBERS:
+            keyed = True
+            yield "", [_keyed(*pair) for pair in objects]
+            objects.clear()
+    if objects and not others:
+        yield "", [_keyed(*pair) for pair in objects]
+    elif nested and not found:
+        raise JobFailed(f"line 1: the list {nested[:80]!r} holds lists; path=/{nested[:80]} takes these as records")
+    elif others and not found:
+        if whole is None:
+            raise _bad_line(1, f"a record is longer than {_LIST_LENGTH} characters; in a file named .ndjson it may be")
+        yield "", [whole]
+
+
+def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
+               lines: bool) -> Iterator[ColumnBatch]:
+    """Records of any JSON text that holds some; of `lines` each is one, also if there is only one."""
+    text = _JsonText(texts, options)
+    pointer = [step.replace("~1", "/").replace("~0", "~") for step in (options.path or "").split("/")[1:]]
+    header: list[str] | None = None
+    for part, values in _pointed(text, pointer, options) if pointer else _value_records(text, options, lines, False):
+        if isinstance(values[0], dict):
+            fields = names[part].of_keys(chain.from_iterable(values), text.line)
+            yield ColumnBatch({name: [record.get(key) for record in values] for key, name in fields.items()},
+                              len(values), part)
+        elif isinstance(values[0], list):
+            rows = values
+            if header is None:
+                told, is_first = _json_header(values[0], options.header, text.line)
+                header, rows = names[part].of_header(told, text.line), values[is_first:]
+            cells = zip(*(row + [None] * (len(header) - len(row)) for row in rows), strict=True)
+            yield ColumnBatch(dict(zip(header, cells, strict=True)) if rows else dict.fromkeys(header, ()), len(rows))
+        else:
+            raise _bad_line(text.line, "a record must be a JSON object")
+    if text.peek():
+        raise text.error("there is text behind the records")
+
+
+def _json_header(first: Sequence[Json], told: str, line: int) -> tuple[list[str], bool]:
+    """The header that `told` means for a list of lists, and whether it is the first one."""
+    if told == "auto" and not all(isinstance(name, str) and not isinstance(name, _JsonNumber) for name in first):
+        raise _bad_line(line, "there is no header: the first list must name the fields; header=none, or names there, "
+                              "do without")
+    return _header([*map(str, first)], told, line)
 
 
 # Kinds: what a column holds, told without loss from all of its cells
@@ -5638,7 +6015,7 @@ def _is_float(cell: str) -> bool:
 
 
 def _is_decimal(cell: str) -> bool:
-    return bool(re.fullmatch(r"-?(?:0|[1-9][0-9]*)\.[0-9]+", cell)) or _is_int(cell)
+    return len(cell) <= 400 and bool(re.fullmatch(r"-?(?:0|[1-9][0-9]*)\.[0-9]+|-?[1-9][0-9]*|0", cell))
 
 
 def _is_date(text: str) -> bool:
@@ -5648,12 +6025,6 @@ def _is_date(text: str) -> bool:
 def _is_datetime(text: str) -> bool:
     return bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?"
                              r"(Z|[+-][0-9]{2}:[0-9]{2})?", text) and datetime.fromisoformat(text))
-
-
-def _is_nested_json(text: str) -> bool:
-    """An object or a list; true only for what can stand in a line of JSON as it is."""
-    return text[:1] in ("[", "{") and "\n" not in text and "\r" not in text and not any(
-        map(_UNSOUND.search, _strings(_JSON_DECODER.decode(text))))
 
 
 def _all(test: Callable[[str], bool], cells: Iterable[str]) -> bool:
@@ -5668,7 +6039,7 @@ _CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
     # A quoted cell is no number, whatever it reads: in our own exports the quotes are what makes a text.
     "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
     "date": lambda cell: _is_date(_unquoted(cell)), "datetime": lambda cell: _is_datetime(_unquoted(cell)),
-    "json": lambda cell: _is_nested_json(_unquoted(cell)), "text": lambda cell: True,
+    "text": lambda cell: True,
 }
 
 
@@ -5716,7 +6087,7 @@ _TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
 
 def _csv_values(cells: Sequence[str], kind: Kind) -> list[Json]:
     """Cells as the record tables store them."""
-    convert = _unquoted if KIND_SQL[kind].column == "TEXT" else _TO_VALUE[kind]
+    convert = _TO_VALUE[kind] if kind in ("int", "float", "bool") else _unquoted
     return [convert(cell) if cell else None for cell in cells]
 
 
@@ -5729,62 +6100,125 @@ def _json_values(cells: Sequence[Json], kind: Kind) -> list[Json]:
 class IngestFormat(NamedTuple):
     """How files become records: how they are cut into cells, which kinds cells fit, and the values they stand for."""
 
-    read: Callable[[Iterator[str], str | None], Iterator[ColumnBatch]]
+    read: Callable[[Iterator[str], IngestOptions, Mapping[str, FieldNames]], Iterator[ColumnBatch]]
     kinds_of: Callable[[Sequence[Json], Sequence[Kind]], list[Kind]]
     values_of: Callable[[Sequence[Json], Kind], list[Json]]
     kinds: Sequence[Kind]  # the first that fits is taken
+    head: re.Pattern[str] | None = None  # by which a text is known whatever its name says
 
 
-def _csv_format(delimiter: str | None) -> IngestFormat:
-    return IngestFormat(lambda texts, told: _read_csv(texts, told or delimiter), _csv_kinds, _csv_values, [*_CSV_TESTS])
+def _csv_format(likely: str) -> IngestFormat:
+    return IngestFormat(lambda texts, options, names: _read_csv(texts, options, names, likely), _csv_kinds, _csv_values,
+                        [*_CSV_TESTS])
 
 
-def _json_format(gaps: _JsonGaps) -> IngestFormat:
-    return IngestFormat(lambda texts, told: _read_json(texts, gaps), _json_kinds, _json_values,
-                        ("int", "float", "decimal", "bool", "date", "datetime", "text", "json"))
+def _json_format(lines: bool) -> IngestFormat:
+    return IngestFormat(lambda texts, options, names: _read_json(texts, options, names, lines), _json_kinds,
+                        _json_values, ("int", "float", "decimal", "bool", "date", "datetime", "text", "json"),
+                        re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])'))
 
 
 INGEST_FORMATS: Mapping[str, IngestFormat] = {
-    "csv": _csv_format(None), "tsv": _csv_format("\t"), "txt": _csv_format(None), "json": _json_format(_ARRAY),
-    "ndjson": _json_format(_LINES), "jsonl": _json_format(_LINES),
+    "csv": _csv_format(""), "tsv": _csv_format("\t"), "txt": _csv_format(""), "json": _json_format(False),
+    "ndjson": _json_format(True), "jsonl": _json_format(True),
 }
 
 
 class RecordReader:
-    """Reads one stored file as records: `filename` tells the format, by its extension (and a .gz behind that).
+    """Reads one stored file as records: `filename` tells the format, by its extension (and a .gz behind that), unless
+    the content does.
 
-    What the options leave open is found. BadRequest if it is no format that holds records.
+    What the options leave open is found; `encoding` may be known from before. After `limit` characters `enough` is
+    true, and no more is looked at for the encoding. BadRequest if it is no format that holds records.
     """
 
-    def __init__(self, filename: str, options: IngestOptions | None = None):
+    def __init__(self, filename: str, options: IngestOptions | None = None, encoding: str | None = None,
+                 limit: int = 2**62):
         *_, inner, suffix = ("", "", *filename.lower().split("."))
         self._packed = suffix == "gz"
         if (name := inner if self._packed else suffix) not in INGEST_FORMATS:
             raise BadRequest(f"no records can be read from {filename!r}; they can from {', '.join(INGEST_FORMATS)}, "
                              "and .gz of these", [FieldProblem("file", "has a type that holds no records")])
-        self._format, self._options = INGEST_FORMATS[name], options or IngestOptions()
-        self._fitting: dict[str, list[Kind]] = {}
+        self._format, self._options, self._limit = INGEST_FORMATS[name], options or IngestOptions(), limit
+        self.encoding = self._options.encoding or encoding
+        self.names, self.counts = defaultdict[str, FieldNames](FieldNames), Counter[str]()
+        self._fitting = defaultdict[str, dict[str, list[Kind]]](dict)
+        self._taken = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether as much was read as was wanted."""
+        return self._taken >= self._limit
 
     def read(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
-        """The records in bounded memory; JobFailed with line and reason where the file is wrong."""
-        return self._format.read(_texts(stream, self._packed, self._options.encoding), self._options.delimiter)
+        """The records in bounded memory, with batches of none while there is nothing to see yet; JobFailed with line
+        and reason where the file is wrong."""
+        if not self.encoding:
+            yield from self._find_encoding(stream)
+        stream.seek(0)
+        self.names.clear()
+        texts = self._texts(stream)
+        head = next(texts, "")
+        known = (each for each in INGEST_FORMATS.values() if each.head and each.head.match(head))
+        if not self._format.head and not self._options.delimiter:
+            self._format = next(known, self._format)
+        yield from self._format.read(chain([head] if head else [], texts), self._options, self.names)
 
-    def learn(self, cells: ColumnBatch) -> None:
-        """Narrows the kinds of the fields to those that fit these cells too."""
-        for field, column in cells.columns.items():
-            candidates = self._fitting.get(field, self._format.kinds)
-            self._fitting[field] = self._format.kinds_of(column, candidates)
+    def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
+        blocks = iter(lambda: stream.read(_PIECE), b"")
+        return _unpacked(blocks) if self._packed else blocks
 
-    def kinds(self) -> dict[str, Kind]:
+    def _find_encoding(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
+        check, seen = TextEncoding(None), 0
+        with suppress(UnicodeError, JobFailed):  # reading says where
+            for block in self._blocks(stream):
+                check.feed(block)
+                seen += len(block)
+                if seen >= self._limit:
+                    break
+                yield ColumnBatch({}, 0)
+            else:
+                check.feed(b"", last=True)
+        self.encoding = check.name
+
+    def _texts(self, stream: BinaryIO) -> Iterator[str]:
+        """The text, in pieces; JobFailed says at which line it cannot be read any more."""
+        line, texts = 1, _decoded(self._blocks(stream), self.encoding or "utf-8")
+        self._taken = 0
+        while True:
+            try:
+                text = next(texts, None)
+            except JobFailed as error:
+                raise error if str(error).startswith("line ") else _bad_line(line, str(error)) from None
+            if text is None:
+                return
+            line, self._taken = line + _lines_in(text), self._taken + len(text)
+            yield text
+
+    def learn(self, batch: ColumnBatch) -> None:
+        """Counts the records, and narrows the kinds of the fields to those that fit these cells too."""
+        if batch.columns:
+            self.counts[batch.part] += batch.length
+        fitting = self._fitting[batch.part]
+        for field, column in batch.columns.items():
+            fitting[field] = self._format.kinds_of(column, fitting.get(field, self._format.kinds))
+
+    def kinds(self, part: str = "") -> dict[str, Kind]:
         """The kind of each field, by all that was learned: the narrowest that fits; text if all is null."""
         return {field: "text" if len(fitting) == len(self._format.kinds) else fitting[0]
-                for field, fitting in self._fitting.items()}
+                for field, fitting in self._fitting[part].items()
+                if len(fitting) < len(self._format.kinds) or field not in self.names[part].spare}
 
-    def rows(self, cells: ColumnBatch, kinds: Mapping[str, Kind]) -> list[tuple[Json, ...]]:
+    def renamed(self) -> dict[str, str]:
+        """The new names of fields by the old ones; those of a list in the file with its name in front."""
+        return {f"{part}.{old}" if part else old: new for part, names in self.names.items()
+                for old, new in names.renamed.items() if new in self.kinds(part)}
+
+    def rows(self, batch: ColumnBatch, kinds: Mapping[str, Kind]) -> list[tuple[Json, ...]]:
         """The records as the tables store them, values in the order of `kinds`."""
         try:
-            columns = [self._format.values_of(cells.columns[field], kind) if field in cells.columns else
-                       [None] * cells.length for field, kind in kinds.items()]
+            columns = [self._format.values_of(batch.columns[field], kind) if field in batch.columns else
+                       [None] * batch.length for field, kind in kinds.items()]
         except RecursionError:
             raise JobFailed("a record is nested too deeply") from None
         return [*zip(*columns, strict=True)]
@@ -5894,7 +6328,7 @@ class GenerateRequest(JobRequest):
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
     locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
     now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
-    schema_: dict[str, Json] | None = Field(None, alias="schema", min_length=1, max_length=500,
+    schema_: dict[str, Json] | None = Field(None, alias="schema", min_length=1, max_length=MAX_FIELDS,
                                             description="Field name: type, or object with type.")
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
@@ -6126,6 +6560,25 @@ def run_upload(context: JobContext, request: UploadRequest) -> JobSteps:
                     "contentType": file.content_type}, file)
 
 
+def _type_named_like(filename: str) -> str:
+    """A record type out of a file's name; `record` if none can be made of it."""
+    name = re.sub(r"[^a-z0-9]+", "_", filename.partition(".")[0].lower()).strip("_")[:63]
+    return name if re.match("[a-z]", name) and name != "jobs" and not name.startswith("sqlite") else "record"
+
+
+def _types_of_parts(parts: Iterable[str], filename: str) -> dict[str, str]:
+    """A record type for each list in a file, by its name; that of the file where the file is the list."""
+    types: dict[str, str] = {}
+    for part in parts:
+        base = name = _type_named_like(part or filename)
+        for number in itertools.count(2):
+            if name not in types.values():
+                break
+            name = f"{base[:58]}_{number}"
+        types[part] = name
+    return types
+
+
 class IngestRequest(JobRequest, IngestOptions):
     """What an uploaded file is to become; the file itself stands in the job's row."""
 
@@ -6145,50 +6598,79 @@ class IngestRequest(JobRequest, IngestOptions):
         """The record type that the file's records get."""
         return self.record_type
 
-    def reader(self) -> RecordReader:
-        """What reads the file; BadRequest if it is of a type that holds no records."""
-        return RecordReader(self.filename, self)
+    def reader(self, encoding: str | None = None) -> RecordReader:
+        """What reads the file, whose encoding may be known; BadRequest if it is of a type that holds no records."""
+        return RecordReader(self.filename, self, encoding)
+
+    def record_types(self, reader: RecordReader) -> dict[str, str]:
+        """The record type of each part that a reader found."""
+        return _types_of_parts(reader.counts, self.filename) if self.split else {"": str(self.record_type)}
 
 
 @job_type("ingest", IngestRequest, posted=False)
 def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
     """Makes records of an uploaded file: once over it for the kinds of the fields, once more for the records."""
-    job, file, reader, record_type = context.job, context.job.file, request.reader(), request.record_type or ""
+    file, state = context.job.file, context.checkpoint or {}
     if file is None:
         raise JobFailed("the uploaded file is gone; upload it again")
-    state = context.checkpoint
-    if not state:
-        total = 0
-        with context.folder.open(file) as stream:
-            for cells in reader.read(stream):
-                reader.learn(cells)
-                total += cells.length
-                yield
-        kinds = reader.kinds()
-        if not kinds:
-            raise JobFailed("line 1: there are no records, so there are no fields")
-        context.records.open_job(job, {record_type: kinds}, {record_type: max(total, 1)})
-        state = {"kinds": kinds, "total": total, "done": 0}
-        context.save(Progress(total=total), state)
-    kinds, total, done, seen = state["kinds"], state["total"], state["done"], 0
+    if "tables" not in state:  # one of an older version begins anew
+        state = yield from _surveyed(context, request, file)
+        tables = state["tables"].values()
+        context.records.open_job(context.job, {table["recordType"]: table["kinds"] for table in tables},
+                                 {table["recordType"]: max(table["records"], 1) for table in tables})
+        context.save(Progress(total=state["total"]), state)
+    yield from _load(context, request, file, state)
+    result = {"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "contentType": file.content_type,
+              "recordType": request.record_type, "records": state["total"]}
+    if request.split:
+        result["recordTypes"] = {table["recordType"]: table["records"] for table in state["tables"].values()}
+    if state["renamed"]:
+        result["renamed"] = state["renamed"]
+    if state["encoding"] not in ("utf-8", request.encoding):
+        result["encoding"] = state["encoding"]
+    return JobResult(result, file)
+
+
+def _surveyed(context: JobContext, request: IngestRequest, file: StoredFile) -> Generator[None, None, dict[str, Json]]:
+    """What there is in a file: the first checkpoint of its job, which has all that a later attempt needs to go on."""
+    reader = request.reader()
     with context.folder.open(file) as stream:
-        for cells in reader.read(stream):
-            seen += cells.length
-            if seen > done:  # what an earlier attempt committed is read past
-                rows = reader.rows(cells, kinds)[done - seen:]
-
-                def add(connection: sqlite3.Connection, rows: list[tuple[Json, ...]] = rows) -> None:
-                    context.records.append(connection, job, record_type, list(kinds), rows)
-
-                done = seen
-                context.save(Progress(done=done, total=total), {**state, "done": done}, add)
+        for batch in reader.read(stream):
+            reader.learn(batch)
             yield
-    return JobResult({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256,
-                    "contentType": file.content_type, "recordType": request.record_type, "records": total}, file)
+    tables = {part: {"recordType": record_type, "kinds": reader.kinds(part), "records": reader.counts[part]}
+              for part, record_type in request.record_types(reader).items()}
+    if not any(table["kinds"] for table in tables.values()):
+        raise JobFailed("line 1: there are no records, so there are no fields")
+    return {"tables": tables, "total": reader.counts.total(), "done": 0, "encoding": reader.encoding,
+            "renamed": reader.renamed()}
 
 
-SAMPLE = 10_000  # records that a schema is inferred from
-_FEW = 20  # so many different texts are a choice
+def _load(context: JobContext, request: IngestRequest, file: StoredFile, state: dict[str, Json]) -> Generator[
+        None, None, None]:
+    """Commits the records of a file, from the first one on that no earlier attempt has committed."""
+    reader, done, seen = request.reader(state["encoding"]), state["done"], 0
+    with context.folder.open(file) as stream:
+        for batch in reader.read(stream):
+            seen += batch.length
+            if seen > done:
+                table = state["tables"][batch.part]
+                rows = reader.rows(batch, table["kinds"])[done - seen:]
+                add = partial(_append, context.records, context.job, table["recordType"], [*table["kinds"]], rows)
+                done = seen
+                context.save(Progress(done=done, total=state["total"]), {**state, "done": done}, add)
+            yield
+
+
+def _append(records: RecordStore, job: Job, record_type: str, fields: Sequence[str], rows: Sequence[tuple[Json, ...]],
+            connection: sqlite3.Connection) -> None:
+    records.append(connection, job, record_type, fields, rows)
+
+
+SAMPLE, _SAMPLE_TEXT = 10_000, 2**22  # records, and characters, that a schema is inferred from
+_FEW = 20  # so many different values that come again are a choice; of fewer records no step shows a sequence
+_SAYS_ID = re.compile(r"(?i:(?:^|[\W_])id)$|[a-z]I[dD]$")
+_SAYS_DIGITS = re.compile(r"post|zip|phone|mobile|fax|code", re.IGNORECASE)  # names of what has one length, but no size
 # Faker methods by field name (letters only, in lower case), and by the shape that all of the values have.
 _METHODS_BY_NAME = {
     name: method for method, names in {
@@ -6225,34 +6707,51 @@ def _pattern(texts: Collection[str]) -> str | None:
     return "".join(marks)
 
 
+def _digits(name: str, texts: Collection[str]) -> str | None:
+    """The pattern of digits that are no number, by the name of their field; of few texts any digit may be another."""
+    if not _SAYS_DIGITS.search(name) or not all(re.fullmatch("[0-9]+", text) for text in texts):
+        return None
+    pattern = _pattern(texts)
+    return "#" * len(pattern) if pattern and len(texts) < _FEW else pattern
+
+
 def _text_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
     """A small set as it is; else a Faker method that fits shape or name; else a pattern; else words."""
     counts = Counter(texts)
-    if len(counts) == 1:
+    if len(counts) == 1 < len(texts):
         return {"type": "const", "value": texts[0]}
-    if len(counts) <= min(_FEW, len(texts) // 4):
+    if len(counts) <= min(_FEW, len(texts) // 2):
         return {"type": "choice", "values": dict(counts.most_common())}
     unique = {"unique": True} if len(counts) == len(texts) else {}
+    if pattern := _digits(name, counts):
+        return {"type": "pattern", "pattern": pattern, **unique}
     for method, shape in _METHODS_BY_SHAPE.items():
         if all(map(shape.fullmatch, counts)):
             return {"type": method, **(unique if method == "email" else {})}
     if method := _METHODS_BY_NAME.get(re.sub(r"[^a-z]", "", name.lower()), ""):
         return {"type": method, **(unique if method == "user_name" else {})}
-    if pattern := _pattern(counts):
+    if len(counts) > 1 and (pattern := _pattern(counts)):
         return {"type": "pattern", "pattern": pattern, **unique}
     words = round(sum(len(text.split()) for text in texts) / len(texts))
     return {"type": "sentence", "args": {"nb_words": min(words, 50)}} if words > 1 else {"type": "word"}
 
 
 def _int_field(name: str, values: Sequence[int]) -> dict[str, Json]:
-    steps = {after - before for before, after in pairwise(values)}
-    if name and len(steps) == 1 and 1 <= (step := steps.pop()) <= 2**32 and abs(values[0]) < 2**62:
+    steps, distinct = {after - before for before, after in pairwise(values)}, sorted({*values})
+    told = len(values) >= _FEW or (_SAYS_ID.search(name) and distinct[0] == 1 and steps == {1})
+    if name and told and len(steps) == 1 and 1 <= (step := steps.pop()) <= 2**32 and abs(values[0]) < 2**62:
         return {"type": "sequence", "start": values[0], "step": step}
+    if pattern := _digits(name, {*map(str, values)}):
+        return {"type": "pattern", "pattern": pattern, **({"unique": True} if len(distinct) == len(values) else {})}
+    if distinct[-1] - distinct[0] >= len(distinct) <= min(_FEW, len(values) // 4) and distinct[0] > -2**63:
+        return {"type": "choice", "values": distinct}  # with gaps between them
     return {"type": "int", "min": max(min(values), 1 - 2**63), "max": max(values)}
 
 
 def _float_field(name: str, values: Sequence[float]) -> dict[str, Json]:
     finite = [min(max(value, -1e300), 1e300) for value in values]
+    if len(distinct := sorted({*finite})) <= min(_FEW, len(values) // 4):
+        return {"type": "choice", "values": distinct}
     digits = max(len(f"{value!r}".partition(".")[2]) if "e" not in repr(value) else 99 for value in finite)
     return {"type": "float", "min": min(finite), "max": max(finite)} | ({"round": digits} if digits <= 12 else {})
 
@@ -6272,14 +6771,14 @@ def _datetime_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
             **({"ms": True} if any("." in text for text in texts) else {})}
 
 
-def _json_field(texts: Sequence[str], nested: Callable[[str, Sequence[Json]], Json]) -> dict[str, Json]:
+def _json_field(texts: Sequence[str], nested: Callable[[str, Sequence[Json]], Json] | None) -> dict[str, Json]:
     """Lists and objects of fields inferred from what is in them; anything else, by a few of the values."""
     values = [_JSON_DECODER.decode(text) for text in texts[:1000]]
-    if all(isinstance(value, list) for value in values) and any(values):
+    if nested and all(isinstance(value, list) for value in values) and any(values):
         lengths = [*map(len, values)]
         return {"type": "list", "of": nested("", [*chain.from_iterable(values)]),
                 "min": min(min(lengths), 20), "max": min(max(lengths), 20)}
-    if all(isinstance(value, dict) for value in values) and any(values):
+    if nested and all(isinstance(value, dict) for value in values) and any(values):
         keys = dict.fromkeys(chain.from_iterable(values))
         return {"type": "object", "fields": {key: nested(key, [value.get(key) for value in values]) for key in keys}}
     return {"type": "choice", "values": [json.loads(text) for text in dict.fromkeys(texts[:_FEW])]}
@@ -6292,19 +6791,25 @@ _FIELDS_BY_KIND: Mapping[Kind, Callable[[str, Sequence[Any]], dict[str, Json]]] 
 }
 
 
-def inferred_field(name: str, kind: Kind, values: Sequence[Json]) -> Json:
-    """The field of a schema that makes values like these, which are as the tables store them; nulls too."""
+def inferred_field(name: str, kind: Kind, values: Sequence[Json], depth: int = 1) -> Json:
+    """The field of a schema that makes values like these, which are as the tables store them; nulls too.
+
+    `depth` tells in how many lists and objects they are, of which a schema takes MAX_DEPTH.
+    """
     def nested(key: str, cells: Sequence[Json]) -> Json:
         reader, column = RecordReader("sample.json"), ColumnBatch({"": cells}, len(cells))
         reader.learn(column)
         inner = reader.kinds()[""]
-        return inferred_field(key, inner, [row[0] for row in reader.rows(column, {"": inner})])
+        return inferred_field(key, inner, [row[0] for row in reader.rows(column, {"": inner})], depth + 1)
 
     present = [value for value in values if value is not None]
     if not present:
         return {"type": "const", "value": None}
     try:
-        field = _json_field(present, nested) if kind == "json" else _FIELDS_BY_KIND[kind](name, present)
+        if kind == "json":
+            field = _json_field(present, nested if depth < MAX_DEPTH else None)
+        else:
+            field = _FIELDS_BY_KIND[kind](name, present)
     except (OverflowError, ValueError, ArithmeticError):  # years and numbers beyond what can be calculated with
         field = _text_field(name, [*map(str, present)])
     if nulls := 1 - len(present) / len(values):
@@ -6312,25 +6817,40 @@ def inferred_field(name: str, kind: Kind, values: Sequence[Json]) -> Json:
     return field["type"] if len(field) == 1 else field
 
 
+def _sample(reader: RecordReader, stream: BinaryIO) -> Iterator[ColumnBatch]:
+    """The first batches of a file, a bounded number of records and characters."""
+    count = 0
+    for batch in reader.read(stream):
+        yield batch
+        count += batch.length
+        if count >= SAMPLE or reader.enough:
+            return
+
+
 def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json]:
     """A body for POST /generate that makes records like the first ones of a file; BadRequest if it has none."""
-    chunks, count, reader = [], 0, RecordReader(filename, options)
+    reader = RecordReader(filename, options, limit=_SAMPLE_TEXT)
+    rows: dict[str, list[tuple[Json, ...]]] = {}
     try:
-        for cells in reader.read(stream):
-            reader.learn(cells)
-            chunks.append(cells)
-            count += cells.length
-            if count >= SAMPLE:
-                break
-        kinds = reader.kinds()
-        rows = [*chain.from_iterable(reader.rows(cells, kinds) for cells in chunks)][:SAMPLE]
+        for batch in _sample(reader, stream):
+            reader.learn(batch)
+        for batch in _sample(reader, stream):
+            if batch.length:
+                rows.setdefault(batch.part, []).extend(reader.rows(batch, reader.kinds(batch.part)))
     except JobFailed as error:
         raise BadRequest(str(error), [FieldProblem("file", str(error))]) from None
-    if not rows or not kinds:
+    specs = {part: {"count": len(found[:SAMPLE]), "schema": _inferred_schema(reader.kinds(part), found[:SAMPLE])}
+             for part, found in rows.items() if reader.kinds(part)}
+    if not specs:
         raise BadRequest("there are no records to infer a schema from", [FieldProblem("file", "has no records")])
-    schema = {field: inferred_field(field, kind, column)
-              for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
-    return {"recordType": options.record_type, "count": len(rows), "schema": schema}
+    if options.split:
+        return {"records": {record_type: specs[part] for part, record_type in _types_of_parts(specs, filename).items()}}
+    return {"recordType": options.record_type or _type_named_like(filename), **specs[""]}
+
+
+def _inferred_schema(kinds: Mapping[str, Kind], rows: Sequence[tuple[Json, ...]]) -> dict[str, Json]:
+    return {field: inferred_field(field, kind, column)
+            for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
 
 
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
@@ -7444,20 +7964,13 @@ def post_upload(call: Request) -> bottle.HTTPResponse:
         return _made(engine.queue.run_now("upload", request, _idempotency_key(call), digest), 201)
 
 
-def _type_named_like(filename: str) -> str:
-    """A record type out of a file's name; `record` if none can be made of it."""
-    name = re.sub(r"[^a-z0-9]+", "_", filename.partition(".")[0].lower()).strip("_")[:63]
-    return name if re.match("[a-z]", name) and name != "jobs" and not name.startswith("sqlite") else "record"
-
-
 @route("POST", "/infer", {200: GenerateRequest}, body=UploadForm)
 def post_infer(call: Request) -> bottle.HTTPResponse:
     """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
     if (call.header("Content-Type") or "").partition(";")[0].strip().lower() == _JSON_TYPE:
         return reply(infer(io.BytesIO(call.raw()), "body.json", IngestOptions(record_type="record")))
     with call.upload() as received:
-        options = validated(IngestOptions, lambda: IngestOptions.model_validate(
-            {"recordType": _type_named_like(received.filename), **received.texts}))
+        options = validated(IngestOptions, lambda: IngestOptions.model_validate(dict(received.texts)))
         with received.draft.open() as stream:
             return reply(infer(stream, received.filename, options))
 
