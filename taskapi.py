@@ -5615,7 +5615,7 @@ def _padded(rows: Sequence[Sequence[str]], pattern: re.Pattern[str], text: str, 
     """The rows of a text, those with too few cells filled up; JobFailed if that is not wanted or one has too many."""
     for number, row in enumerate(rows):
         if not row[width]:
-            yield row
+            yield row[:width]
             continue
         cells, _ = _first_record(row[width], delimiter)
         if len(cells) > width or not pad:
@@ -6228,7 +6228,9 @@ class RecordReader:
 
 
 class JobRequest(ApiModel):
-    """Base of the requests that make a job."""
+    """Base of the requests that make a job; `needs_file` says that a file of the job's own is what it works on."""
+
+    needs_file: ClassVar[bool] = False
 
     after: str | None = Field(None, description="A job that has to be completed before this one runs.")
 
@@ -6581,6 +6583,8 @@ def _types_of_parts(parts: Iterable[str], filename: str) -> dict[str, str]:
 
 class IngestRequest(JobRequest, IngestOptions):
     """What an uploaded file is to become; the file itself stands in the job's row."""
+
+    needs_file: ClassVar[bool] = True
 
     filename: str
 
@@ -7223,7 +7227,10 @@ class JobQueue:
         return self.wait(job_id, 1.0)
 
     def retry(self, job_id: str) -> Job:
-        """Makes a failed or canceled job pending again."""
+        """Makes a failed or canceled job pending again; Conflict if it cannot be, or its file is gone."""
+        job = self.jobs.get(job_id)
+        if not job.file and job.type in JOB_TYPES and JOB_TYPES[job.type].model.needs_file:
+            raise Conflict("the job's file is gone; upload it again")
         job = self.jobs.retry(job_id)
         self.wake()
         return job
