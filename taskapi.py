@@ -43,6 +43,7 @@ import csv
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
 import http.client
 import inspect
@@ -79,9 +80,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from datetime import time as time_of_day
 from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
 from email.utils import format_datetime
 from enum import StrEnum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
@@ -358,6 +361,13 @@ def _comma_list(value: Json) -> Json:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _origin(text: str) -> str:
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?|http://(localhost|127\.0\.0\.1):\*", text,
+                        re.ASCII):
+        raise ValueError(f"{text!r} is not an origin such as https://app.example or http://localhost:*")
+    return text
+
+
 def flag_of(name: str) -> str:
     """How the flag of a setting or of a key on the wire is written: --max-records, --order-by."""
     return "--" + re.sub(r"([A-Z])", r"-\1", name).lower().replace("_", "-")
@@ -397,6 +407,9 @@ class Settings(BaseModel):
         description="Seed of the requests that name none (default: another one each time).")
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
         default=(), description="Host names, beside the loopback ones, that requests may be addressed to.")
+    cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_comma_list)] = Field(
+        default=(), description="Origins of web pages that may use this server, such as `https://app.example` or "
+                                "`http://localhost:*`.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged.")
     log_format: Literal["text", "json"] = Field(
@@ -635,9 +648,9 @@ class Job(ApiModel):
     @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties; pydantic documents this
     @property
     def links(self) -> dict[str, str]:
-        """Root-relative paths: `self`, and `records` and `download` where there are any."""
+        """Root-relative paths: `self`, and `records` and `download` once there are any."""
         links = {"self": f"{MOUNT.get()}/status/{self.job_id}"}
-        if self.record_type:
+        if self.record_type and self.status is JobStatus.COMPLETED and (self.result or {}).get("records", 1):
             links["records"] = f"{MOUNT.get()}/records/{self.record_type}?jobId={self.job_id}"
         if self.file:
             links["download"] = f"{MOUNT.get()}/download/{self.job_id}"
@@ -719,7 +732,8 @@ class Health(ApiModel):
 
 LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "export": "/export",
          "status": "/status/{jobId}", "jobs": "/jobs", "records": "/records", "fields": "/fields",
-         "preview": "/preview", "openapi": "/openapi.json", "docs": "/docs", "ui": "/ui", "metrics": "/metrics"}
+         "preview": "/preview", "health": "/health", "openapi": "/openapi.json", "docs": "/docs", "ui": "/ui",
+         "metrics": "/metrics"}
 
 
 # ==== 4 Store: the only SQL: the job table and the record tables ====
@@ -4614,7 +4628,6 @@ def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
 _BLOCK = 256 * 1024
 _LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see AtomicFile
 AHEAD = 2**23  # bytes that may wait in memory for the disk: those of one draft, or of all uploads together
-_PREAMBLE = 4096  # how far from its beginning a multipart body may have its first boundary
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
@@ -4988,16 +5001,7 @@ class IngestOptions(ApiModel):
         None, max_length=1000, description="JSON Pointer to the records in a JSON file, such as /data/users.")
 
 
-_OPTION_NAMES = [to_camel(name) for name in IngestOptions.model_fields]
-
-
-class Received(NamedTuple):
-    """What an upload brought: the file as a draft, and the text parts."""
-
-    draft: AtomicFile
-    filename: str
-    content_type: str
-    texts: Mapping[str, str]
+INGEST_OPTIONS = [to_camel(name) for name in IngestOptions.model_fields]
 
 
 def _file_type(suffix: str) -> FileType:
@@ -5065,171 +5069,154 @@ class _ContentCheck:
 
 
 def upload_too_large(settings: Settings) -> BadRequest:
-    """The refusal of an upload over the limit; the same words before, during and after reading it."""
+    """The refusal of an upload over the limit; the same words before and while it is read."""
     return BadRequest.of("file", f"is larger than {settings.max_upload_bytes} bytes (TASKAPI_MAX_UPLOAD_BYTES)")
 
 
-def check_upload_head(content_type: str, length: int, settings: Settings) -> str:
-    """What an upload's headers alone can tell: returns the multipart boundary, or raises BadRequest."""
+RAW_TYPES = {FILE_TYPES[suffix].content_type.partition(";")[0]: suffix for suffix in ("csv", "tsv", "json", "ndjson")}
+
+
+def check_upload_head(content_type: str, length: int, settings: Settings) -> tuple[str, str]:
+    """What an upload's headers alone can tell: the boundary of its form, or else the suffix of the file that its body
+    is; the other is empty. Raises BadRequest, UnsupportedMedia. `length` is -1 where unknown."""
     kind, options = multipart.parse_options_header(content_type)
-    if kind != "multipart/form-data" or not options.get("boundary"):
-        raise BadRequest("send the file as multipart/form-data, in a part named file")
+    boundary = str(options.get("boundary", ""))
+    if kind != "multipart/form-data" and kind not in RAW_TYPES:
+        raise UnsupportedMedia("send the file as multipart/form-data, in a part named file; or as the body, which may "
+                               f"be {', '.join(RAW_TYPES)}")
+    if kind == "multipart/form-data" and not boundary:
+        raise BadRequest("the Content-Type multipart/form-data has no boundary")
     if length > settings.max_upload_bytes + MULTIPART_OVERHEAD:
         raise upload_too_large(settings)
-    return str(options["boundary"])
+    return ("", RAW_TYPES[kind]) if kind in RAW_TYPES else (boundary, "")
 
 
-@contextmanager
-def _broken_multipart() -> Iterator[None]:
+def _readable(text: str) -> str:
+    """A header of a part, whose bytes are here as Latin-1: nearly all clients send UTF-8, some Windows' characters."""
+    raw = text.encode("latin-1")
     try:
-        yield
-    except multipart.MultipartError as error:
-        raise BadRequest(f"the multipart body is broken: {error}") from None
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", "replace")
 
 
-class Reception:
-    """An upload on its way in: its multipart body comes block by block, is checked, and the file goes to a draft.
+def _part_filename(part: multipart.MultipartSegment) -> str | None:
+    """A part's file name in the forms in use: as it is, as `filename*` (RFC 5987), as an encoded word (RFC 2047)."""
+    given = re.search(r";\s*filename\*\s*=\s*\"?([\w-]+)'[\w-]*'([^\";\s]+)", part.header("Content-Disposition", ""),
+                      re.ASCII | re.IGNORECASE)
+    with suppress(LookupError, ValueError, HeaderParseError):
+        if given:
+            return unquote(given[2], encoding=given[1], errors="replace")
+        if part.filename and part.filename.startswith("=?"):
+            return str(make_header(decode_header(part.filename)))
+    return None if part.filename is None else _readable(part.filename)
 
-    `length` is -1 where unknown; `pool` and `on_step` as for an AtomicFile. Raises BadRequest for what the head
-    tells. After `close` all is gone that was not kept.
+
+class Upload:
+    """A file that a client sends, and the options beside it, which are texts by name.
+
+    The file's name, its type and its content are checked while it goes to an AtomicFile, which whoever receives the
+    upload keeps or not. Raises BadRequest at the first thing that is wrong.
     """
 
-    def __init__(self, content_type: str, length: int, folder: DataFolder, settings: Settings,
-                 pool: ThreadPoolExecutor | None = None, on_step: Callable[[], None] = lambda: None):
-        boundary = check_upload_head(content_type, length, settings)
+    def __init__(self, file: AtomicFile, settings: Settings, options: Mapping[str, str]):
+        self.file, self.options = file, dict(options)
+        self.filename = self.content_type = ""
         self._settings = settings
-        self._new_draft = partial(AtomicFile, folder.root, pool, on_step)
-        self._draft: AtomicFile | None = None
-        with _broken_multipart():
-            self._parser = multipart.PushMultipartParser(boundary, max_segment_count=16)
-        self._first = f"--{boundary}".encode()
-        self._head: bytes | None = b""  # until the first boundary has come
-        self._texts: dict[str, str] = {}
-        self._filename = self._content_type = ""
         self._check: _ContentCheck | None = None
-        self._text = b""
-        self._name = ""
+        self._name, self._text = "", b""  # of the part that is being read
 
-    def feed(self, block: bytes) -> None:
-        """Takes a block in; raises BadRequest at the first that is wrong, DiskFull, StorageError."""
-        if self._head is not None:  # the parser wants the first boundary in one piece with what it is first given
-            self._head += block
-            if self._first in self._head or len(self._head) >= _PREAMBLE:
-                self._begin()
-        elif block:
-            self._parse(block)
-
-    def _begin(self) -> None:
-        if self._head is not None:
-            block, self._head = self._head, None
-            if self._first not in block[:_PREAMBLE]:
-                raise BadRequest("the multipart body is broken: it does not begin with its boundary")
-            self._parse(block)
-
-    def _parse(self, block: bytes) -> None:
-        with _broken_multipart():
-            for event in self._parser.parse(block):
-                if isinstance(event, multipart.MultipartSegment):
-                    self._start(event)
-                elif event is None:
-                    self._end()
-                else:
-                    self._data(bytes(event))
-
-    def _start(self, part: multipart.MultipartSegment) -> None:
-        self._name = part.name
-        if not part.name:
-            raise BadRequest("the multipart body is broken: a part has no name")
-        if part.filename is None:
-            if part.name == "file":
-                raise BadRequest.of("file", "has no file name")
-            if part.name not in _OPTION_NAMES:
-                raise BadRequest.of(part.name, "is not known here")
-            if part.name in self._texts:
-                raise BadRequest.of(part.name, "is given twice")
-            self._text = b""
-            return
-        if part.name != "file" or self._draft is not None:
-            raise BadRequest.of(part.name, "is one file too many: send one, in a part named file")
-        self._filename = file_label(part.filename)
-        suffix = self._filename.rpartition(".")[2].lower() if "." in self._filename else ""
-        self._check_type(suffix, part.content_type or "")
-        self._check = _ContentCheck(suffix, self._texts.get("encoding"))  # which so has to stand before the file
-        self._content_type = _file_type(suffix).content_type
-        self._draft = self._new_draft()
-
-    def _check_type(self, suffix: str, declared: str) -> None:
+    def begin(self, filename: str, declared: str) -> None:
+        """The file's name, and the media type that the client declares, if any."""
+        self.filename = file_label(filename)
+        suffix = self.filename.rpartition(".")[2].lower() if "." in self.filename else ""
         allowed = self._settings.upload_types
         if ("jpg" if suffix == "jpeg" else suffix) not in allowed:
             raise BadRequest.of("file", f"files {f'of type {suffix!r}' if suffix else 'without an extension'} are not "
                                         f"accepted; accepted are: {', '.join(allowed)}")
         # Clients declare texts in many ways; a binary type that is another one than the name's is a contradiction.
-        declared = declared.partition(";")[0].strip().lower()
         others = {kind.content_type for kind in FILE_TYPES.values() if kind.magic}
         if suffix in FILE_TYPES and declared in others and declared != FILE_TYPES[suffix].content_type:
             raise BadRequest.of("file", f"is declared as {declared} but named .{suffix}")
+        self.content_type = _file_type(suffix).content_type
+        self._check = _ContentCheck(suffix, self.options.get("encoding"))  # which so has to stand before the file
 
-    def _data(self, block: bytes) -> None:
-        if self._check and self._draft and self._name == "file":
-            room = self._settings.max_upload_bytes - self._draft.bytes
-            self._check.feed(block[:room])  # what is wrong first is said, wherever blocks end
-            if len(block) > room:
-                raise upload_too_large(self._settings)
-            self._draft.write(block)
-            return
-        self._text += block
-        if len(self._text) > 1024:
-            raise BadRequest.of(self._name, "is over 1 KiB")
+    def write(self, block: bytes) -> None:
+        """More of the file; an empty block ends it."""
+        assert self._check is not None
+        room = self._settings.max_upload_bytes - self.file.bytes
+        self._check.feed(block[:room], last=not block)  # what is wrong first is said, wherever blocks end
+        if len(block) > room:
+            raise upload_too_large(self._settings)
+        self.file.write(block)
 
-    def _end(self) -> None:
-        if self._check and self._name == "file":
-            self._check.feed(b"", last=True)
-            return
-        try:
-            self._texts[self._name] = self._text.decode()
-        except UnicodeDecodeError:
-            raise BadRequest.of(self._name, "is not UTF-8") from None
+    def take(self, event: multipart.MultipartSegment | bytes | None) -> None:
+        """An event of the multipart parser: the head of a part, some of its content, or its end."""
+        if isinstance(event, multipart.MultipartSegment):
+            self._begin_part(event)
+        elif self._name == "file":
+            self.write(bytes(event or b""))
+        elif event is None:
+            try:
+                self.options[self._name] = self._text.decode()
+            except UnicodeDecodeError:
+                raise BadRequest.of(self._name, "is not UTF-8") from None
+        else:
+            self._text += event
+            if len(self._text) > 2**14:
+                raise BadRequest.of(self._name, "is over 16 KiB")
 
-    @property
-    def waiting(self) -> int:
-        """Bytes of the file that are not yet written or hashed."""
-        return self._draft.waiting if self._draft else 0
+    def _begin_part(self, part: multipart.MultipartSegment) -> None:
+        name, filename = _readable(part.name or ""), _part_filename(part)
+        self._name, self._text = name, b""
+        if not name:
+            raise BadRequest("the multipart body is broken: a part has no name")
+        if name == "file":
+            if filename is None:
+                raise BadRequest.of("file", "has no file name")
+            if self._check:
+                raise BadRequest.of("file", "is one file too many: send one")
+            self.begin(filename, (part.content_type or "").partition(";")[0].strip().lower())
+        elif filename is not None:
+            raise BadRequest.of(name, "is not where a file goes: the part is `file`")
+        elif name not in INGEST_OPTIONS:
+            hint = did_you_mean(name, INGEST_OPTIONS) or f"; known are: file, {', '.join(INGEST_OPTIONS)}"
+            raise BadRequest.of(name, f"is not known here{hint}")
+        elif name in self.options:
+            raise BadRequest.of(name, "is given twice")
 
-    def check(self) -> None:
-        """DiskFull or StorageError if something could not be written."""
-        if self._draft:
-            self._draft.check()
-
-    def finish(self) -> Received:
-        """All that came; raises BadRequest if that is not a whole upload."""
-        self._begin()
-        with _broken_multipart():
-            self._parser.close()
-        if not self._draft:
+    def end(self) -> None:
+        """All of the body is here; raises BadRequest if no file was in it."""
+        if not self._check:
             raise BadRequest.of("file", "is missing")
-        return Received(self._draft, self._filename, self._content_type, self._texts)
-
-    def close(self) -> None:
-        """Removes what was not kept."""
-        if self._draft:
-            self._draft.close()
 
 
 @contextmanager
-def receive_upload(stream: BinaryIO, content_type: str, length: int, folder: DataFolder,
-                   settings: Settings) -> Iterator[Received]:
-    """Takes an upload from a stream, as a Reception does; what is not kept inside the block is gone after it."""
-    with closing(Reception(content_type, length, folder, settings)) as reception:
-        left = length if length >= 0 else sys.maxsize
-        while block := stream.read(min(_BLOCK, left)):
-            reception.feed(block)
-            left -= len(block)
-        yield reception.finish()
+def receive_upload(blocks: Iterator[bytes], content_type: str, settings: Settings, folder: DataFolder,
+                   options: Mapping[str, str]) -> Iterator[Upload]:
+    """The upload that a body is, a form or the file itself; what is not kept inside the block is gone after it.
 
-
-def upload_threads() -> ThreadPoolExecutor:
-    """For what is done with uploads while they arrive: a few threads, however many there are."""
-    return ThreadPoolExecutor(4, "taskapi-upload")
+    `options`, by name, come from elsewhere; the form may have further ones. One of them, `filename`, names a file that
+    is the body. Raises BadRequest, UnsupportedMedia, DiskFull, StorageError.
+    """
+    boundary, suffix = check_upload_head(content_type, -1, settings)
+    with AtomicFile(folder.root) as file:
+        upload = Upload(file, settings, {name: options[name] for name in INGEST_OPTIONS if name in options})
+        if suffix:
+            filename = options.get("filename", "body")
+            upload.begin(filename if "." in filename else f"{filename}.{suffix}", "")
+            for block in chain(blocks, [b""]):
+                upload.write(block)
+        else:
+            try:
+                with multipart.PushMultipartParser(boundary, max_segment_count=32, header_charset="latin-1") as parser:
+                    for block in blocks:
+                        for event in parser.parse(block):
+                            upload.take(event)
+            except multipart.MultipartError as error:
+                raise BadRequest(f"the multipart body is broken: {error.args[0]}") from None
+        upload.end()
+        yield upload
 
 
 class Selected(NamedTuple):
@@ -6862,7 +6849,6 @@ def _inferred_schema(kinds: Mapping[str, Kind], rows: Sequence[tuple[Json, ...]]
 _LOG = logging.getLogger("taskapi")
 _BUG = "unexpected {}; the log has the details under this job's id"
 _SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
-LONG_POLLS = 32  # requests that wait for a job at the same time, on threads that others do not need
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
 _HOLD_SECONDS = 0.003  # how long another run is held back after a job was taken
 _RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
@@ -7017,13 +7003,13 @@ class CpuGate:
                 self._state.notify_all()
 
     @contextmanager
-    def idle(self) -> Iterator[None]:
-        """Within a request, while it only waits."""
-        self.count(-1)
+    def request(self) -> Iterator[None]:
+        """While a request is in flight."""
+        self.count(1)
         try:
             yield
         finally:
-            self.count(1)
+            self.count(-1)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -7618,7 +7604,7 @@ class Engine:
         self._started = monotonic()
         self._closed = False
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
-        self._polls = threading.Semaphore(LONG_POLLS)
+        self._polls = threading.Semaphore(settings.threads // 2)
         with ExitStack() as undo:
             try:
                 self.folder = DataFolder(settings.data_dir)
@@ -7697,12 +7683,11 @@ class Engine:
         return self.queue.wait(job_id, seconds)
 
     def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool]) -> Job:
-        """Like the queue's `wait`, but answers at once when LONG_POLLS others are waiting already."""
+        """Like the queue's `wait`, but answers at once when half of the threads wait already."""
         if not seconds or not self._polls.acquire(blocking=False):
             return self.queue.jobs.get(job_id)
         try:
-            with self.queue.turns.idle():
-                return self.queue.wait(job_id, seconds, gone)
+            return self.queue.wait(job_id, seconds, gone)
         finally:
             self._polls.release()
 
@@ -7752,17 +7737,18 @@ class Engine:
 _JSON_LIMIT = 2**20
 _JSON_TYPE = "application/json"
 _LONG_POLL_SECONDS = 30
+_PACKED_FROM = 1024  # bytes of an answer from which on it is gzipped
 
 
-def takes_upload(method: str, path: str, content_type: str | None) -> bool:
-    """True for a request that brings a file: any POST to /upload, multipart ones to /infer."""
-    return method == "POST" and (
-        path == "/upload" or (path == "/infer" and not (content_type or "").lower().startswith(_JSON_TYPE)))
+def takes_upload(method: str, path: str) -> bool:
+    """True for a request that brings a file."""
+    return method == "POST" and path in ("/upload", "/infer")
 
 
 def body_too_large(path: str, settings: Settings) -> TaskError:
     """The refusal of a body that is over the limit of its path."""
-    return upload_too_large(settings) if path == "/upload" else TooLarge(f"the body is larger than {_JSON_LIMIT} bytes")
+    return upload_too_large(settings) if takes_upload("POST", path) else TooLarge(
+        f"the body is larger than {_JSON_LIMIT} bytes")
 
 
 def _members(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -7794,18 +7780,31 @@ def check_json(raw: bytes) -> None:
         raise BadRequest(f"the body is not as expected: invalid JSON: {error}") from None
 
 
+def is_packed(encoding: str | None) -> bool:
+    """Whether a Content-Encoding is gzip; UnsupportedMedia if it is neither that nor none."""
+    found = (encoding or "identity").strip().lower()
+    if found not in ("identity", "gzip", "x-gzip"):
+        raise UnsupportedMedia("send the body as it is, or with Content-Encoding: gzip")
+    return found != "identity"
+
+
+def _header_key(name: str) -> str:
+    return name.upper().replace("-", "_")
+
+
 class Request:
     """One request on its way through a handler: the engine behind it, the query, the body."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.flight = ExitStack()  # what holds while the request is in flight; closed before it waits for a job
         self.environ: dict[str, Any] = bottle.request.environ
         self.method: str = bottle.request.method
         self.path: str = bottle.request.path
 
     def header(self, name: str) -> str | None:
         """A request header by its HTTP name."""
-        key = name.upper().replace("-", "_")
+        key = _header_key(name)
         return self.environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}")
 
     @property
@@ -7814,51 +7813,75 @@ class Request:
         text = self.header("Content-Length") or ""
         return int(text) if text.isdecimal() else -1
 
+    @cached_property
+    def given(self) -> dict[str, str]:
+        """The query string's names and values; BadRequest where a name is given twice."""
+        pairs = parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
+        counts = Counter(name for name, _ in pairs)
+        for name, count in counts.items():
+            if count > 1:
+                raise BadRequest.of(name, "is given twice")
+        return dict(pairs)
+
     def query(self, model: type[Q]) -> Q:
         """The query string as a model; BadRequest names an unknown or bad parameter."""
-        values: dict[str, str] = {}
-        for name, value in parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True):
-            if name in values:
-                raise BadRequest.of(name, "is given twice")
-            values[name] = value
-        return validated(model, lambda: model.model_validate(values), values)
+        return validated(model, lambda: model.model_validate(self.given), self.given)
 
-    def raw(self) -> bytes:
-        """The body of a JSON request, as it came."""
-        raw: bytes = self.environ["wsgi.input"].read(self.length if self.length >= 0 else _JSON_LIMIT + 1)
-        if len(raw) > _JSON_LIMIT:  # of a length that the head did not tell
-            raise body_too_large("", self.engine.settings)
-        return raw
+    def _declared(self) -> Iterator[bytes]:
+        stream, left = self.environ["wsgi.input"], self.length if self.length >= 0 else sys.maxsize
+        while block := stream.read(min(_BLOCK, left)):
+            left -= len(block)
+            yield block
+
+    def blocks(self, most: int) -> Iterator[bytes]:
+        """The body, block by block, without its Content-Encoding; refused where it is more than `most` bytes."""
+        total, blocks = 0, self._declared()
+        try:
+            for block in _unpacked(blocks) if is_packed(self.header("Content-Encoding")) else blocks:
+                total += len(block)
+                if total > most:
+                    raise body_too_large(self.path, self.engine.settings)
+                yield block
+        except JobFailed as error:
+            raise BadRequest(f"the body is not as its Content-Encoding says: {error}") from None
 
     def body(self, model: type[Q]) -> Q:
         """The JSON body as a model."""
         if (self.header("Content-Type") or "").partition(";")[0].strip().lower() != _JSON_TYPE:
             raise UnsupportedMedia(f"send the body as Content-Type: {_JSON_TYPE}")
-        raw = self.raw()
+        raw = b"".join(self.blocks(_JSON_LIMIT)).removeprefix(codecs.BOM_UTF8)
         request = validated(model, lambda: model.model_validate_json(raw, by_alias=True, by_name=False))
         check_json(raw)
         return request
 
-    def upload(self) -> AbstractContextManager[Received]:
-        """What a multipart body brings; our own server has taken it in while it came."""
-        coming = self.environ.get("taskapi.upload")
-        return cast(AbstractContextManager[Received], coming.received()) if coming is not None else receive_upload(
-            self.environ["wsgi.input"], self.header("Content-Type") or "", self.length, self.engine.folder,
-            self.engine.settings)
+    def upload(self) -> AbstractContextManager[Upload]:
+        """The file that the body brings, with the options in the query and in the form."""
+        settings = self.engine.settings
+        return receive_upload(self.blocks(settings.max_upload_bytes + MULTIPART_OVERHEAD),
+                              self.header("Content-Type") or "", settings, self.engine.folder, self.given)
+
+    def wait_for(self, job: Job, seconds: float) -> Job:
+        """The job as soon as it has finished, or as it is after so many seconds."""
+        if job.status.finished or not seconds:
+            return job
+        self.flight.close()
+        gone = self.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
+        return self.engine.wait_politely(job.job_id, seconds, gone)
+
+
+def _weight(header: str | None, *names: str) -> float:
+    """The weight that an Accept header (RFC 9110, 12.4.2) gives to the first of `names` that is in it; else 0."""
+    weights: dict[str, float] = {}
+    for entry in (header or "").lower().split(","):
+        name, *parameters = (text.strip() for text in entry.split(";"))
+        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        weights[name] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality, re.ASCII) else 0
+    return next((weights[name] for name in names if name in weights), 0)
 
 
 def prefers_html(accept: str | None) -> bool:
-    """True if an Accept header (RFC 9110, 12.5.1) likes text/html better than JSON, as a browser's does."""
-    weights: dict[str, float] = {}
-    for entry in (accept or "").lower().split(","):
-        media, *parameters = (text.strip() for text in entry.split(";"))
-        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
-        weights[media] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality, re.ASCII) else 0
-
-    def weight(media: str) -> float:
-        return weights.get(media, weights.get(f"{media.partition('/')[0]}/*", weights.get("*/*", 0)))
-
-    return weight("text/html") > weight(_JSON_TYPE)
+    """True if an Accept header likes text/html better than JSON, as a browser's does."""
+    return _weight(accept, "text/html", "text/*", "*/*") > _weight(accept, _JSON_TYPE, "application/*", "*/*")
 
 
 class Route(NamedTuple):
@@ -7924,22 +7947,34 @@ def error_reply(error: TaskError) -> bottle.HTTPResponse:
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
 
 
-@route("GET", "/", {200: (Health, "text/html"), 503: Health})
+@route("GET", "/health", {200: Health, 503: Health})
 def get_health(call: Request) -> bottle.HTTPResponse:
-    """The health check: really writes to the database and the disk, and asks the workers. A browser gets the page."""
-    if prefers_html(call.header("Accept")):
-        response = BROWSER_PAGES["/"](call)
-    else:
-        health = call.engine.health()
-        body = health.model_dump(exclude_none=True)
-        response = reply(body) if health.status == "ok" else reply(
-            body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+    """The health check: really writes to the database and the disk, and asks the workers."""
+    health = call.engine.health()
+    body = health.model_dump(exclude_none=True)
+    return reply(body) if health.status == "ok" else reply(
+        body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
+
+
+@route("GET", "/", {200: (Health, "text/html"), 503: Health})
+def get_root(call: Request) -> bottle.HTTPResponse:
+    """The health check, as GET /health; a browser gets the page."""
+    response = (BROWSER_PAGES["/"] if prefers_html(call.header("Accept")) else get_health)(call)
     response.set_header("Vary", "Accept")
     return response
 
 
-def _made(answer: tuple[Job, bool], status: int) -> bottle.HTTPResponse:
-    job, _ = answer
+class WaitQuery(ApiModel):
+    """Query of what answers with a job."""
+
+    model_config = ConfigDict(strict=False)
+
+    wait: float = Field(0, ge=0, le=_LONG_POLL_SECONDS, description="Seconds to wait for the job to finish.",
+                        allow_inf_nan=False)
+
+
+def _made(call: Request, answer: tuple[Job, bool], status: int, wait: float = 0) -> bottle.HTTPResponse:
+    job = call.wait_for(answer[0], wait)
     return reply(job, status, Location=job.links["self"])
 
 
@@ -7956,46 +7991,48 @@ class UploadForm(IngestOptions):
     file: bytes = Field(description="The file; its name tells its type.", json_schema_extra={"format": "binary"})
 
 
-@route("POST", "/upload", {201: Job, 409: ErrorBody}, body=UploadForm)
+class InferQuery(IngestOptions):
+    """Query of POST /infer: what else a form's text parts tell."""
+
+    filename: str | None = Field(None, description="Of a file that is the body; it tells the file's type.")
+
+
+class UploadQuery(InferQuery, WaitQuery):
+    """Query of POST /upload: what else a form's text parts tell."""
+
+
+@route("POST", "/upload", {201: Job, 409: ErrorBody}, query=UploadQuery, body=UploadForm)
 def post_upload(call: Request) -> bottle.HTTPResponse:
-    """Takes one file, as multipart/form-data with a part named `file`."""
-    engine = call.engine
-    with call.upload() as received:
-        request = UploadRequest(filename=received.filename, content_type=received.content_type, draft=received.draft)
-        if received.texts:
-            ingest = validated(IngestRequest, lambda: IngestRequest.model_validate(
-                {"filename": received.filename, **received.texts}))
-            digest = f"ingest {ingest.model_dump_json()} {received.draft.sha256}"
-            return _made(engine.queue.enqueue("ingest", ingest, _idempotency_key(call), digest, request.keep), 201)
-        digest = f"upload {received.filename} {received.draft.sha256}"
-        return _made(engine.queue.run_now("upload", request, _idempotency_key(call), digest), 201)
+    """Takes one file: a form with a part named `file`, or the body itself. With a `recordType` it becomes records."""
+    queue, key, wait = call.engine.queue, _idempotency_key(call), call.query(UploadQuery).wait
+    with call.upload() as upload:
+        request = UploadRequest(filename=upload.filename, content_type=upload.content_type, draft=upload.file)
+        if not upload.options:
+            digest = f"upload {upload.filename} {upload.file.sha256}"
+            return _made(call, queue.run_now("upload", request, key, digest), 201)
+        ingest = validated(IngestRequest, lambda: IngestRequest.model_validate(
+            {"filename": upload.filename, **upload.options}))
+        digest = f"ingest {ingest.model_dump_json()} {upload.file.sha256}"
+        made = queue.enqueue("ingest", ingest, key, digest, request.keep)
+    return _made(call, made, 201, wait)
 
 
-@route("POST", "/infer", {200: GenerateRequest}, body=UploadForm)
+@route("POST", "/infer", {200: GenerateRequest}, query=InferQuery, body=UploadForm)
 def post_infer(call: Request) -> bottle.HTTPResponse:
-    """A /generate request whose records are like those of a file (multipart, as for /upload) or of a JSON array."""
-    if (call.header("Content-Type") or "").partition(";")[0].strip().lower() == _JSON_TYPE:
-        return reply(infer(io.BytesIO(call.raw()), "body.json", IngestOptions(record_type="record")))
-    with call.upload() as received:
-        options = validated(IngestOptions, lambda: IngestOptions.model_validate(dict(received.texts)))
-        with received.draft.open() as stream:
-            return reply(infer(stream, received.filename, options))
+    """A /generate request whose records are like those of a file, which is sent as to /upload."""
+    call.query(InferQuery)
+    with call.upload() as upload:
+        options = validated(IngestOptions, lambda: IngestOptions.model_validate(upload.options))
+        with upload.file.open() as stream, call.engine.queue.turns.turn():
+            return reply(infer(stream, upload.filename, options))
 
 
-class WaitQuery(ApiModel):
-    """Query of GET /status/{jobId}."""
-
-    model_config = ConfigDict(strict=False)
-
-    wait: float = Field(0, ge=0, le=_LONG_POLL_SECONDS, description="Seconds to wait for the job to finish.",
-                        allow_inf_nan=False)
-
-
+@route("GET", "/jobs/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
 @route("GET", "/status/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
 def get_status(call: Request, job_id: str) -> bottle.HTTPResponse:
     """A job; with `wait`, as soon as it has finished."""
-    gone = call.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
-    job = call.engine.wait_politely(job_id, call.query(WaitQuery).wait, gone)
+    wait = call.query(WaitQuery).wait
+    job = call.wait_for(call.engine.queue.jobs.get(job_id), wait)
     return reply(job) if job.status.finished else reply(job, Retry_After="1")
 
 
@@ -8034,7 +8071,7 @@ def post_cancel(call: Request, job_id: str) -> bottle.HTTPResponse:
 @route("POST", "/jobs/{jobId}/retry", {202: Job, 404: ErrorBody, 409: ErrorBody})
 def post_retry(call: Request, job_id: str) -> bottle.HTTPResponse:
     """Makes a failed or canceled job pending again."""
-    return _made((call.engine.queue.retry(job_id), True), 202)
+    return _made(call, (call.engine.queue.retry(job_id), True), 202)
 
 
 @route("DELETE", "/jobs/{jobId}", {204: None, 404: ErrorBody, 409: ErrorBody})
@@ -8204,7 +8241,8 @@ def post_preview(call: Request) -> bottle.HTTPResponse:
     request = call.body(GenerateRequest)
     if (request.count or 0) > 100:
         raise BadRequest.of("count", "must be at most 100 in a preview")
-    return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
+    with call.engine.queue.turns.turn():
+        return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
 
 
 @lru_cache(maxsize=256)
@@ -8218,20 +8256,36 @@ def _host_name(url: str) -> str | None:
 _HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?", re.ASCII)
 
 
-def check_origin(method: str, host: str | None, origin: str | None, fetch_site: str | None,
-                 allowed_hosts: Container[str]) -> None:
+_FOR_PEOPLE = ("/", "/ui", "/docs", "/download/")  # where a link on a page of another site may lead
+
+
+def check_origin(method: str, path: str, header: Callable[[str], str | None], allowed_hosts: Container[str],
+                 friends: Sequence[str]) -> None:
     """The guard against web pages: raises WrongHost or CrossSite, or returns.
 
     A page of another site can send requests to loopback, and can give its own name the address 127.0.0.1; its
     requests then carry that name as Host, or its Origin, or Sec-Fetch-Site. Other clients send none of these.
+    What a page only asks for is refused too, since to answer may cost much; but not to follow a link.
     """
+    host, origin = header("Host"), header("Origin")
     if host is not None and (not _HOST.fullmatch(host) or _host_name(f"//{host}") not in allowed_hosts):
         raise WrongHost("this server does not answer for that host (TASKAPI_ALLOWED_HOSTS adds names)")
-    if method in ("GET", "HEAD", "OPTIONS"):
+    if method == "OPTIONS" or is_friend(origin, friends):
         return
-    if fetch_site not in (None, "same-origin", "none") or (
-            origin is not None and not (_host_name(origin) and urlsplit(origin).netloc.lower() == str(host).lower())):
-        raise CrossSite("cross-site requests from web pages are refused")
+    if header("Sec-Fetch-Site") in (None, "same-origin", "none") and (
+            origin is None or (_host_name(origin) and urlsplit(origin).netloc.lower() == str(host).lower())):
+        return
+    if method in ("GET", "HEAD") and header("Sec-Fetch-Mode") == "navigate" and (
+            f"/{path.split('/')[1]}/" if path.count("/") > 1 else path) in _FOR_PEOPLE:
+        return
+    raise CrossSite("cross-site requests from web pages are refused (TASKAPI_CORS_ORIGINS names those that may)")
+
+
+def is_friend(origin: str | None, friends: Sequence[str]) -> bool:
+    """True for the Origin of a page that may use this server: one of `friends`, which may end in `:*`, any port."""
+    return origin is not None and any(origin == friend or (
+        friend.endswith(":*") and re.fullmatch(re.escape(friend[:-2]) + r"(:\d{1,5})?", origin, re.ASCII))
+        for friend in friends)
 
 
 def check_head(method: str, path: str, header: Callable[[str], str | None], length: int, settings: Settings,
@@ -8240,8 +8294,10 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
 
     Returns how many bytes the body may have. The channel asks before it reads, and the app again, for other servers.
     """
-    check_origin(method, header("Host"), header("Origin"), header("Sec-Fetch-Site"), allowed_hosts)
-    if takes_upload(method, path, header("Content-Type")):
+    check_origin(method, path, header, allowed_hosts, settings.cors_origins)
+    if method == "POST":
+        is_packed(header("Content-Encoding"))
+    if takes_upload(method, path):
         check_upload_head(header("Content-Type") or "", length, settings)
         return settings.max_upload_bytes + MULTIPART_OVERHEAD
     if length > _JSON_LIMIT:
@@ -8282,63 +8338,99 @@ def check_path(raw: str) -> None:
         raise BadRequest("the path is not UTF-8") from None
 
 
-class Middleware:
-    """The one Bottle plugin: checks before each handler, failures into answers, headers on all of them."""
+class NoQuery(ApiModel):
+    """The query of a call that takes none."""
 
-    name, api = "gate", 2
+
+class Middleware:
+    """What stands around every handler: checks before it, failures into answers, headers on all of them."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
 
-    def apply(self, callback: Callable[..., Any], entry: bottle.Route) -> Callable[..., bottle.HTTPResponse]:
-        """Wraps a handler."""
-        return lambda **arguments: self.measured(entry.rule, callback, **arguments)
+    def wrapped(self, entry: Route) -> Callable[..., bottle.HTTPResponse]:
+        """A route's handler as Bottle calls it."""
+        return lambda **arguments: self.measured(entry.path, entry.query or NoQuery, entry.handler, **arguments)
 
-    def measured(self, rule: str, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
+    def measured(self, rule: str, query: type[ApiModel] | None, handler: Callable[..., bottle.HTTPResponse],
+                 **arguments: Any) -> bottle.HTTPResponse:
         """Like `answer`, and counted under the route's rule."""
         began, metrics = monotonic(), self._engine.queue.metrics
-        response = self.answer(handler, **arguments)
+        response = self.answer(query, handler, **arguments)
         metrics.observe("request_seconds", monotonic() - began, route=rule)
         metrics.add("requests_total", method=bottle.request.method, route=rule, status=response.status_code)
         return response
 
-    def answer(self, handler: Callable[..., bottle.HTTPResponse], **arguments: Any) -> bottle.HTTPResponse:
+    def answer(self, query: type[ApiModel] | None, handler: Callable[..., bottle.HTTPResponse],
+               **arguments: Any) -> bottle.HTTPResponse:
         """What the handler answers, or the answer to what it raises."""
         call = Request(self._engine)
         mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
         try:
-            raw_path = call.environ.get("bottle.raw_path", "")
-            check_path(raw_path)
-            check_head(call.method, call.path, call.header, call.length, self._engine.settings,
-                       self._engine.allowed_hosts)
-            if MOUNT.get() and not raw_path:  # relative links would miss the mount
-                response = bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
-            else:
-                response = handler(call, **arguments)
+            call.flight.enter_context(self._engine.queue.turns.request())
+            response = self._checked(call, query, handler, **arguments)
         except TaskError as error:
             response = error_reply(reported(error, f"{call.method} {call.path}"))
         except Exception:
             response = error_reply(bug_report(f"{call.method} {call.path}"))
         finally:
+            call.flight.close()
             MOUNT.reset(mount)
-        for name, value in _STANDARD_HEADERS.items():
+        for name, value in {**_STANDARD_HEADERS, **self._cors_headers(call, response)}.items():
             if name not in response.headers:
                 response.set_header(name, value)
+        _pack(call, response)
         return response
+
+    def _checked(self, call: Request, query: type[ApiModel] | None, handler: Callable[..., bottle.HTTPResponse],
+                 **arguments: Any) -> bottle.HTTPResponse:
+        raw_path = call.environ.get("bottle.raw_path", "")
+        check_path(raw_path)
+        check_head(call.method, call.path, call.header, call.length, self._engine.settings, self._engine.allowed_hosts)
+        if query:
+            call.query(query)
+        if MOUNT.get() and not raw_path:  # relative links would miss the mount
+            return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
+        return handler(call, **arguments)
+
+    def _cors_headers(self, call: Request, response: bottle.HTTPResponse) -> dict[str, str]:
+        """What tells a browser that a page of a friend may see this answer, or ask what it is about to ask."""
+        origin, friends = call.header("Origin"), self._engine.settings.cors_origins
+        if not is_friend(origin, friends):
+            return {"Vary": "Origin"} if friends else {}
+        headers = {"Access-Control-Allow-Origin": str(origin), "Vary": "Origin",
+                   "Access-Control-Expose-Headers": "Location, Retry-After, ETag, Content-Disposition, Content-Range"}
+        if call.method == "OPTIONS":
+            asked = call.header("Access-Control-Request-Headers") or ""
+            headers |= {"Access-Control-Allow-Methods": response.headers.get("Allow", ""),
+                        "Access-Control-Allow-Headers": re.sub(r"[^\w, -]", "", asked, flags=re.ASCII),
+                        "Access-Control-Allow-Private-Network": "true", "Access-Control-Max-Age": "600"}
+        return headers
+
+
+def _pack(call: Request, response: bottle.HTTPResponse) -> None:
+    """Gzips a larger answer for a client that takes that; a download goes as it is, in ranges of the file's bytes."""
+    if not isinstance(response.body, bytes) or len(response.body) <= _PACKED_FROM:
+        return
+    response.set_header("Vary", ", ".join(filter(None, (response.headers.get("Vary"), "Accept-Encoding"))))
+    if _weight(call.header("Accept-Encoding"), "gzip", "*") > 0:
+        response.body = gzip.compress(response.body, 1, mtime=0)
+        response.set_header("Content-Encoding", "gzip")
+        response.set_header("Content-Length", str(len(response.body)))
 
 
 def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
     def poster(kind: JobType) -> Callable[[Request], bottle.HTTPResponse]:
         def post_job(call: Request) -> bottle.HTTPResponse:
-            request, key = call.body(kind.model), _idempotency_key(call)
+            wait, request, key = call.query(WaitQuery).wait, call.body(kind.model), _idempotency_key(call)
             digest = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest() if key else ""
-            return _made(call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202)
+            return _made(call, call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202, wait)
 
         post_job.__doc__ = kind.run.__doc__
         return post_job
 
-    posted = [Route("POST", f"/{kind.name}", poster(kind), None, kind.model, {202: Job, 409: ErrorBody})
+    posted = [Route("POST", f"/{kind.name}", poster(kind), WaitQuery, kind.model, {202: Job, 409: ErrorBody})
               for kind in JOB_TYPES.values() if kind.posted]
     return [*ROUTES[:1], *posted, *ROUTES[1:]]  # in the order in which people meet them
 
@@ -8435,11 +8527,11 @@ def get_openapi(call: Request) -> bottle.HTTPResponse:
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
     app = bottle.Bottle()
-    gate = Middleware(engine)
-    app.install(gate)
+    middleware = Middleware(engine)
     routes = all_routes()
     for entry in routes:
-        app.route(re.sub(r"{(\w+)}", lambda match: f"<{_snake(match[1])}>", entry.path), entry.method, entry.handler)
+        app.route(re.sub(r"{(\w+)}", lambda match: f"<{_snake(match[1])}>", entry.path), entry.method,
+                  middleware.wrapped(entry))
 
     def refuse(_: Request, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """Bottle's own refusals (no such path, wrong method, a path that is not UTF-8), in our shape."""
@@ -8460,7 +8552,7 @@ def build_app(engine: Engine) -> bottle.Bottle:
         raise error.exception if isinstance(error.exception, Exception) else error
 
     def unrouted(error: bottle.HTTPError) -> bytes:
-        response = gate.measured("none", refuse, error=error)
+        response = middleware.measured("none", None, refuse, error=error)
         response.apply(bottle.response)
         return cast(bytes, response.body)
 
@@ -9448,6 +9540,7 @@ _CONNECTIONS = 1000  # at most; those that ask nothing make room for new ones
 _LINGER_SECONDS = 5.0  # how long a refused client may go on sending before its connection is cut
 _PATIENCE_SECONDS = 20.0  # how long the head of a request may take, and a body or an answer besides what follows
 _SLOWEST = 16 * 1024  # bytes a second: the least at which a body has to come, and an answer to be taken
+_IN_MEMORY = 2**19  # bytes of a body that wait in memory, beyond in a file
 
 
 class _Refusal:
@@ -9463,158 +9556,101 @@ class _Refusal:
         return f"{status} {HTTPStatus(status).phrase}", [*headers.items()], json.dumps(self._error.body()).encode()
 
 
-class _Arrival:
-    """The body of an upload, as the buffer that Waitress puts a body into; it is taken in while it comes."""
+class _Body:
+    """A body on its way in, as Waitress wants one: beyond some size it waits in a nameless file in the data folder,
+    so that nothing is left of it, however it ends."""
 
-    def __init__(self, reception: Reception, pool: ThreadPoolExecutor, coming: set[_Arrival],
-                 on_step: Callable[[], None], chunked: bool):
-        self._reception, self._pool, self._coming = reception, pool, coming
-        self._most = 0 if chunked else 2**20  # to read at once; what Waitress does to chunks goes with its square
-        self._turn = InTurn(reception.feed, pool, on_step)
-        self._held: list[bytes] = []
+    def __init__(self, folder: Path):
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115 - Waitress closes it
         self._length = 0
-        coming.add(self)
-
-    # As Waitress sees it
 
     def append(self, data: bytes) -> None:
-        """Takes bytes in; `go_on` deals with them."""
-        self._held.append(data)
+        """Takes bytes in."""
+        self._file.write(data)
         self._length += len(data)
 
     def __len__(self) -> int:
         return self._length
 
-    def getfile(self) -> BinaryIO:
-        """Nothing: the application takes it otherwise."""
-        return io.BytesIO()
+    def getfile(self) -> Any:
+        """The whole of it, for the application."""
+        self._file.seek(0)
+        return self._file
 
     def close(self) -> None:
-        """Drops it without waiting, unless the application has it."""
-        if self in self._coming:
-            self._coming.discard(self)
-            self._pool.submit(self.drop)
-
-    # On the loop
-
-    def go_on(self) -> None:
-        """Has the threads deal with what has come; the last of it is left to the application."""
-        if self._held and self in self._coming:
-            self._turn.put(b"".join(self._held))
-            self._held.clear()
-
-    @property
-    def _share(self) -> int:
-        return AHEAD // max(1, len(self._coming))
-
-    def behind(self) -> bool:
-        """True while so much waits for the disk that no more is to be read."""
-        return self._turn.waiting + self._reception.waiting > self._share
-
-    def wanted(self, least: int) -> int:
-        """How many bytes to read at once: the more, the less each costs; few where many uploads come."""
-        return max(least, min(self._share, self._most))
-
-    # On a thread
-
-    def check(self) -> None:
-        """Raises what was wrong with what has come so far."""
-        self._turn.check()
-        self._reception.check()
-
-    def drop(self) -> None:
-        """Ends it; removes what it has written."""
-        self._turn.stop()
-        self._reception.close()
-
-    @contextmanager
-    def received(self) -> Iterator[Received]:
-        """The whole of it, for the application, as from `receive_upload`."""
-        self._coming.discard(self)
-        with closing(self._reception):
-            self._turn.settle()
-            for block in self._held:
-                self._reception.feed(block)
-            yield self._reception.finish()
+        """Lets go of it."""
+        self._file.close()
 
 
 class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitress has no types
-    """Applies our checks of a request's head before its body is read, and bounds bodies of unknown length."""
+    """Promise: what the head of a request tells is refused before its body is read, a body of unknown length at its
+    limit, and nothing is taken whose end could be read in two ways, or that is not HTTP/1.0 or 1.1."""
 
-    check: ClassVar[Callable[[str, str, Callable[[str], str | None], int], int]]
-    too_large: ClassVar[Callable[[str], TaskError]]
-    _body_limit = 0
-    upload: _Arrival | None = None
+    headers_finished: bool
+    completed: bool
+    error: Any
 
-    def __init__(self, new_upload: Callable[[_Parser], _Arrival], adj: Any):
+    def __init__(self, engine: Engine, adj: Any):
         super().__init__(adj)
-        self._new_upload = new_upload
+        self._engine = engine
+        self._most = 0  # bytes of the body
         self.deadline = monotonic() + _PATIENCE_SECONDS
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Also refuses what would end the connection without an answer, and bodies whose end can be read two ways."""
+        """Also refuses what Waitress would take, or end the connection at without an answer."""
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # a bad address in the request line, or a length of thousands of digits
             raise waitress.parser.ParsingError(str(error)) from None
+        if self.version not in ("1.0", "1.1"):
+            raise waitress.parser.ParsingError("this server speaks HTTP/1.1")
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
             raise waitress.parser.ParsingError("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+        if self.version == "1.1" and "HOST" not in self.headers:
+            raise waitress.parser.ParsingError("there is no Host header")
         if self.proxy_netloc:  # it is what counts, if the request line has one (RFC 9112, 3.2.2)
             self.headers["HOST"] = self.proxy_netloc
+        if self.body_rcv is not None:
+            self.body_rcv.buf = _Body(self._engine.folder.tmp)
 
     def received(self, data: bytes) -> int:
         """Takes bytes in; whatever is refused is complete at once."""
         in_head = not self.headers_finished
         try:
             consumed: int = super().received(data)
-        except OSError:  # a large body that is no upload is kept in a file until it is whole
+        except OSError:
             self.refuse(DiskFull("the disk is full"))
             return len(data)
-        if in_head and self.headers_finished and not self.empty and self.error is None:
-            try:
-                self._accept_head()
-            except TaskError as error:
-                if not self.completed:  # otherwise the application refuses it, and the connection can stay
-                    self.refuse(error)
-            except Exception:  # an exception here would end the connection without an answer
-                self.refuse(bug_report(self.path))
-        elif self.error is None and self.body_bytes_received > self._body_limit > 0:
-            self.refuse(type(self).too_large(self.path))
+        if self.error is None and not self.empty:
+            if in_head and self.headers_finished:
+                self._check_head()
+            elif self.body_bytes_received > self._most:
+                self.refuse(body_too_large(self.path, self._engine.settings))
         if self.completed:
             self.expect_continue = False  # nothing more is wanted; Waitress would ask for it, and wait
-        elif self.upload is not None:
-            self.upload.go_on()
         return consumed
 
-    def _accept_head(self) -> None:
-        if self.version == "1.1" and "HOST" not in self.headers:
-            self.refuse(BadRequest("malformed HTTP request: there is no Host header"))
-            return
-        length = -1 if self.chunked else self.content_length
-        self._body_limit = type(self).check(self.command, self.path, self._header, length)
+    def _check_head(self) -> None:
+        try:
+            self._most = check_head(self.command, self.path, lambda name: self.headers.get(_header_key(name)),
+                                    -1 if self.chunked else self.content_length, self._engine.settings,
+                                    self._engine.allowed_hosts)
+        except TaskError as error:
+            if not self.completed:  # otherwise the application refuses it, and the connection can stay
+                self.refuse(error)
         self.deadline = monotonic() + _PATIENCE_SECONDS + (
-            self._body_limit if self.chunked else self.content_length) / _SLOWEST
-        if not self.completed and takes_upload(self.command, self.path, self._header("Content-Type")):
-            self.upload = self.body_rcv.buf = self._new_upload(self)
-
-    def _header(self, name: str) -> str | None:
-        value: str | None = self.headers.get(name.upper().replace("-", "_"))
-        return value
+            self._most if self.chunked else self.content_length) / _SLOWEST
 
     def refuse(self, error: TaskError) -> None:
         """Ends the request with an error, wherever it is."""
+        if not self.headers_finished:
+            self.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
         self.error = _Refusal(error)
         self.completed = True
-        self.expect_continue = False
 
 
-class _Whole(waitress.task.Task):  # type: ignore[misc]  # Waitress has no types
-    """An answer whose head goes out with its body in one piece, and which ends no connection without need."""
-
-    def build_response_header(self) -> bytes:
-        """Nothing yet: the channel holds it back."""
-        self.channel.head = super().build_response_header()
-        return b""
+class _Answer(waitress.task.Task):  # type: ignore[misc]  # Waitress has no types
+    """Promise: an answer leaves in one piece, from its own thread, and ends no connection without need."""
 
     def set_close_on_finish(self) -> None:
         """Not because a 204 or a 304 tells no length: it has none."""
@@ -9622,143 +9658,109 @@ class _Whole(waitress.task.Task):  # type: ignore[misc]  # Waitress has no types
             super().set_close_on_finish()
 
     def finish(self) -> None:
-        """Sends a head that no body has followed."""
+        """Sends what the client takes at once; the loop sends the rest."""
         super().finish()
-        if self.channel.head:
-            self.channel.write_soon(None)
+        self.channel.send_some()
 
 
-class _WSGITask(_Whole, waitress.task.WSGITask):  # type: ignore[misc]  # Waitress has no types
+class _WSGITask(_Answer, waitress.task.WSGITask):  # type: ignore[misc]  # Waitress has no types
     """An answer of the application."""
 
     def get_environment(self) -> dict[str, Any]:
-        """With a way to ask whether the client is still there, and the upload that it has brought."""
+        """With a way to ask whether the client is still there."""
         environ: dict[str, Any] = super().get_environment()
         environ["taskapi.gone"] = self.channel.check_client_disconnected
-        environ["taskapi.upload"] = self.request.upload
         return environ
 
 
-class _ErrorTask(_Whole, waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
-    """Answers what the server itself refuses in the same shape as all other errors."""
+class _ErrorTask(_Answer, waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
+    """Promise: what the server itself refuses is answered in the same shape as all other errors."""
 
     def execute(self) -> None:
         """Writes the answer; the connection closes after it."""
         error = self.request.error
         if not isinstance(error, _Refusal):
-            reason = str(error.body)[:100]
+            reason = f"malformed HTTP request: {str(error.body)[:100]}"
             self.request.error = _Refusal({
-                400: BadRequest(f"malformed HTTP request: {reason}"),
-                413: TooLarge("the body is too large"),
+                400: BadRequest(reason), 501: BadRequest(reason), 413: TooLarge("the body is too large"),
                 431: HeadersTooLarge(f"the headers are larger than {self.channel.adj.max_request_header_size} bytes"),
-                501: BadRequest(f"malformed HTTP request: {reason}"),
             }.get(error.code, TaskError("internal error")))
         self.channel.refused = True
         super().execute()
 
 
-class _Loop:
-    """The server as a channel sees it: its loop is woken only where it has to be, and no request is begun whose
-    answer would wait behind a long one that the client does not take."""
-
-    def __init__(self, server: Any, channel: Any):
-        self._server, self._channel = server, channel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._server, name)
-
-    def pull_trigger(self) -> None:
-        """Wakes the loop, unless it waits for the next request of the channel anyway."""
-        if self._channel.needs_loop():
-            self._server.pull_trigger()
-
-    def add_task(self, channel: Any) -> None:
-        """Begins a request; jobs step aside from now on."""
-        channel.turns.count(1)
-        self._server.add_task(channel)
-
-
 class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress has no types
-    """A connection that takes its client's pace for what it is.
+    """Promise: a client is answered at its own pace, within bounds, and no thread waits for one.
 
-    After a refusal it reads on for a while: closing at once would reset it, and the client, still sending, would
-    never see the answer (RFC 9112, 9.6). A client that takes too long over a request or an answer is cut off.
+    After a refusal the connection is read for a while: closing at once would reset it, and the client, still sending,
+    would never see the answer (RFC 9112, 9.6). Who takes too long over a request or an answer is cut off.
     """
 
     task_class, error_task_class = _WSGITask, _ErrorTask
-    turns: ClassVar[CpuGate]
-    parser_class: Any
-    arrival: ClassVar[Callable[[str, int, Callable[[], None]], _Arrival]]
-    request: Any = None  # the one that is coming in; threads take it away with a refusal
-    head = b""  # of the answer that is being made
+    requests: list[Any]
+    request: Any
+    will_close: bool
     refused = False
+    _lingers_until: float | None = None  # after a refusal
     _deadline = math.inf  # for the client to take its answer
-    _linger_until = math.inf  # after a refusal
-    _lingers = False
-    _gone = False  # the client sends no more; it may still read, though
-    _writing = False  # the loop would only get in the way
-    _polled = False  # the loop waits for the client to send
+    _ended = False  # the client sends no more; it may still read, though
+    _held_back = False  # the next request on this connection: what was answered before has not been taken
 
-    def __init__(self, server: Any, *args: Any, **kwargs: Any):
-        super().__init__(_Loop(server, self), *args, **kwargs)
-        self.parser_class = partial(self.parser_class, self._new_upload)
-
-    def _new_upload(self, request: _Parser) -> _Arrival:
-        return type(self).arrival(request.headers.get("CONTENT_TYPE", ""),
-                                  -1 if request.chunked else request.content_length, partial(self.stepped, request))
+    def __init__(self, engine: Engine, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.parser_class = partial(_Parser, engine)
 
     # On the loop
 
     def readable(self) -> bool:
         """While lingering, always; while a request is answered too, to see the client go away."""
-        upload = self._upload()
-        self._polled = False  # said before it is looked up, so that whoever makes room meanwhile wakes the loop
-        self._polled = self._lingers or (not self._gone and bool(super().readable()) and not (
-            upload is not None and upload.behind()))
-        return self._polled
-
-    def _upload(self) -> _Arrival | None:
-        request = self.request
-        return None if request is None else cast(_Parser, request).upload
+        return self._lingers_until is not None or (not self._ended and bool(super().readable()))
 
     def writable(self) -> bool:
-        """Not while a thread writes: the loop would wake up again and again for what that thread is about to send."""
-        if self._lingers:
+        """While there is something to send, to begin, or to close."""
+        if self._lingers_until is not None:
             return bool(self.will_close)
-        return bool(self.will_close or (self._gone and not self.requests) or (
-            not self._writing and super().writable()))
+        return bool(super().writable() or self._held_back or (self._ended and not self.requests))
 
     def handle_read(self) -> None:
-        """Takes in a request; after a refusal, throws away what comes."""
-        size, upload = self.adj.recv_bytes, self._upload()
+        """Takes in requests; after a refusal, throws away what comes."""
         try:
-            data = self.socket.recv(size if upload is None else upload.wanted(size))
+            data = self.socket.recv(self.adj.recv_bytes)
         except BlockingIOError:
             return
         except OSError:
             self.handle_close()
             return
-        if data and not self._lingers:
+        if data and self._lingers_until is None:
             self.last_activity = time()
-            if not any(request.error for request in tuple(self.requests)):
-                self.received(data)
+            self.received(data)
         elif not data and (self.requests or self.total_outbufs_len):
-            self._gone = True
+            self._ended = True
         elif not data:
             self.handle_close()
 
     def handle_write(self) -> None:
-        """Flushes; when a refusal is out, says so to the client, and lingers instead of closing."""
-        if self._gone and not self.requests:
-            self.close_when_flushed = True
-        elif self.refused and self.close_when_flushed and not self.will_close:
-            self._flush_exception(self._flush_some)
-            if not self.total_outbufs_len and not self.will_close:
-                self._lingers, self._linger_until = True, monotonic() + _LINGER_SECONDS
-                with suppress(OSError):
-                    self.socket.shutdown(socket.SHUT_WR)
-            return
-        super().handle_write()
+        """Sends; then begins what was held back, or closes, after a refusal by lingering."""
+        self._flush_exception(self._flush_some_if_lockable)
+        if self.total_outbufs_len or self.will_close:
+            pass
+        elif self._held_back:
+            self._held_back = False
+            self.server.add_task(self)
+        elif self.close_when_flushed and self.refused:
+            self._lingers_until = monotonic() + _LINGER_SECONDS
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+        elif self.close_when_flushed or (self._ended and not self.requests):
+            self.will_close = True
+        if self.will_close:
+            self.handle_close()
+
+    def handle_close(self) -> None:
+        """Also lets go of the body that was coming in."""
+        super().handle_close()
+        if self.request is not None:
+            self.request.close()
 
     def idle(self) -> bool:
         """True if nothing is asked, answered or refused here."""
@@ -9766,82 +9768,36 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
 
     def hurry(self, now: float) -> None:
         """Called every second: ends what takes the client too long."""
-        request = self.request
-        if self.requests:
+        if self.requests and not self._held_back:
             return
-        if now > self._linger_until or (self.total_outbufs_len and now > self._deadline):
+        if now > (self._lingers_until or math.inf) or (self.total_outbufs_len and now > self._deadline):
             self.handle_close()  # at once: to wait until it can be written to could take for ever
-        elif request is not None and now > request.deadline:
-            self._refuse(request, BadRequest("malformed HTTP request: it took too long to come"))
-
-    def handle_close(self) -> None:
-        """Also ends the upload that was coming in."""
-        super().handle_close()
-        if (upload := self._upload()) is not None:
-            upload.close()
+        elif self.request is not None and now > self.request.deadline:
+            self.request.refuse(BadRequest("malformed HTTP request: it took too long to come"))
+            self.requests.append(self.request)
+            self.request = None
+            self.server.add_task(self)
 
     # On a thread
 
-    def _refuse(self, request: _Parser, error: TaskError) -> None:
-        """Answers a request with an error before all of it has come, unless it just has."""
-        with self.requests_lock:
-            if self.request is not request:
-                return
-            self.request = None
-            if not request.headers_finished:
-                request.parse_header(b"GET / HTTP/1.0\r\n")  # what an answer needs to know
-            request.refuse(reported(error, f"{request.command} {request.path}"))
-            self.requests.append(request)
-            if len(self.requests) == 1:  # otherwise whoever answers those before goes on with it
-                self.server.add_task(self)
-
-    def stepped(self, request: _Parser) -> None:
-        """Something of an upload that is coming in has been dealt with: refuses it, or asks for more."""
-        if self.request is not request or request.upload is None:
-            return
-        try:
-            request.upload.check()
-        except TaskError as error:
-            self._refuse(request, error)
-        except Exception:
-            self._refuse(request, bug_report(request.path))
-        else:
-            if not self._polled and not request.upload.behind():
-                self.server.pull_trigger()
-
-    def needs_loop(self) -> bool:
-        """True if there is something for the loop to do, or it does not wait for the client to send."""
-        return bool(self.total_outbufs_len or self.will_close or self.close_when_flushed or self._gone
-                    or not self._polled)
-
     def service(self) -> None:
-        """Answers a request."""
-        try:
-            super().service()
-        finally:
-            self.turns.count(-1)
+        """Answers a request, once the client has taken the answers before."""
+        if self.total_outbufs_len:
+            self._held_back = True
+            self.server.pull_trigger()
+            return
+        self._deadline = math.inf
+        super().service()
         self._deadline = monotonic() + _PATIENCE_SECONDS + self.total_outbufs_len / _SLOWEST
+
+    def send_some(self) -> None:
+        """Sends what the client takes without waiting."""
+        with self.outbuf_lock:
+            self._flush_exception(self._flush_some, do_close=False)
 
     def check_client_disconnected(self) -> bool:
         """What a long poll asks."""
-        return self._gone or not self.connected
-
-    def write_soon(self, data: Any) -> int:
-        """Sends, as far as the client takes it, and keeps the rest; the head of an answer waits for its body."""
-        head, self.head = self.head, b""
-        if data == b"":
-            self.head = head
-            return 0
-        self._writing = True
-        try:
-            if data is None or not isinstance(data, bytes):
-                super().write_soon(head)
-            return int(super().write_soon(head + data if isinstance(data, bytes) else data))
-        finally:
-            self._writing = False
-
-    def _flush_outbufs_below_high_watermark(self) -> None:
-        """Never: a thread must not wait for a slow client. Every answer is whole, or a file, when it gets here."""
+        return self._ended or not self.connected
 
 
 def _descriptors(wanted: int | None = None) -> int | None:
@@ -9864,32 +9820,23 @@ class HttpServer:
     """Waitress around an application: a loop that can be told to stop, and lets requests in flight finish."""
 
     def __init__(self, engine: Engine, app: Callable[..., Iterable[bytes]], host: str, port: int):
-        settings = engine.settings
         # Windows' select takes 512 sockets; elsewhere files and the database need some of the descriptors.
         self._limit = min(_CONNECTIONS, (_descriptors() or 500) * 3 // 4)
-        parser = type("Parser", (_Parser,), {
-            "check": staticmethod(lambda method, path, header, length: check_head(
-                method, path, header, length, settings, engine.allowed_hosts)),
-            "too_large": staticmethod(lambda path: body_too_large(path, settings))})
-        self._pool, self._coming = upload_threads(), set[_Arrival]()
         try:
             self._server = waitress.create_server(
-                app, host=host, port=port, threads=settings.threads + LONG_POLLS, ident="taskapi",
+                app, host=host, port=port, threads=engine.settings.threads, ident="taskapi",
                 max_request_body_size=2**62, max_request_header_size=64 * 1024, recv_bytes=65536,
-                channel_timeout=60, connection_limit=self._limit, channel_request_lookahead=1, asyncore_use_poll=True,
-                clear_untrusted_proxy_headers=True)
+                outbuf_high_watermark=2**62, channel_timeout=60, cleanup_interval=1, connection_limit=self._limit,
+                channel_request_lookahead=1, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
         except OSError as error:
             reason = f"{error.strerror}; --port 0 takes any free port"
             raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
-        self._server.channel_class = type("Channel", (_Channel,), {
-            "parser_class": parser, "turns": engine.queue.turns,
-            "arrival": staticmethod(lambda content_type, length, on_step: _Arrival(
-                Reception(content_type, length, engine.folder, settings, self._pool, on_step),
-                self._pool, self._coming, on_step, chunked=length < 0))})
+        self._server.adj.send_bytes = _BLOCK  # what is less waits until the answer is whole
+        self._server.channel_class = partial(_Channel, engine)
+        self._server.maintenance = self._hurry
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}"
         self._stop = threading.Event()
-        self._hurried = 0.0
 
     def stop(self) -> None:
         """Makes `run` return soon; may be called from any thread, and from a signal handler."""
@@ -9907,20 +9854,15 @@ class HttpServer:
         while self._close_idle() and monotonic() < until:
             self._turn(0.05)
         self._server.task_dispatcher.shutdown(timeout=0.5)
-        for arrival in tuple(self._coming):
-            arrival.close()
-        self._pool.shutdown()  # while its threads still have a loop to wake
         waitress.wasyncore.close_all(self._server._map)
 
     def _turn(self, seconds: float) -> None:
         self._server.asyncore.loop(timeout=seconds, map=self._server._map, use_poll=True, count=1)
-        if (now := monotonic()) > self._hurried + 1:
-            self._hurried = now
-            self._hurry(now)
 
-    def _hurry(self, now: float) -> None:
+    def _hurry(self, _: float) -> None:
         """Every second: ends what takes a client too long; makes room for new ones among those that ask nothing."""
         channels: list[_Channel] = list(self._server.active_channels.values())
+        now = monotonic()
         for channel in channels:
             channel.hurry(now)
         if len(channels) > self._limit * 9 // 10:
