@@ -248,6 +248,12 @@ class Conflict(TaskError):
     http_status = 409
 
 
+class PreconditionFailed(TaskError):
+    """The file is not the one that If-Match names."""
+
+    http_status = 412
+
+
 class TooLarge(TaskError):
     """A JSON body over the limit."""
 
@@ -8058,6 +8064,8 @@ class JobPage(ApiModel):
 def get_jobs(call: Request) -> bottle.HTTPResponse:
     """Jobs, newest first, a page at a time."""
     query = call.query(JobsQuery)
+    if query.after and not re.fullmatch(r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}", query.after, re.ASCII):
+        raise BadRequest.of("after", "is not the `next` of a page")
     jobs, more = call.engine.queue.jobs.page(query.status, query.type, query.limit, query.after)
     return reply(JobPage(items=jobs, next=jobs[-1].job_id if more else None))
 
@@ -8135,9 +8143,9 @@ def _http_date(moment: str) -> str:
     return format_datetime(datetime.fromisoformat(moment), usegmt=True)
 
 
-def _matches(header: str | None, etag: str) -> bool:
-    """If-None-Match (RFC 9110, 13.1.2): weak comparison, * matches all."""
-    tags = [tag.strip().removeprefix("W/") for tag in (header or "").split(",")]
+def _matches(header: str, etag: str, *, weak: bool) -> bool:
+    """If-Match and If-None-Match (RFC 9110, 13.1): a list of tags, or * for any; W/ counts only where `weak`."""
+    tags = [tag.strip().removeprefix("W/" if weak else "") for tag in header.split(",")]
     return etag in tags or "*" in tags
 
 
@@ -8167,7 +8175,8 @@ def content_disposition(filename: str) -> str:
     return header if plain == filename else f"{header}; filename*=UTF-8''{quote(filename, safe='')}"
 
 
-@route("GET", "/download/{jobId}", {200: bytes, 206: bytes, 304: None, 404: ErrorBody, 416: ErrorBody})
+@route("GET", "/download/{jobId}", {200: bytes, 206: bytes, 304: None, 404: ErrorBody, 412: ErrorBody,
+                                      416: ErrorBody})
 def get_download(call: Request, job_id: str) -> bottle.HTTPResponse:
     """A job's file: whole, or the range that was asked for."""
     job = call.engine.queue.jobs.get(job_id)
@@ -8175,7 +8184,9 @@ def get_download(call: Request, job_id: str) -> bottle.HTTPResponse:
         raise NotFound(f"job {job_id} has no file: it is a {job.status} {job.type} job")
     headers = {"ETag": f'"{job.file.sha256[:32]}"', "Accept-Ranges": "bytes", "Cache-Control": "private, no-cache",
                "Last-Modified": _http_date(job.finished_at or job.created_at)}
-    if _matches(call.header("If-None-Match"), headers["ETag"]):
+    if not _matches(call.header("If-Match") or "*", headers["ETag"], weak=False):
+        raise PreconditionFailed(f"the file's ETag is {headers['ETag']}")
+    if _matches(call.header("If-None-Match") or "", headers["ETag"], weak=True):
         return bottle.HTTPResponse(b"", 304, headers)
     start, end = 0, job.file.bytes
     wanted = call.header("Range")
@@ -10361,7 +10372,7 @@ def _hand_over(client: Client, job: Mapping[str, Json]) -> None:
 
 def _finish(client: Client, job: Mapping[str, Json], output: Mapping[str, Json] | None) -> None:
     """Waits for a job, and writes its records or its file to --out, if that was asked for."""
-    if output is not None and "records" in job["links"]:
+    if output is not None and _types_of(job["request"])["recordType"]:
         filters = {"jobId": job["jobId"], **_types_of(job["request"])}
         _hand_over(client, client.ask("POST", "/export", {**output, "filters": filters, "after": job["jobId"]}))
         return

@@ -174,6 +174,11 @@ def form(*args: Any, **kwargs: Any) -> bytes:
     return part(*args, **kwargs) + b"--XX--\r\n"
 
 
+def text_part(name: str, value: str) -> bytes:
+    """One text part of a form."""
+    return f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+
+
 INGESTED = 45
 INGEST = part(b"n,text\n" + b"".join(b"%d,t%d\n" % (n, n) for n in range(INGESTED))) + (
     b'--XX\r\nContent-Disposition: form-data; name="recordType"\r\n\r\nthing\r\n--XX--\r\n')
@@ -461,6 +466,7 @@ WRONG_REQUESTS = {
     "a negative limit": (400, "POST", "/export", {"format": "csv", "limit": -1}, None, "limit"),
     "an unknown query": (400, "GET", "/jobs?stat=pending", None, None, "stat"),
     "an unknown status": (400, "GET", "/jobs?status=done", None, None, "status"),
+    "a cursor that is none": (400, "GET", "/jobs?after=garbage", None, None, "after"),
     "a query given twice": (400, "GET", "/jobs?limit=1&limit=2", None, None, "limit"),
     "limit zero": (400, "GET", "/jobs?limit=0", None, None, "limit"),
     "a wait too long": (400, "GET", "/status/x?wait=31", None, None, "wait"),
@@ -2497,7 +2503,6 @@ BROKEN_FORMS = {
     "a header without a colon": form().replace(b"form-data;", b"form-data;\r\nxx\r\n", 1),
     "a header too long": form(extra="X: " + "y" * 9000 + "\r\n"),
     "headers without number": form(extra="".join(f"X{n}: y\r\n" for n in range(500))),
-    "a header that is not UTF-8": form().replace(b"a.csv", b"\xff.csv"),
     "junk before the first part": b"junk" + form(),
     "two files": part() + form(), "another field": form(field="upload"), "a file without a name": form(name=""),
     "a file that is a text": form().replace(b'; filename="a.csv"', b""),
@@ -2516,14 +2521,82 @@ def test_a_broken_form_is_refused_and_nothing_is_left(service: taskapi.Service, 
     assert_nothing_left(service)
 
 
-@pytest.mark.parametrize("content_type", [
-    "", "text/csv", "application/json", "multipart/form-data", "multipart/form-data; boundary=",
-    "multipart/mixed; boundary=XX", "multipart/form-data; boundary=" + "X" * 300,
-    "multipart/form-data; boundary=\"X\x01X\""])
-def test_an_upload_has_to_be_a_form_with_a_boundary(service: taskapi.Service, url: str, content_type: str) -> None:
-    """400, decided on the head."""
-    refused(ask(url, "POST", "/upload", form(), {"Content-Type": content_type}), 400)
+@pytest.mark.parametrize(("content_type", "status"), [
+    ("", 415), ("text/plain", 415), ("multipart/mixed; boundary=XX", 415), ("multipart/form-data", 400),
+    ("multipart/form-data; boundary=", 400), ("multipart/form-data; boundary=" + "X" * 300, 400),
+    ("multipart/form-data; boundary=\"X\x01X\"", 400)])
+@pytest.mark.parametrize("path", ["/upload", "/infer"])
+def test_an_upload_has_to_be_a_form_with_a_boundary_or_a_file_of_a_known_type(
+        service: taskapi.Service, url: str, path: str, content_type: str, status: int) -> None:
+    """Refused by the head."""
+    refused(ask(url, "POST", path, form(), {"Content-Type": content_type}), status)
     assert_nothing_left(service)
+
+
+RAW_FILES = {"text/csv": ("body.csv", b"a,b\n1,2\n"), "text/tab-separated-values; charset=utf-8": (
+    "body.tsv", b"a\tb\n1\t2\n"), "application/json": ("body.json", b'[{"a":1,"b":2}]'),
+    "application/x-ndjson": ("body.ndjson", b'{"a":1,"b":2}\n')}
+
+
+@pytest.mark.parametrize("content_type", RAW_FILES)
+def test_a_body_that_is_the_file_is_taken_like_the_part(service: taskapi.Service, url: str, content_type: str) -> None:
+    """Stored, made into records and inferred from, with its options in the query; gzipped too."""
+    name, content = RAW_FILES[content_type]
+    headers = {"Content-Type": content_type}
+    stored_ = ask(url, "POST", "/upload", content, headers)
+    assert (stored_.status, stored_.json["result"]["filename"]) == (201, name)
+    for body, extra in ((content, {}), (gzip.compress(content), {"Content-Encoding": "gzip"})):
+        made = ask(url, "POST", "/upload?recordType=thing&filename=c", body, headers | extra)
+        assert (made.status, made.json["request"]["filename"]) == (201, f"c{name[4:]}")
+        assert made.json["result"]["bytes"] == len(content)
+        items = ask(url, "GET", made.json["links"]["records"]).json["items"]
+        assert items == [{"a": 1, "b": 2}]
+    assert ask(url, "POST", "/infer?filename=order", content, headers).json["recordType"] == "order"
+    refused(ask(url, "POST", "/upload?recordtype=thing", content, headers), 400, "recordType")
+    refused(ask(url, "POST", "/upload?filename=a.png", content, headers), 400, "is not png")
+    assert_sound(service.folder.root)
+
+
+@pytest.mark.parametrize(("label", "expected"), [
+    (b"filename*=UTF-8''na%C3%AFve.csv", "naïve.csv"), (b"filename*=iso-8859-1'en'na%EFve.csv", "naïve.csv"),
+    (b'filename="=?utf-8?B?bmHDr3ZlLmNzdg==?="', "naïve.csv"),
+    (b'filename="=?utf-8?B?bmHDr3ZlLmNzdg==?="; filename*=utf-8\'\'na%C3%AFve.csv', "naïve.csv"),
+    ("filename=\"naïve.csv\"".encode(), "naïve.csv"), ("filename=\"naïve.csv\"".encode("cp1252"), "naïve.csv"),
+    (b'filename="=?x?=.csv"', "=?x?=.csv"), (b"filename*=nocode''%e9.csv; filename=b.csv", "b.csv")])
+def test_a_file_name_comes_in_every_form_that_clients_send(url: str, label: bytes, expected: str) -> None:
+    """As it is in UTF-8 or a Windows code page, as `filename*` alone, as the encoded word of .NET, or both."""
+    body = part().replace(b'filename="a.csv"', label) + b"--XX--\r\n"
+    assert ask(url, "POST", "/upload", body, FORM).json["result"]["filename"] == expected
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (form(field="f"), ["f: ", "the part is `file`"]),
+    (text_part("recordtype", "x") + form(), ["did you mean 'recordType'"]),
+    (text_part("colour", "x") + form(), ["known are: file, recordType"]), (part() + form(), ["one file too many"])])
+def test_a_wrong_part_says_which_is_meant(url: str, body: bytes, words: list[str]) -> None:
+    """By its name."""
+    for path in ("/upload", "/infer"):
+        refused(ask(url, "POST", path, body, FORM), 400, *words)
+
+
+@pytest.mark.parametrize("packed", [gzip.compress(form(b"x" * 10**7, "a.txt")), gzip.compress(form() + b" " * 10**7),
+                                    gzip.compress(form())[:-9], b"no gzip", b""],
+                         ids=["a bomb", "a bomb behind the end", "cut off", "none", "empty"])
+def test_a_packed_upload_is_unpacked_within_bounds(small: tuple[taskapi.Service, str], packed: bytes) -> None:
+    """400 for one that is too large inside, or broken; nothing is left."""
+    service, url = small
+    refused(ask(url, "POST", "/upload", packed, FORM | {"Content-Encoding": "gzip"}), 400)
+    assert_nothing_left(service)
+
+
+def test_a_packed_body_is_taken_and_another_coding_refused(url: str) -> None:
+    """JSON likewise, with a limit on what is inside; 415 names what is understood."""
+    body, packed = json.dumps(PERSONS).encode(), JSON | {"Content-Encoding": "gzip"}
+    assert ask(url, "POST", "/generate", gzip.compress(body), packed).status == 202
+    refused(ask(url, "POST", "/generate", gzip.compress(b" " * 2**24), packed), 413)
+    refused(ask(url, "POST", "/generate", body, packed), 400, "Content-Encoding")
+    for path, headers in (("/generate", JSON), ("/upload", FORM)):
+        refused(ask(url, "POST", path, body, headers | {"Content-Encoding": "br"}), 415, "gzip")
 
 
 def head(length: int | None, *lines: str, path: str = "/upload", version: str = "1.1") -> bytes:
@@ -2593,117 +2666,48 @@ def test_a_client_that_goes_away_in_the_middle_leaves_nothing(small: tuple[taska
     assert_nothing_left(service)
 
 
-BEGUN = {
-    "content that is not what its name says": part(b"hello, hello, hello", "a.png"), "a NUL": part(b"a\0b"),
-    "a type that is not taken": part(name="a.exe"), "an unknown part": part(field="other"),
-    "no boundary": b"junk" * 1024, "a second file": part() + part()}
-
-
-@pytest.mark.parametrize("length", [50_000_000, None], ids=["declared", "chunked"])
-@pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
-def test_an_upload_is_refused_at_its_first_wrong_block(
-        service: taskapi.Service, url: str, begun: bytes, length: int | None) -> None:
-    """The answer comes while nearly all of the body is still to be sent, and can be read after sending on."""
-    with plug(url) as connection:
-        connection.sendall(head(length) + (begun if length else chunks(begun, 1000)[:-5]))
-        assert connection.recv(20, socket.MSG_PEEK).startswith(b"HTTP/1.1 400 ")
-        with suppress(OSError):
-            connection.sendall(b"x" * 300_000)
-        refused(parsed(rest(connection)), 400)
-    assert ask(url, "GET", "/").status == 200
-    until(lambda: not [*service.folder.tmp.iterdir()])
-    assert_nothing_left(service)
-
-
 @pytest.mark.parametrize(("broken", "status", "word"), [
     (taskapi.DiskFull("the disk is full"), 500, "full"), (ValueError("secret"), 500, "internal error")])
-@pytest.mark.parametrize("place", ["AtomicFile._append", "Reception.feed"])
-def test_what_fails_under_an_upload_is_answered_while_it_comes(
-        service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch, place: str, broken: Exception, status: int,
+def test_what_fails_under_an_upload_is_answered(
+        service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch, broken: Exception, status: int,
         word: str) -> None:
     """A full disk, or a bug; the server stays up, and nothing is left."""
     def fail(*_: Any) -> None:
         raise broken
 
-    with monkeypatch.context() as patch, plug(url) as connection:
-        patch.setattr(f"taskapi.{place}", fail)
-        connection.sendall(head(50_000_000) + part(b"x" * 1_000_000, "a.txt"))
-        assert "secret" not in refused(parsed(rest(connection)), status, word)["error"]
-    until(lambda: not [*service.folder.tmp.iterdir()])
+    with monkeypatch.context() as patch:
+        patch.setattr(taskapi.AtomicFile, "write", fail)
+        answer = ask(url, "POST", "/upload", form(b"x" * 1_000_000, "a.txt"), FORM)
+        assert "secret" not in refused(answer, status, word)["error"]
     assert_nothing_left(service)
     assert ask(url, "POST", "/upload", form(), FORM).status == 201
 
 
-def upload_threads() -> list[str]:
-    """The threads that deal with uploads while these come."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskapi-upload")]
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on files is set for a process")
+def test_a_body_that_finds_no_room_is_refused_while_it_comes(tmp_path: Path) -> None:
+    """500, and readable although the client goes on sending; the server stays up."""
+    limited = ["prlimit", "--fsize=3000000"]
+    if not shutil.which("prlimit"):
+        pytest.skip("there is no prlimit")
+    with Live(tmp_path / "data", wrap=limited) as live:
+        with plug(live.url) as connection:
+            connection.sendall(head(50_000_000) + part(b"x" * 4_000_000, "a.txt"))
+            refused(parsed(rest(connection)), 500, "full")
+        assert live.ask("GET", "/health").status == 200
+        assert not [*(tmp_path / "data" / "tmp").iterdir()]
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "server"])
-def test_an_upload_that_ends_early_leaves_no_draft_and_no_thread(service: taskapi.Service, how: str) -> None:
-    """The client goes, or the server stops, in the middle of a body that is being written."""
+def test_an_upload_that_ends_early_leaves_nothing(service: taskapi.Service, how: str) -> None:
+    """The client goes, or the server stops, in the middle of a body that waits on the disk."""
     with service.serving(port=0) as url, plug(url) as connection:
         connection.sendall(head(50_000_000) + part(b"x" * 3_000_000, "a.txt"))
-        until(lambda: [path for path in service.folder.tmp.iterdir() if path.stat().st_size > 1_000_000])
-        assert upload_threads()
         if how == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if how != "server":
             connection.close()
-            until(lambda: not [*service.folder.tmp.iterdir()])
-    assert not upload_threads()
+            assert ask(url, "POST", "/upload", form(name="b.png"), FORM).status == 400
     assert_nothing_left(service)
-
-
-def test_an_upload_that_the_disk_lags_behind_is_not_read_on(
-        service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little waits in memory, other requests are answered meanwhile, and the file is whole in the end."""
-    paused, go_on, waiting = threading.Event(), threading.Event(), []
-    append, behind = taskapi.AtomicFile._append, taskapi._Arrival.behind
-
-    def slow(self: taskapi.AtomicFile, block: bytes) -> None:
-        go_on.wait(30)
-        append(self, block)
-
-    def told(self: taskapi._Arrival) -> bool:
-        waiting.append(self._turn.waiting + self._reception.waiting)
-        if lags := behind(self):
-            paused.set()
-        return lags
-
-    monkeypatch.setattr(taskapi.AtomicFile, "_append", slow)
-    monkeypatch.setattr(taskapi._Arrival, "behind", told)
-    content = b"0123456789abcde\n" * (40 * 2**16)
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, url, "POST", "/upload", form(content, "a.txt"), FORM)
-        try:
-            assert paused.wait(30)
-            for _ in range(20):
-                assert ask(url, "GET", "/jobs").status == 200
-            assert not answer.done()
-        finally:
-            go_on.set()
-        job = answer.result(30).json
-    assert job["result"]["sha256"] == hashlib.sha256(content).hexdigest()
-    assert max(waiting) < taskapi.AHEAD + 3 * 2**20  # a block may be counted by two while it goes on
-    assert_sound(service.folder.root)
-
-
-def test_many_uploads_at_once_share_a_few_threads(service: taskapi.Service, url: str) -> None:
-    """Each is stored as it came, though all come a piece at a time."""
-    contents = [bytes([65 + number]) * 400_000 for number in range(26)]
-    seen = set()
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(plug(url)) for _ in contents]
-        for at in range(0, 500_000, 50_000):
-            for connection, content in zip(connections, contents, strict=True):
-                body = form(content, "a.txt")
-                connection.sendall((b"" if at else head(len(body))) + body[at:at + 50_000])
-                seen.update(upload_threads())
-        jobs = [parsed(rest(connection)).json for connection in connections]
-    assert [job["result"]["sha256"] for job in jobs] == [hashlib.sha256(content).hexdigest() for content in contents]
-    assert 0 < len(seen) <= 4
-    assert_sound(service.folder.root)
 
 
 def test_requests_that_follow_an_upload_on_its_connection_are_answered_in_turn(
@@ -2721,11 +2725,6 @@ def test_requests_that_follow_an_upload_on_its_connection_are_answered_in_turn(
     assert statuses == [201, 200, 201, 201, 400, 200]
     assert len(parsed(data[data.rindex(b"HTTP/1.1 "):]).json["items"]) == 3
     assert_sound(service.folder.root)
-
-
-def text_part(name: str, value: str) -> bytes:
-    """One text part of a form."""
-    return f'--XX\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
 
 
 EQUAL_FORMS = {
@@ -2767,28 +2766,6 @@ def test_an_upload_is_answered_alike_however_it_comes(tmp_path: Path, body: byte
                     for piece in [first, *later]:
                         connection.sendall(piece)
                 assert gist(parsed(rest(connection))) == expected
-
-
-@given(st.sampled_from(sorted(EQUAL_FORMS)), st.lists(st.integers(0, 400), max_size=8))
-def test_a_reception_says_the_same_wherever_its_blocks_end(name: str, cuts: list[int]) -> None:
-    """Whole, or cut anywhere: the same file, or the same refusal."""
-    body = EQUAL_FORMS[name]
-
-    def taken(blocks: list[bytes]) -> Any:
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            chosen = taskapi.Settings(data_dir=Path(folder), max_upload_bytes=90_000)
-            reception = taskapi.Reception(FORM["Content-Type"], -1, taskapi.DataFolder(Path(folder)), chosen)
-            stack.enter_context(closing(reception))
-            try:
-                for block in blocks:
-                    reception.feed(block)
-                whole = reception.finish()
-            except BadRequest as error:
-                return error.body()
-            return whole.filename, whole.content_type, whole.texts, whole.draft.sha256
-
-    places = [0, *sorted(cuts), len(body)]
-    assert taken([body[start:end] for start, end in itertools.pairwise(places)]) == taken([body])
 
 
 def test_a_body_is_asked_for_only_if_it_is_wanted(small: tuple[taskapi.Service, str]) -> None:
@@ -2857,6 +2834,8 @@ def test_a_download_says_what_it_is_and_is_not_sent_twice(stored: tuple[str, str
     for given_, status in ((tag, 304), (f"W/{tag}", 304), (f'"x", {tag}', 304), ("*", 304), ('"x"', 200)):
         again = ask(url, "GET", path, None, {"If-None-Match": given_})
         assert (again.status, len(again.body), again.headers["ETag"]) == (status, 1024 * (status == 200), tag)
+    for given_, status in ((tag, 200), (f'"x", {tag}', 200), ("*", 200), ('"x"', 412), (f"W/{tag}", 412)):
+        assert ask(url, "GET", path, None, {"If-Match": given_}).status == status
     for given_, status in ((tag, 206), (headers["Last-Modified"], 206), ('"x"', 200), (f"W/{tag}", 200)):
         assert ask(url, "GET", path, None, {"If-Range": given_, "Range": "bytes=0-9"}).status == status
     bare = ask(url, "HEAD", path)
@@ -4386,7 +4365,7 @@ BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,ima
 def test_a_browser_that_opens_the_root_gets_the_page_and_others_json(url: str, accept: str | None, page: bool) -> None:
     """By the weights of the Accept header; caches are told."""
     answer = ask(url, "GET", "/", headers={} if accept is None else {"Accept": accept})
-    assert (answer.status, answer.headers["Vary"]) == (200, "Accept")
+    assert (answer.status, answer.headers["Vary"].split(", ")[0]) == (200, "Accept")
     assert answer.headers["Content-Type"].startswith("text/html" if page else "application/json")
     assert (answer.body == ask(url, "GET", "/ui").body) is page
 
@@ -4855,13 +4834,14 @@ def test_a_wrong_setting_in_python_is_a_setting_error(tmp_path: Path) -> None:
 
 # ==== 11 Server: the HTTP edge, what is broken, slow, hostile or cross-site ====
 
-SERVED = [entry for entry in taskapi.all_routes() if entry.path not in ("/script", "/rows")]  # by a Live
-MAKING = ("/generate", "/preview", "/export")
+SERVED = [entry for entry in taskapi.all_routes() if not getattr(
+    entry.body, "__module__", "").startswith("taskapi_test")]  # by a Live, which does not know our job types
+MAKING = [entry.path for entry in SERVED if entry.body and entry.path not in ("/upload", "/infer")]
 STRANGE_BODIES = {
     "a name given twice": (b'{"count": 1, "count": 2}', "count"),
     "a name given twice within": (b'{"count": 1, "schema": {"a": {"type": "int", "min": 1, "min": 2}}}', "min"),
     "a name given twice as an escape": (rb'{"count": 1, "c\u006funt": 1}', "count"),
-    "UTF-16": ('{"count": 1}'.encode("utf-16"), ""), "UTF-8 with a mark": ('\ufeff{"count": 1}'.encode(), ""),
+    "UTF-16": ('{"count": 1}'.encode("utf-16"), ""), "two marks": ('\ufeff\ufeff{"count": 1}'.encode(), ""),
     "Latin-1": ('{"recordType": "ä", "count": 1}'.encode("latin-1"), ""), "gzip": (gzip.compress(b'{"count": 1}'), ""),
     "a number of 5,000 digits": (b'{"count": ' + b"9" * 5000 + b"}", ""),
     "a value of 5,000 digits": (b'{"count": 1, "schema": {"a": {"type": "const", "value": ' + b"9" * 5000 + b"}}}", ""),
@@ -4889,12 +4869,12 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 @pytest.mark.parametrize("case", named(STRANGE_BODIES))
 def test_no_body_is_too_strange_to_be_refused(edge: Live, path: str, case: tuple[bytes, str]) -> None:
     """Each JSON endpoint names what is wrong; one that takes no body does not read it."""
-    body, word = case
+    (body, word), entry_path = case, path
     path = path.replace("{jobId}", "0192")
     answer = edge.ask("POST", path, body, JSON)
-    if path == "/infer" and answer.status == 200:  # which takes any file
+    if path in ("/upload", "/infer") and answer.status in (200, 201):  # which take any text
         return
-    refused(answer, 400 if path in (*MAKING, "/upload", "/infer") else 404)
+    refused(answer, 404 if "{" in entry_path else 400)
     if word and path in ("/generate", "/preview"):
         assert f"{word!r} is given twice" in answer.json["error"]
 
@@ -4937,8 +4917,9 @@ LOCAL = b"\r\nHost: localhost\r\nConnection: close\r\n"
 POSTED = b"POST /generate HTTP/1.1" + LOCAL + b"Content-Type: application/json\r\n"
 BROKEN_HTTP: dict[str, tuple[bytes, list[int]]] = {
     "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\r\n\r\n", [400]),
-    "a preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [404]),
-    "HTTP/0.9": (b"GET /\r\n\r\n", [200]), "HTTP/9.9": (b"GET / HTTP/9.9" + LOCAL + b"\r\n", [200]),
+    "a preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+    "HTTP/2.0": (b"GET / HTTP/2.0" + LOCAL + b"\r\n", [400]), "HTTP/0.9": (b"GET /\r\n\r\n", [400]),
+    "HTTP/9.9": (b"GET / HTTP/9.9" + LOCAL + b"\r\n", [400]), "HTTP/1.2": (b"GET / HTTP/1.2" + LOCAL + b"\r\n", [400]),
     "two spaces": (b"GET  / HTTP/1.1" + LOCAL + b"\r\n", [400]),
     "a method in lower case": (b"get / HTTP/1.1" + LOCAL + b"\r\n", [400]),
     "a method of 5,000 letters": (b"A" * 5000 + b" / HTTP/1.1" + LOCAL + b"\r\n", [405]),
@@ -5118,7 +5099,7 @@ def test_a_download_is_whole_however_slowly_it_is_read_behind_others(tmp_path: P
 
 
 def test_a_client_that_goes_away_ends_its_long_poll_and_one_that_only_stops_sending_is_answered(tmp_path: Path) -> None:
-    """So that a poll nobody waits for holds no thread for thirty seconds."""
+    """So that a poll that perhaps nobody waits for holds no thread for thirty seconds."""
     with held(tmp_path) as (service, _), service.serving(port=0) as url:
         job_id = ask(url, "POST", "/generate", PERSONS).json["jobId"]
         poll = f"GET /status/{job_id}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
