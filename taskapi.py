@@ -395,8 +395,9 @@ class Settings(BaseModel):
     database: Path | None = Field(
         default=None, description="The database file (default: taskapi.db in the data folder).")
     workers: int = Field(default=16, ge=1, le=64, description="Jobs that run at the same time.")
-    threads: int = Field(default=32, ge=2, le=256,
-                         description="Requests that are answered at the same time, besides long polls.")
+    threads: int = Field(
+        default=32, ge=2, le=256,
+        description="Requests that are answered at the same time; half of them may wait for a job.")
     max_upload_bytes: Annotated[int, BeforeValidator(_bytes_count)] = Field(
         default=100 * 2**20, ge=1, le=2**50, description="Largest upload; units such as `100 MiB` are understood.")
     upload_types: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field(
@@ -8299,6 +8300,14 @@ def is_friend(origin: str | None, friends: Sequence[str]) -> bool:
         for friend in friends)
 
 
+def cors_headers(origin: str | None, friends: Sequence[str]) -> dict[str, str]:
+    """What tells a browser that a page of a friend may see this answer."""
+    if not is_friend(origin, friends):
+        return {"Vary": "Origin"} if friends else {}
+    return {"Access-Control-Allow-Origin": str(origin), "Vary": "Origin",
+            "Access-Control-Expose-Headers": "Location, Retry-After, ETag, Content-Disposition, Content-Range"}
+
+
 def check_head(method: str, path: str, header: Callable[[str], str | None], length: int, settings: Settings,
                allowed_hosts: Container[str]) -> int:
     """What the head of a request tells before its body is read; `length` is -1 where unknown.
@@ -8387,7 +8396,12 @@ class Middleware:
         finally:
             call.flight.close()
             MOUNT.reset(mount)
-        for name, value in {**_STANDARD_HEADERS, **self._cors_headers(call, response)}.items():
+        cors = cors_headers(call.header("Origin"), self._engine.settings.cors_origins)
+        if call.method == "OPTIONS" and "Access-Control-Allow-Origin" in cors:
+            asked = re.sub(r"[^\w, -]", "", call.header("Access-Control-Request-Headers") or "", flags=re.ASCII)
+            cors |= {"Access-Control-Allow-Methods": response.headers.get("Allow", ""), "Access-Control-Max-Age": "600",
+                     "Access-Control-Allow-Headers": asked, "Access-Control-Allow-Private-Network": "true"}
+        for name, value in {**_STANDARD_HEADERS, **cors}.items():
             if name not in response.headers:
                 response.set_header(name, value)
         _pack(call, response)
@@ -8403,21 +8417,6 @@ class Middleware:
         if MOUNT.get() and not raw_path:  # relative links would miss the mount
             return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
         return handler(call, **arguments)
-
-    def _cors_headers(self, call: Request, response: bottle.HTTPResponse) -> dict[str, str]:
-        """What tells a browser that a page of a friend may see this answer, or ask what it is about to ask."""
-        origin, friends = call.header("Origin"), self._engine.settings.cors_origins
-        if not is_friend(origin, friends):
-            return {"Vary": "Origin"} if friends else {}
-        headers = {"Access-Control-Allow-Origin": str(origin), "Vary": "Origin",
-                   "Access-Control-Expose-Headers": "Location, Retry-After, ETag, Content-Disposition, Content-Range"}
-        if call.method == "OPTIONS":
-            asked = call.header("Access-Control-Request-Headers") or ""
-            headers |= {"Access-Control-Allow-Methods": response.headers.get("Allow", ""),
-                        "Access-Control-Allow-Headers": re.sub(r"[^\w, -]", "", asked, flags=re.ASCII),
-                        "Access-Control-Allow-Private-Network": "true", "Access-Control-Max-Age": "600"}
-        return headers
-
 
 def _pack(call: Request, response: bottle.HTTPResponse) -> None:
     """Gzips a larger answer for a client that takes that; a download goes as it is, in ranges of the file's bytes."""
@@ -8443,14 +8442,14 @@ def all_routes() -> list[Route]:
 
     posted = [Route("POST", f"/{kind.name}", poster(kind), WaitQuery, kind.model, {202: Job, 409: ErrorBody})
               for kind in JOB_TYPES.values() if kind.posted]
-    return [*ROUTES[:1], *posted, *ROUTES[1:]]  # in the order in which people meet them
+    return [*ROUTES[:2], *posted, *ROUTES[2:]]  # in the order in which people meet them
 
 
 _COMMON_ANSWERS = {400: "The request is wrong; `fields` says where.", 403: "A web page of another site sent it.",
                    421: "The Host is not one of ours.", 431: "The headers are too large.",
                    500: "The database or the disk cannot be used, or a bug.",
                    503: "Busy, stopping, or health is down.", 413: "The JSON body is over 1 MiB.",
-                   415: f"The body is not {_JSON_TYPE}."}
+                   415: "The body is of another type, or in a coding that is not gzip."}
 
 
 _MADE = {"Location": "Where its status is."}
@@ -8465,13 +8464,19 @@ def _reference(shape: type) -> Json:
     return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, ApiModel) else {"type": "object"}
 
 
-def _content(shape: Any) -> tuple[str, Json]:
-    """The media type and the schema of an answer."""
+_FILE = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _content(shape: Any) -> dict[str, Json]:
+    """The media types and the schemas of an answer, or of a request's body."""
     if shape is bytes:
-        return "*/*", {"schema": {"type": "string", "format": "binary"}}  # the file's own type
+        return {"*/*": _FILE, _JSON_TYPE: {"schema": {}}}  # the file's own type; what is JSON can be anything that is
     if isinstance(shape, str):
-        return shape, {"schema": {"type": "string"}}
-    return _JSON_TYPE, {"schema": _reference(shape)}
+        return {shape: {"schema": {"type": "string"}}}
+    if shape is UploadForm:
+        return {"multipart/form-data": {"schema": _reference(shape)}, **dict.fromkeys(RAW_TYPES, _FILE),
+                _JSON_TYPE: {"schema": {}}}
+    return {_JSON_TYPE: {"schema": _reference(shape)}}
 
 
 def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json]:
@@ -8487,13 +8492,11 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
                            "schema": {"type": "string", "minLength": 1, "maxLength": 200},
                            "description": "The same key with the same request answers the first job again."})
     answers: dict[str, Json] = {}
-    json_body = entry.body is not None and entry.body is not UploadForm
-    refusals = [status for status in _COMMON_ANSWERS if json_body or status not in (413, 415)]
+    refusals = [status for status in _COMMON_ANSWERS if entry.body or status not in (413, 415)]
     for status, shapes in {**dict.fromkeys(refusals, ErrorBody), **entry.answers}.items():
         answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
-        content = dict(_content(shape) for shape in (shapes if isinstance(shapes, tuple) else (shapes,)) if shape)
-        if content:
-            answer["content"] = content
+        for shape in filter(None, shapes if isinstance(shapes, tuple) else (shapes,)):
+            answer.setdefault("content", {}).update(_content(shape))
         if headers := _ANSWER_HEADERS.get(bytes if shapes is bytes else status):
             answer["headers"] = {name: {"schema": {"type": "string"}, "description": about}
                                  for name, about in headers.items()}
@@ -8503,9 +8506,15 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
                                   "summary": summary, "parameters": parameters,
                                   "responses": dict(sorted(answers.items()))}
     if entry.body:
-        media = _JSON_TYPE if json_body else "multipart/form-data"
-        operation["requestBody"] = {"required": True, "content": {media: {"schema": _reference(entry.body)}}}
+        operation["requestBody"] = {"required": True, "content": _content(entry.body)}
     return operation
+
+
+def _defaults_told(properties: Iterable[dict[str, Json]]) -> None:
+    """Moves defaults into the descriptions: generators of clients take a property that has one to be required."""
+    for schema in properties:
+        if (default := schema.pop("default", None)) not in (None, [], {}):
+            schema["description"] = f"{schema.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
 def openapi(routes: Iterable[Route]) -> dict[str, Json]:
@@ -8519,6 +8528,8 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
         [(shape, "validation" if shape in inputs else "serialization")
          for shape in sorted(shapes, key=lambda shape: shape.__name__)], ref_template="#/components/schemas/{model}")
     schemas = definitions["$defs"]
+    for schema in schemas.values():
+        _defaults_told(schema.get("properties", {}).values())
     paths: dict[str, dict[str, Json]] = {}
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
@@ -8620,11 +8631,11 @@ def _shown_operation(method: str, path: str, operation: Mapping[str, Json], sche
                                  for entry in operation["parameters"]}}
     body = ""
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
-        shape = schemas[content["schema"]["$ref"].rpartition("/")[2]]
+        shape = schemas.get(content["schema"].get("$ref", "").rpartition("/")[2], {})  # none for a file
         examples = "".join(f"<pre>{escape(json.dumps(item, indent=1))}</pre>" for item in shape.get("examples", ()))
-        body = f"<p>Body: <code>{media}</code></p>{_field_table(shape)}{examples}"
+        body += f"<p>Body: <code>{media}</code></p>{_field_table(shape)}{examples}"
     answers = "".join(f"<tr><td>{status}</td><td>{escape(answer['description'])}</td><td>"
-                      f"{''.join(_shown_type(c['schema']) for c in answer.get('content', {}).values())}</td></tr>"
+                      f"{' or '.join(_shown_type(c['schema']) for c in answer.get('content', {}).values())}</td></tr>"
                       for status, answer in operation["responses"].items())
     return (f"<details id='{operation['operationId']}'><summary><b>{method.upper()}</b> <code>{escape(path)}</code> "
             f"{escape(operation['summary'])}</summary>{_field_table(parameters)}{body}"
@@ -9642,15 +9653,17 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
         return consumed
 
     def _check_head(self) -> None:
+        settings, hosts = self._engine.settings, self._engine.allowed_hosts
+        length = -1 if self.chunked else self.content_length
         try:
-            self._most = check_head(self.command, self.path, lambda name: self.headers.get(_header_key(name)),
-                                    -1 if self.chunked else self.content_length, self._engine.settings,
-                                    self._engine.allowed_hosts)
+            self._most = check_head(self.command, self.path, lambda name: self.headers.get(_header_key(name)), length,
+                                    settings, hosts)
         except TaskError as error:
+            error.headers |= cors_headers(self.headers.get("ORIGIN"), settings.cors_origins)
             if not self.completed:  # otherwise the application refuses it, and the connection can stay
                 self.refuse(error)
         self.deadline = monotonic() + _PATIENCE_SECONDS + (
-            self._most if self.chunked else self.content_length) / _SLOWEST
+            self._most if self.chunked else length) / _SLOWEST
 
     def refuse(self, error: TaskError) -> None:
         """Ends the request with an error, wherever it is."""

@@ -431,6 +431,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
+SERVED = [entry for entry in taskapi.all_routes() if not getattr(
+    entry.body, "__module__", "").startswith("taskapi_test")]  # by a Live, which does not know our job types
+
+
 # ==== 1 Errors ====
 
 JSON = {"Content-Type": "application/json"}
@@ -479,6 +483,10 @@ WRONG_REQUESTS = {
     "a malformed origin": (403, "POST", "/generate", PERSONS, {"Origin": "http://[bad"}),
     "a cross-site fetch": (403, "DELETE", "/jobs/x", None, {"Sec-Fetch-Site": "cross-site"}),
     "a cross-site upload": (403, "POST", "/upload", form(), {**FORM, "Sec-Fetch-Site": "same-site"}),
+    **{f"a cross-site look at {path}": (403, "GET", path, None, {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode})
+       for path, site, mode in (("/fields?locale=de_DE", "cross-site", "navigate"), ("/metrics", "same-site", "no-cors"),
+                                ("/records", "cross-site", "cors"), ("/", "cross-site", "no-cors"))},
+    "a look with another site's origin": (403, "GET", "/jobs", None, {"Origin": "http://evil.example"}),
     "a foreign host": (421, "GET", "/", None, {"Host": "evil.example"}),
     "a foreign host with our name": (421, "GET", "/", None, {"Host": "127.0.0.1.evil.example"}),
     "an unknown path": (404, "GET", "/statsu", None, None, "/statsu"),
@@ -3917,6 +3925,117 @@ def test_health_is_503_when_no_worker_answers(tmp_path: Path) -> None:
         assert health.json["errors"]
 
 
+@pytest.mark.parametrize("path", ["/", "/ui", "/docs", "/download/0192"])
+def test_a_link_on_another_site_may_lead_to_a_page_and_to_a_file(url: str, path: str) -> None:
+    """As a browser follows it."""
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Accept": "text/html"}
+    assert ask(url, "GET", path, None, headers).status in (200, 404)
+
+
+def test_pages_of_friends_may_use_the_server_and_no_others(tmp_path: Path) -> None:
+    """The preflight, the answer and a refusal say so, for exact origins and for any port of localhost."""
+    friends = ["https://app.example", "http://localhost:*"]
+    with taskapi.open_service(tmp_path, inline=True, cors_origins=friends) as service, service.serving(port=0) as url:
+        for origin, friend in (("https://app.example", True), ("http://localhost:5173", True),
+                               ("http://localhost", True), ("https://app.example.evil.example", False),
+                               ("http://localhost:5173.evil.example", False), ("null", False)):
+            headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site", "Access-Control-Request-Method": "POST",
+                       "Access-Control-Request-Headers": "content-type, idempotency-key"}
+            allowed = origin if friend else None
+            preflight = ask(url, "OPTIONS", "/generate", None, headers).headers
+            assert preflight["Access-Control-Allow-Origin"] == allowed
+            assert not friend or "POST" in preflight["Access-Control-Allow-Methods"]
+            assert not friend or preflight["Access-Control-Allow-Headers"] == "content-type, idempotency-key"
+            for path, body, status in (("/generate", PERSONS, 202), ("/generate", {"count": 0}, 400),
+                                       ("/upload", b"", 415)):
+                answer = ask(url, "POST", path, body, {"Origin": origin, "Sec-Fetch-Site": "cross-site"})
+                assert (answer.status, answer.headers["Vary"].split(", ")[0]) == (status if friend else 403, "Origin")
+                assert answer.headers["Access-Control-Allow-Origin"] == allowed
+    with taskapi.open_service(tmp_path, inline=True) as service, service.serving(port=0) as url:
+        headers = ask(url, "OPTIONS", "/generate", None, {"Origin": friends[0]}).headers
+        assert "Access-Control-Allow-Origin" not in headers
+    for wrong in ("*", "app.example", "https://app.example/", "https://*.example", "https://app.example:*"):
+        with pytest.raises(taskapi.SettingError, match="is not an origin"):
+            taskapi.open_service(tmp_path, cors_origins=[wrong])
+
+
+def test_health_and_jobs_have_their_second_names(service: taskapi.Service, url: str) -> None:
+    """JSON also for a browser; the job object; a wait."""
+    health = ask(url, "GET", "/health", None, {"Accept": "text/html"})
+    assert health.json | {"uptime": 0} == ask(url, "GET", "/").json | {"uptime": 0}
+    job = ask(url, "POST", "/generate", PERSONS).json
+    for path in ("/jobs", "/status"):
+        assert ask(url, "GET", f"{path}/{job['jobId']}?wait=1").json == job
+
+
+@pytest.mark.parametrize("entry", SERVED, ids=lambda entry: f"{entry.method} {entry.path}")
+def test_an_unknown_name_in_a_query_is_refused_by_every_call(live: Live, entry: taskapi.Route) -> None:
+    """With the nearest of those that there are."""
+    known = [*(field.alias for field in entry.query.model_fields.values())] if entry.query else []
+    path = re.sub("{[a-zA-Z]+}", "person", entry.path)
+    body = PERSONS if entry.body else None
+    answer = refused(live.ask(entry.method, f"{path}?{known[0] if known else 'colou'}r=1", body), 400)
+    assert answer["fields"][0]["field"].endswith("r")
+    assert not known or f"did you mean {known[0]!r}" in answer["error"]
+
+
+def test_a_post_may_wait_for_its_job(tmp_path: Path) -> None:
+    """The same status code and object, once it has finished or when the time is over; for each call that makes one."""
+    with taskapi.open_service(tmp_path) as service, service.serving(port=0) as url:
+        for path, body, headers, status in (
+                ("/generate", PERSONS, None, 202), ("/export", {"format": "csv"}, None, 202),
+                ("/upload", INGEST, FORM, 201), ("/upload", form(), FORM, 201)):
+            answer = ask(url, "POST", f"{path}?wait=30", body, headers)
+            assert (answer.status, answer.json["status"]) == (status, "completed")
+            assert answer.headers["Location"] == answer.json["links"]["self"]
+    with held(tmp_path / "held") as (service, _), service.serving(port=0) as url:
+        answer = ask(url, "POST", "/generate?wait=0.05", PERSONS)
+        assert (answer.status, answer.json["status"]) == (202, "pending")
+        refused(ask(url, "POST", "/generate?wait=31", PERSONS), 400, "wait")
+        assert len(service.queue.jobs.page(None, None, 10, None)[0]) == 1
+
+
+def test_at_most_half_of_the_threads_wait_for_jobs(tmp_path: Path) -> None:
+    """A further one is answered at once, and so is everybody else."""
+    with held(tmp_path, threads=4) as (service, _), service.serving(port=0) as url, contextlib.ExitStack() as polls:
+        job_id = ask(url, "POST", "/generate", PERSONS).json["jobId"]
+        for number in range(2):
+            poll = polls.enter_context(plug(url))
+            poll.sendall(f"GET /status/{job_id}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            until(lambda number=number: len(service.queue._waiters.get(job_id, ())) > number)
+        assert ask(url, "GET", f"/status/{job_id}?wait=30").json["status"] == "pending"
+        assert ask(url, "POST", "/generate?wait=30", PERSONS).json["status"] == "pending"
+
+
+def test_links_hold_only_what_answers(tmp_path: Path) -> None:
+    """Records once there are some."""
+    with held(tmp_path) as (service, runner), service.serving(port=0) as url:
+        made = ask(url, "POST", "/generate", PERSONS).json
+        assert made["links"].keys() == {"self"}
+        runner.run()
+        done = ask(url, "GET", made["links"]["self"]).json
+        assert done["links"].keys() == {"self", "records"}
+        assert len(ask(url, "GET", done["links"]["records"]).json["items"]) == 10
+        for link in ask(url, "GET", "/health").json["links"].values():
+            assert ask(url, "OPTIONS", link.replace("{jobId}", made["jobId"])).status == 204
+
+
+def test_larger_answers_are_gzipped_for_who_takes_that(url: str) -> None:
+    """But no download, and nothing for others; HEAD says the same."""
+    job = ask(url, "POST", "/generate", {**PERSONS, "count": 100}).json
+    path, takes = job["links"]["records"], {"Accept-Encoding": "br, gzip;q=0.5"}
+    whole, packed = ask(url, "GET", path), ask(url, "GET", path, None, takes)
+    assert (whole.headers["Content-Encoding"], packed.headers["Content-Encoding"]) == (None, "gzip")
+    assert gzip.decompress(packed.body) == whole.body
+    assert whole.headers["Vary"] == packed.headers["Vary"] == "Accept-Encoding"
+    assert ask(url, "HEAD", path, None, takes).headers["Content-Length"] == str(len(packed.body))
+    for accept in ("identity", "gzip;q=0", "*;q=0", "br"):
+        assert ask(url, "GET", path, None, {"Accept-Encoding": accept}).headers["Content-Encoding"] is None
+    file = ask(url, "POST", "/upload", form(b"x" * 10_000, "a.txt"), FORM).json
+    assert ask(url, "GET", file["links"]["download"], None, takes).headers["Content-Encoding"] is None
+    assert ask(url, "GET", file["links"]["self"], None, takes).headers["Content-Encoding"] is None  # short
+
+
 def assert_down(url: str, *, reads: bool) -> None:
     """Asserts that health is 503 and that whatever needs the database answers 500."""
     health = ask(url, "GET", "/")
@@ -4834,8 +4953,6 @@ def test_a_wrong_setting_in_python_is_a_setting_error(tmp_path: Path) -> None:
 
 # ==== 11 Server: the HTTP edge, what is broken, slow, hostile or cross-site ====
 
-SERVED = [entry for entry in taskapi.all_routes() if not getattr(
-    entry.body, "__module__", "").startswith("taskapi_test")]  # by a Live, which does not know our job types
 MAKING = [entry.path for entry in SERVED if entry.body and entry.path not in ("/upload", "/infer")]
 STRANGE_BODIES = {
     "a name given twice": (b'{"count": 1, "count": 2}', "count"),
