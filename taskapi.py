@@ -8268,6 +8268,13 @@ def _host_name(url: str) -> str | None:
 _HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?", re.ASCII)
 
 
+def is_friend(origin: str | None, friends: Sequence[str]) -> bool:
+    """True for the Origin of a page that may use this server: one of `friends`, which may end in `:*`, any port."""
+    return origin is not None and any(origin == friend or (
+        friend.endswith(":*") and re.fullmatch(re.escape(friend[:-2]) + r"(:\d{1,5})?", origin, re.ASCII))
+        for friend in friends)
+
+
 _FOR_PEOPLE = ("/", "/ui", "/docs", "/download/")  # where a link on a page of another site may lead
 
 
@@ -8291,13 +8298,6 @@ def check_origin(method: str, path: str, header: Callable[[str], str | None], al
             f"/{path.split('/')[1]}/" if path.count("/") > 1 else path) in _FOR_PEOPLE:
         return
     raise CrossSite("cross-site requests from web pages are refused (TASKAPI_CORS_ORIGINS names those that may)")
-
-
-def is_friend(origin: str | None, friends: Sequence[str]) -> bool:
-    """True for the Origin of a page that may use this server: one of `friends`, which may end in `:*`, any port."""
-    return origin is not None and any(origin == friend or (
-        friend.endswith(":*") and re.fullmatch(re.escape(friend[:-2]) + r"(:\d{1,5})?", origin, re.ASCII))
-        for friend in friends)
 
 
 def cors_headers(origin: str | None, friends: Sequence[str]) -> dict[str, str]:
@@ -8356,6 +8356,17 @@ def check_path(raw: str) -> None:
         raw.encode("latin-1").decode()
     except UnicodeError:
         raise BadRequest("the path is not UTF-8") from None
+
+
+def _pack(call: Request, response: bottle.HTTPResponse) -> None:
+    """Gzips a larger answer for a client that takes that; a download goes as it is, in ranges of the file's bytes."""
+    if not isinstance(response.body, bytes) or len(response.body) <= _PACKED_FROM:
+        return
+    response.set_header("Vary", ", ".join(filter(None, (response.headers.get("Vary"), "Accept-Encoding"))))
+    if _weight(call.header("Accept-Encoding"), "gzip", "*") > 0:
+        response.body = gzip.compress(response.body, 1, mtime=0)
+        response.set_header("Content-Encoding", "gzip")
+        response.set_header("Content-Length", str(len(response.body)))
 
 
 class NoQuery(ApiModel):
@@ -8418,17 +8429,6 @@ class Middleware:
             return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
         return handler(call, **arguments)
 
-def _pack(call: Request, response: bottle.HTTPResponse) -> None:
-    """Gzips a larger answer for a client that takes that; a download goes as it is, in ranges of the file's bytes."""
-    if not isinstance(response.body, bytes) or len(response.body) <= _PACKED_FROM:
-        return
-    response.set_header("Vary", ", ".join(filter(None, (response.headers.get("Vary"), "Accept-Encoding"))))
-    if _weight(call.header("Accept-Encoding"), "gzip", "*") > 0:
-        response.body = gzip.compress(response.body, 1, mtime=0)
-        response.set_header("Content-Encoding", "gzip")
-        response.set_header("Content-Length", str(len(response.body)))
-
-
 def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
     def poster(kind: JobType) -> Callable[[Request], bottle.HTTPResponse]:
@@ -8464,17 +8464,17 @@ def _reference(shape: type) -> Json:
     return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, ApiModel) else {"type": "object"}
 
 
-_FILE = {"schema": {"type": "string", "format": "binary"}}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _content(shape: Any) -> dict[str, Json]:
     """The media types and the schemas of an answer, or of a request's body."""
     if shape is bytes:
-        return {"*/*": _FILE, _JSON_TYPE: {"schema": {}}}  # the file's own type; what is JSON can be anything that is
+        return {"*/*": _BINARY, _JSON_TYPE: {"schema": {}}}  # the file's own type; what is JSON can be anything that is
     if isinstance(shape, str):
         return {shape: {"schema": {"type": "string"}}}
     if shape is UploadForm:
-        return {"multipart/form-data": {"schema": _reference(shape)}, **dict.fromkeys(RAW_TYPES, _FILE),
+        return {"multipart/form-data": {"schema": _reference(shape)}, **dict.fromkeys(RAW_TYPES, _BINARY),
                 _JSON_TYPE: {"schema": {}}}
     return {_JSON_TYPE: {"schema": _reference(shape)}}
 
