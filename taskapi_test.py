@@ -42,7 +42,6 @@ import warnings
 import wsgiref.util
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -3978,7 +3977,8 @@ def test_a_post_may_wait_for_its_job(tmp_path: Path) -> None:
 
 def test_at_most_half_of_the_threads_wait_for_jobs(tmp_path: Path) -> None:
     """A further one is answered at once, and so is everybody else; the others when the job ends."""
-    with held(tmp_path, threads=4) as (service, runner), service.serving(port=0) as url, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, held(tmp_path, threads=4) as (service, runner), (
+            service.serving(port=0)) as url:
         job_id = ask(url, "POST", "/generate", PERSONS).json["jobId"]
         polls = [stack.enter_context(plug(url)) for _ in range(2)]
         for poll in polls:
