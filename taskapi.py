@@ -93,7 +93,7 @@ from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -1407,7 +1407,9 @@ def _job(job_id: str, job_type: str, status: str, created_at: str, started_at: s
          attempt: int, request: str, result: str | None, error: str | None, after: str | None,
          interruptions: str | None, record_type: str | None, cancel_requested: int, file: str | None,
          done: int | None, total: int | None) -> Job:
-    """A row of the job table."""
+    """A row of the job table; a completed job is at its end, whatever it said of that."""
+    if status == JobStatus.COMPLETED:
+        done = total = total if total is not None else done or 0
     return Job(
         job_id=job_id, type=job_type, status=JobStatus(status), created_at=created_at, started_at=started_at,
         finished_at=finished_at, attempt=attempt, progress=Progress(done=done or 0, total=total),
@@ -1647,12 +1649,6 @@ class JobStore:
         """Ends a running job, durably. Raises LeaseLost if it is not this attempt's any more."""
         return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
                                     durable=True)
-
-    def complete(self, job: Job, result: Json, file: StoredFile | None) -> tuple[Job, Claim | None]:
-        """Ends a running job as completed, like `finish`, and takes the next one, like `claim`, in one transaction."""
-        return self._database.write(lambda connection: (
-            self._finish(connection, job, JobStatus.COMPLETED, result, None, file), self._claim(connection)),
-            durable=True)
 
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
@@ -6237,40 +6233,89 @@ class JobRequest(ApiModel):
         """The record type that the job makes, if it makes one."""
         return None
 
+    @property
+    def weight(self) -> int:
+        """How many records the job is about, as far as can be told: those of few go first."""
+        return 1
+
 
 class JobResult(NamedTuple):
-    """What a job ends with: the result that clients see, and its file."""
+    """What a job ends with: the result that clients see, a JSON object of up to 1 MiB, and its file."""
 
     result: dict[str, Json]
     file: StoredFile | None = None
 
 
 Outcome = JobResult  # its name in 1.x
+_RESULT_BYTES = 2**20
+
+
+def checked_result(returned: object) -> JobResult:
+    """What a job's function returned, as it will be read back; raises TypeError or ValueError for nonsense."""
+    if not isinstance(returned, JobResult):
+        raise TypeError(f"the job's function returned {type(returned).__name__}, and no JobResult")
+    if not isinstance(returned.result, dict) or not isinstance(returned.file, StoredFile | None):
+        raise TypeError("the JobResult needs a dict, and a StoredFile or None")
+    data = json.dumps(returned.result, ensure_ascii=False, allow_nan=False).encode()
+    if len(data) > _RESULT_BYTES:
+        raise ValueError(f"the result is {len(data)} bytes of JSON, of at most {_RESULT_BYTES}")
+    return JobResult(json.loads(data), returned.file)
+
+
+def error_message(error: BaseException) -> str:
+    """What people are told of an exception, whatever its class makes of its text."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = "(its text cannot be told)"
+    if not isinstance(error, TaskError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return _clipped(text.encode(errors="backslashreplace").decode())
 
 
 class JobContext:
-    """What a job's function may use while it runs."""
+    """What a job's function may use: its `job`, `checkpoint` and `progress`, the records, the folder, the settings."""
 
     def __init__(self, job: Job, checkpoint: Json, jobs: JobStore, records: RecordStore, folder: DataFolder,
-                 settings: Settings, database: Database):
+                 settings: Settings, database: Database, stopping: Callable[[], bool]):
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
-        self._jobs, self._database = jobs, database
-        self.interruption: str | None = None  # set from outside; the queue ends the job at its next pause
+        self._jobs, self._database, self._stopping = jobs, database, stopping
+        # The queue's:
+        self.interruption: str | None = None  # why the job is canceled
+        self.ended = False  # somebody else has written down how it ended: nothing more counts
+        self.checked = math.inf  # when it last came to a check; infinite while its function does not run
+
+    def __str__(self) -> str:
+        return f"job {self.job.job_id} ({self.job.type})"
 
     def interrupted(self) -> bool:
-        """True when the job should come to its next pause soon."""
-        return self.interruption is not None
+        """True when the job should come to its next yield soon; one that never asks nor yields counts as stuck."""
+        self.checked = monotonic()
+        return self.interruption is not None or self._stopping()
+
+    def check(self) -> None:
+        """Raises Interrupted when the job is to end here; as each `yield` and `save` does."""
+        if self.interrupted():
+            raise Interrupted
 
     def save(self, progress: Progress, checkpoint: Json = None,
              work: Callable[[sqlite3.Connection], object] = lambda connection: None) -> None:
-        """Commits `work`, the progress and the checkpoint together; raises LeaseLost if the job is another's by now."""
+        """Commits `work`, the progress and the checkpoint together; raises Interrupted when the job is to end.
+
+        A job that is canceled, or another's by now (LeaseLost), saves nothing more; one that is stopped ends after it.
+        """
         def transaction(connection: sqlite3.Connection) -> None:
+            if self.ended:
+                raise LeaseLost
+            if self.interruption:
+                raise Interrupted
             self._jobs.save_progress(connection, self.job, progress, checkpoint)
             work(connection)
 
         self.folder.free_space()
         self._database.write(transaction)
+        self.check()
 
 
 JobSteps = Generator[None, None, JobResult]
@@ -6854,11 +6899,16 @@ def _inferred_schema(kinds: Mapping[str, Kind], rows: Sequence[tuple[Json, ...]]
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
 
 _LOG = logging.getLogger("taskapi")
-_BUG = "unexpected {}; the log has the details under this job's id"
-_SLICE_SECONDS = 1.0  # how long a job keeps its worker while others wait for one
+_STOPPED = "the program was stopped"
+_STUCK_SECONDS = 10.0  # a job that does not come to a check for longer counts as stuck
 _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
-_HOLD_SECONDS = 0.003  # how long another run is held back after a job was taken
-_RETRY_SECONDS = 0.5  # between tries to write down how a job ended, while the database cannot be used
+_CANCEL_SECONDS = 1.0  # a canceled job has them to stop before the answer
+_CHECK_SECONDS = 0.1  # between looks of a job that waits for its turn whether it is to stop
+_TURN_SECONDS = 1.0  # a job that computes for longer without a check does not keep the others waiting any more
+_CALL_SECONDS = 1.0  # a run that was called and has not begun for longer is taken for lost
+_RETRY_SECONDS = (0.5, 8.0)  # first and longest pause between tries to write down how a job ended
+_IDLE_SECONDS = 5.0  # jobs that wait for longer beside idle workers are a fault of ours
+_MOST_THREADS = 1000  # of the workers, stuck ones included; how many runs there are is the queue's to say
 
 
 class Runner(Protocol):
@@ -6866,42 +6916,6 @@ class Runner(Protocol):
 
     def submit(self, call: Callable[[], None], /) -> object: ...
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
-
-
-class Workers:
-    """A ThreadPoolExecutor that is replaced when a thread of it has died."""
-
-    def __init__(self, count: int):
-        self._count = count
-        self._threads: list[threading.Thread] = []
-        self._submitted: deque[tuple[Future[None], Callable[[], None]]] = deque()
-        self._pools = [self._new_pool()]
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        threads = self._threads = []
-        return ThreadPoolExecutor(self._count, thread_name_prefix="taskapi-worker",
-                                  initializer=lambda: threads.append(threading.current_thread()))
-
-    def revive(self) -> int:
-        """How many threads had died, for which there is a new pool now, which takes over what no thread had begun."""
-        died = sum(not thread.is_alive() for thread in self._threads)
-        if died:
-            self._pools.append(self._new_pool())
-            for begun, call in [self._submitted.popleft() for _ in range(len(self._submitted))]:
-                if begun.cancel():
-                    self.submit(call)
-        return died
-
-    def submit(self, call: Callable[[], None], /) -> None:
-        self._submitted.append((self._pools[-1].submit(call), call))
-        with suppress(IndexError):
-            while self._submitted[0][0].done():
-                self._submitted.popleft()
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the threads, each after what it is at."""
-        for pool in self._pools:
-            pool.shutdown(wait, cancel_futures=cancel_futures)
 
 
 class InlineRunner:
@@ -6944,7 +6958,7 @@ _METRICS = {  # name: (Prometheus type, help)
 
 
 class Metrics:
-    """Counts since the service was opened, in the text format of Prometheus."""
+    """Counts since the service was opened, in the text format of Prometheus; only what _METRICS declares."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6953,25 +6967,29 @@ class Metrics:
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def _labels(labels: tuple[tuple[str, object], ...]) -> str:
-        return ",".join(f"{name}={json.dumps(str(value))}" for name, value in labels)
+    def _key(name: str, kind: str, labels: tuple[tuple[str, object], ...]) -> tuple[str, str]:
+        if _METRICS.get(name, ("", ""))[0] != kind:
+            raise ValueError(f"no {kind} {name!r} is declared{did_you_mean(name, _METRICS)}")
+        return name, ",".join(f"{label}={json.dumps(str(value), ensure_ascii=False)}" for label, value in labels)
 
     def add(self, name: str, amount: float = 1, **labels: object) -> None:
-        """Adds to a counter."""
+        """Adds to a counter; raises ValueError if none of that name is declared."""
+        key = self._key(name, "counter", tuple(labels.items()))
         with self._lock:
-            self._values[name, self._labels(tuple(labels.items()))] += amount
+            self._values[key] += amount
 
     def observe(self, name: str, seconds: float, **labels: object) -> None:
-        """Adds one time to a histogram."""
+        """Adds one time to a histogram; raises ValueError if none of that name is declared."""
+        key = self._key(name, "histogram", tuple(labels.items()))
         with self._lock:
-            times = self._times.setdefault((name, self._labels(tuple(labels.items()))), [0] * (len(_BUCKETS) + 2))
+            times = self._times.setdefault(key, [0] * (len(_BUCKETS) + 2))
             times[bisect_left(_BUCKETS, seconds)] += 1
             times[-1] += seconds
 
     def text(self, gauges: Mapping[str, float]) -> str:
         """All of them; `gauges` are the values of this moment."""
         with self._lock:
-            values = dict(self._values) | {(name, ""): value for name, value in gauges.items()}
+            values = dict(self._values) | {self._key(name, "gauge", ()): value for name, value in gauges.items()}
             times = {key: [*counted] for key, counted in self._times.items()}
         lines: dict[str, list[str]] = {name: [f"# HELP taskapi_{name} {about}", f"# TYPE taskapi_{name} {kind}"]
                                        for name, (kind, about) in _METRICS.items()}
@@ -6985,127 +7003,106 @@ class Metrics:
         return "\n".join(chain.from_iterable(lines.values())) + "\n"
 
 
-_TURN_SECONDS = 0.02  # how long a computing job goes on before the next one has its turn
-_ASIDE_SECONDS = 0.01  # the longest that a job steps aside at one pause
-_ASIDE_FACTOR = 4  # times what it has just worked, so that it keeps a fifth of the time under any load
-
-
 class CpuGate:
-    """Lets computing jobs run one at a time, in order of arrival, and step aside while requests are answered.
+    """Lets one at a time compute, in order of arrival, and makes room while requests are answered.
 
     Python threads that compute at the same time make less together than one alone, and each makes every request wait
     for the interpreter lock over and over.
     """
 
     def __init__(self) -> None:
-        self._state = threading.Condition()
-        self._line: deque[threading.Lock] = deque()  # whoever has the turn stands first
+        self._lock = threading.Lock()  # guards both
+        self._line: dict[object, threading.Event] = {}  # by owner; the first one has the turn
         self._requests = 0
 
-    def count(self, change: int) -> None:
-        """A request has come (1), or is answered (-1)."""
-        with self._state:
-            self._requests += change
-            if self._requests <= 0:
-                self._state.notify_all()
+    @contextmanager
+    def turn(self, owner: object = None, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """While something computes; waits for those that came before, and may raise what `check` raises meanwhile.
+
+        `owner` names it for `pass_on`; it stands in the line once.
+        """
+        key, mine = object() if owner is None else owner, threading.Event()
+        with self._lock:
+            self._line[key] = mine
+            next(iter(self._line.values())).set()
+        try:
+            while not mine.wait(_CHECK_SECONDS):
+                check()
+            yield
+        finally:
+            self.pass_on(key)
+
+    def pass_on(self, owner: object) -> bool:
+        """Gives the turn to the next one, even if its owner still computes; False if it had left the line before."""
+        with self._lock:
+            stood = self._line.pop(owner, None) is not None
+            for first in itertools.islice(self._line.values(), 1):
+                first.set()
+        return stood
 
     @contextmanager
     def request(self) -> Iterator[None]:
         """While a request is in flight."""
-        self.count(1)
+        with self._lock:
+            self._requests += 1
         try:
             yield
         finally:
-            self.count(-1)
+            with self._lock:
+                self._requests -= 1
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """While a job computes; waits for those that came before."""
-        mine = threading.Lock()
-        mine.acquire()
-        with self._state:
-            self._line.append(mine)
-            alone = len(self._line) == 1
-        if not alone:
-            mine.acquire()  # until the one before lets go of it
-        try:
-            yield
-        finally:
-            with self._state:
-                self._line.popleft()
-                if self._line:
-                    self._line[0].release()
-
-    def step_aside(self, worked: float) -> None:
-        """Waits, within bounds, until no request is being answered; `worked` is the seconds since the last call."""
+    def step_aside(self) -> None:
+        """Called after each chunk of computing: sleeps for a millisecond while a request is being answered."""
         if self._requests > 0:
-            with self._state:
-                self._state.wait_for(lambda: self._requests <= 0, min(_ASIDE_SECONDS, worked * _ASIDE_FACTOR))
-
-
-class _Task(NamedTuple):
-    """A claimed job and its function, paused at a yield."""
-
-    context: JobContext
-    steps: JobSteps
+            sleep(0.001)
 
 
 class JobQueue:
     """Runs the jobs of the table. The table is the queue: a wake-up carries nothing, and a restart is a wake-up.
 
-    At most `settings.workers` runs are on the runner at a time. A run takes one job, works on it until it ends or its
-    time slice is over while others wait, and submits the next run. A job whose slice is over is parked with its
-    function paused, and goes on later from there.
+    A *run* is one call on the runner. It claims a job, works on it to its end, and goes on until no job is due.
+    `_state` guards what is said here of runs and jobs; it is never held while the database or a job's function works.
+
+    - No wake-up is lost. Whoever may have made a job ready commits that first and then calls `wake`, which sets `_due`
+      and calls a run, unless one was called that has not begun, or as many are active as there are workers. A run
+      clears `_due` just before it claims, and leaves where it finds it cleared, in one step: so after each `wake`
+      something claims. A call that is lost with its thread is made up for by the first `wake` a second later, and
+      housekeeping wakes once a second.
+    - A job in progress here is a JobContext in `_active`, put there by its run. It ends once: whoever sets its `ended`
+      writes down how, and what its function does after that has no effect. That is its run, whatever the function
+      returns or raises; or, for a job that is stuck and canceled, `give_up`, which takes the run out of `_active` too,
+      so that another one may take its place.
+
+        pending --claim--> in-progress --> completed | failed | canceled
+           ^-------------------'  stopped, or the storage failed: not charged, but for a fault that is the job's own
     """
 
     def __init__(self, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
                  make_id: Callable[[], str] | None = None, runner: Runner | None = None):
-        self.jobs = JobStore(database, clock, make_id)
-        self.records = RecordStore(database)
+        self.jobs, self.records = JobStore(database, clock, make_id), RecordStore(database)
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._executor = Workers(settings.workers) if runner is None else None
-        self._runner = cast(Runner, self._executor if runner is None else runner)
-        self.metrics, self.turns = Metrics(), CpuGate()
-        self._state = threading.Condition()  # guards all below
-        self._active = 0  # runs submitted and not ended
-        self._looking = 0  # runs that look for work, or are about to
-        self._wakes = 0  # counts wake-ups, so that one that comes while a run looks is not lost
-        self._answered = 0  # the wake-ups that had come before the last look that found nothing
-        self._moved = -math.inf  # when a run last took a job
-        self._cancels = 0  # of running jobs that were not in `_running` yet, or not any more
-        self._running: dict[str, JobContext] = {}  # jobs in progress here, parked ones too
-        self._parked: deque[_Task] = deque()
-        self._parked_first = False  # parked and pending jobs take turns
+        self._executor = cast(Runner, ThreadPoolExecutor(_MOST_THREADS, "taskapi-worker")) if runner is None else runner
+        self.metrics, self.gate = Metrics(), CpuGate()
+        self._state = threading.Condition()  # guards all below but the last three
+        self._due = False  # a job may be ready that no claim has looked for
+        self._called = -math.inf  # when a run was called that has not begun
+        self._active: dict[object, JobContext | None] = {}  # by run: what it is at
+        self._abandoned: set[object] = set()  # runs whose job was given up and that have not come back
+        self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
         self._waiters: dict[str, list[threading.Event]] = {}  # by job
-        self._stopping = threading.Event()  # no more work is begun, and nobody waits for any
-        self._closed = False  # no more jobs are taken in
-        self._housekeeper: threading.Thread | None = None
-        self._first: Callable[[Callable[[], bool]], None] = lambda interrupted: None
+        self._looked = monotonic()  # when a run last looked for a job
+        self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
+        self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
 
     # From outside
 
-    def start(self, first: Callable[[Callable[[], bool]], None]) -> int:
-        """Takes up what an earlier process left, and begins to work; returns how many stray files it removed.
-
-        `first` is called before anything else in the background, with a function that says when it should give up.
-        """
-        self._first = first
-        for job in self.jobs.recover(self._settings.max_attempts):
-            _LOG.warning("job %s (%s) was interrupted in attempt %d; now %s", job.job_id, job.type, job.attempt,
-                         job.status)
-            if job.status.finished:
-                self._count(job)
-        swept = self._folder.sweep(self.jobs.stored_paths())
-        if swept:
-            _LOG.info("removed %d files that no job had finished", swept)
-        if self._executor:
-            self._housekeeper = threading.Thread(target=self._housekeeping, name="taskapi-keeper", daemon=True)
-            self._housekeeper.start()
-        else:
-            first(self._stopping.is_set)
-            self._discard_orphans()
-            self.wake()
-        return swept
+    def recover(self) -> None:
+        """Takes up what an earlier process left in progress."""
+        jobs = self.jobs.recover(self._settings.max_attempts)
+        if jobs:
+            _LOG.warning("jobs that the end of the last process interrupted: %d", len(jobs))
+        for job in filter(lambda job: job.status.finished, jobs):
+            self._ended(job)
 
     def enqueue(self, job_type_name: str, request: JobRequest, key: str | None = None, key_hash: str | None = None,
                 keep: Callable[[str], StoredFile] | None = None) -> tuple[Job, bool]:
@@ -7113,15 +7110,20 @@ class JobQueue:
 
         `keep` puts the job's file in place under the job's id; it is removed again if no job comes of it.
         """
-        self._refuse_when_closed()
-        with_defaults = request.with_defaults(self._settings, self._clock)
+        self._refuse_when_stopping()
+        try:
+            request = request.with_defaults(self._settings, self._clock)
+            body, makes, weight = request.model_dump(mode="json", exclude_none=True), request.makes, request.weight
+        except (SystemExit, GeneratorExit) as error:  # would end the thread that serves the request
+            raise RuntimeError(f"a request of job type {job_type_name!r} raised {type(error).__name__}") from error
+        if not isinstance(makes, str | None) or type(weight) is not int or not 0 <= weight < 2**63:
+            raise TypeError(f"a request of job type {job_type_name!r} makes {makes!r} and weighs {weight!r}")
         job_id = self.jobs.new_id()
         with ExitStack() as undo:
             file = keep(job_id) if keep else None
             if file:
                 undo.callback(self._folder.remove, file)
-            job, new = self.jobs.insert(job_type_name, with_defaults.model_dump(mode="json", exclude_none=True),
-                                        record_type=with_defaults.makes, after=with_defaults.after, key=key,
+            job, new = self.jobs.insert(job_type_name, body, record_type=makes, after=request.after, key=key,
                                         key_hash=key_hash, max_pending=self._settings.max_pending, job_id=job_id,
                                         file=file)
             if new:
@@ -7129,95 +7131,77 @@ class JobQueue:
         if new:
             _LOG.info("job %s %s pending", job.job_id, job.type)
             self.wake()
-            if not self._executor:
-                job = self.jobs.get(job.job_id)  # it may have run within wake()
+            if isinstance(self._executor, InlineRunner):
+                job = self.jobs.get(job.job_id)  # it has run within wake()
         return job, new
 
     def run_now(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
         """Does a quick job at once, in this thread, and adds it as completed; otherwise like `enqueue`."""
-        self._refuse_when_closed()
+        self._refuse_when_stopping()
         body = request.model_dump(mode="json", exclude_none=True)
         job = Job(job_id=self.jobs.new_id(), type=job_type_name, status=JobStatus.IN_PROGRESS,
                   created_at=instant(self._clock()), request=body)
-        steps = JOB_TYPES[job_type_name].run(self._context(job, None), request)
-        outcome = self._run_out(steps)
-        assert outcome.file is not None
-        try:
-            job, new = self.jobs.insert_completed(job.job_id, job.type, body, outcome.result, outcome.file,
-                                                  key, key_hash)
-        except BaseException:
-            self._folder.remove(outcome.file)
-            raise
-        if not new:
-            self._folder.remove(outcome.file)
-            return job, new
-        _LOG.info("job %s %s completed", job.job_id, job.type)
-        self._count(job)
+        done = self._run_function(self.context(job, None, lambda: False), request)
+        assert done.file is not None
+        with ExitStack() as undo:
+            undo.callback(self._folder.remove, done.file)
+            job, new = self.jobs.insert_completed(job.job_id, job.type, body, done.result, done.file, key, key_hash)
+            if new:
+                undo.pop_all()
+        if new:
+            self._ended(job)
         return job, new
 
-    def _run_out(self, steps: JobSteps) -> JobResult:
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return cast(JobResult, end.value)
-
-    def _refuse_when_closed(self) -> None:
-        if self._closed:
+    def _refuse_when_stopping(self) -> None:
+        if self.stopping.is_set():
             raise Unavailable("the server is stopping")
 
     def wait(self, job_id: str, seconds: float | None = None, gone: Callable[[], bool] = lambda: False) -> Job:
-        """The job once it has finished, or as it is after `seconds`, or soon after whoever asked is `gone`.
+        """The job once it has finished; or as it is after `seconds`, when the work is stopped, when the asker is gone.
 
         It is looked up at most twice.
         """
         finished = threading.Event()
         with self._state:
             self._waiters.setdefault(job_id, []).append(finished)
-            self._state.notify_all()
         try:
             job = self.jobs.get(job_id)
-            if job.status.finished or seconds == 0:
+            if job.status.finished or seconds == 0 or self.stopping.is_set():
                 return job
-            until = monotonic() + (math.inf if seconds is None else seconds)
-            while not (self._stopping.is_set() or finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic())))
-                       or monotonic() >= until or gone()):
-                pass
+            until = math.inf if seconds is None else monotonic() + seconds
+            while not finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))) and monotonic() < until:
+                if gone():
+                    break
             return self.jobs.get(job_id)
         finally:
             with self._state:
                 waiters = self._waiters.get(job_id, [])
                 if finished in waiters:
                     waiters.remove(finished)
-                    if not waiters:
-                        del self._waiters[job_id]
-
-    def _announce(self, job_ids: Iterable[str]) -> None:
-        """Wakes whoever waits for one of the jobs."""
-        with self._state:
-            for finished in chain.from_iterable(self._waiters.pop(job_id, ()) for job_id in job_ids):
-                finished.set()
+                if not waiters:
+                    self._waiters.pop(job_id, None)
 
     def cancel(self, job_id: str) -> Job:
-        """Cancels a pending job at once; a running one is asked to stop, and given a second to do so."""
+        """Cancels a pending job at once; a running one is asked to stop, and given a second to do so, if not up."""
         file = self.jobs.get(job_id).file
         job = self.jobs.cancel(job_id)
         if job.status.finished:
             if file:
                 self._folder.remove(file)
-            self._count(job)
-            self._announce([job_id])
-            _LOG.info("job %s %s canceled", job.job_id, job.type)
+            self._ended(job)
             return job
         with self._state:
-            context = self._running.get(job_id)
+            self._canceled.add(job_id)
+            context = next((context for context in self._active.values() if context and context.job.job_id == job_id),
+                           None)
             if context:
                 context.interruption = _CANCELED
-            else:
-                self._cancels += 1
-        self.wake()
-        return self.wait(job_id, 1.0)
+        job = self.wait(job_id, _CANCEL_SECONDS)
+        if not job.status.finished and context in self.stuck():
+            self.give_up(context)
+            job = self.jobs.get(job_id)
+        return job
 
     def retry(self, job_id: str) -> Job:
         """Makes a failed or canceled job pending again; Conflict if it cannot be, or its file is gone."""
@@ -7225,6 +7209,8 @@ class JobQueue:
         if not job.file and job.type in JOB_TYPES and JOB_TYPES[job.type].model.needs_file:
             raise Conflict("the job's file is gone; upload it again")
         job = self.jobs.retry(job_id)
+        with self._state:
+            self._canceled.discard(job_id)
         self.wake()
         return job
 
@@ -7237,281 +7223,215 @@ class JobQueue:
         _LOG.info("job %s %s deleted", job.job_id, job.type)
 
     def drain(self, seconds: float | None = None) -> bool:
-        """Waits until no job is pending or running; False if that takes longer than `seconds`."""
-        def idle() -> bool:
-            return not self._active and not self._running and self.jobs.counts() == (0, 0)
+        """Waits until no job is pending or running; False if that takes longer than `seconds`, or work is stopped."""
+        until = math.inf if seconds is None else monotonic() + seconds
+        while self._active or self.jobs.counts() != (0, 0):
+            with self._state:
+                if monotonic() >= until or self.stopping.is_set():
+                    return False
+                # Jobs that wait for a worker are rarely without one: they need not be noticed at once.
+                self._state.wait(max(0.0, min(1.0 if self._active else 0.05, until - monotonic())))
+        return True
 
-        with self._state:
-            return self._state.wait_for(idle, seconds)
+    def interrupt(self) -> None:
+        """Running jobs go back to pending at their next check, and no more begin; a signal handler may call this."""
+        self.stopping.set()
+
+    def halt(self) -> None:
+        """Like `interrupt`, and answers everybody who waits for a job, as it is now."""
+        self.interrupt()
+        self.release_waiters()
 
     def release_waiters(self) -> None:
         """Answers everybody who waits for a job, as it is now."""
         with self._state:
-            waited_for = list(self._waiters)
-        self._announce(waited_for)
-
-    def halt(self) -> None:
-        """Begins to end the work: running jobs go back to pending at their next pause."""
-        self._stopping.set()
-        with self._state:
-            for context in self._running.values():
-                context.interruption = context.interruption or "stopped"
-        self.release_waiters()
+            for finished in chain.from_iterable(self._waiters.values()):
+                finished.set()
 
     def stop(self, seconds: float) -> bool:
-        """Ends the work and takes no more jobs; False if a job does not come to a pause in time."""
-        self._closed = True
+        """Ends the work; False if a job's function does not come to a check in time, and so keeps its thread."""
         self.halt()
         with self._state:
-            parked, self._parked = self._parked, deque()
-        for task in parked:
-            self._interrupt(task)
-        with self._state:
-            ended = self._state.wait_for(lambda: not self._active, seconds)
-        self._runner.shutdown(wait=ended, cancel_futures=True)
-        if self._housekeeper:
-            self._housekeeper.join(seconds)
+            ended = self._state.wait_for(lambda: not self._active and not self._abandoned, seconds)
+        self._executor.shutdown(wait=ended, cancel_futures=True)
         return ended
 
     def check(self, seconds: float = 1.0) -> None:
-        """Asks a free worker, if one is free; raises Unavailable if none answers. Busy ones are taken to be well."""
-        if self._stopping.is_set():
+        """Raises Unavailable if no worker takes a job: asks a free one, if one is free."""
+        if self.stopping.is_set():
             raise Unavailable("the server is stopping")
-        with self._state:
-            if self._active >= self._settings.workers:
-                return  # every worker has a job, and will take the next one after it
+        stuck = self.stuck()
+        if len(stuck) >= self._settings.workers:
+            raise Unavailable(f"every worker is stuck; to cancel gives up: {', '.join(map(str, stuck))}")
+        if len(self._active) >= self._settings.workers:
+            return  # every worker has a job, and will take the next one after it
         answered = threading.Event()
         try:
-            self._runner.submit(answered.set)
-        except RuntimeError:
-            raise Unavailable("the workers have been shut down") from None
+            self._executor.submit(answered.set)
+        except RuntimeError as error:
+            raise Unavailable(f"no worker can begin: {error}") from None
         if not answered.wait(seconds):
             raise Unavailable("no worker answers")
+        self.wake()
+        waiting, looked = self.jobs.counts()[0], monotonic() - self._looked
+        if waiting and looked > _IDLE_SECONDS and len(self._active) < self._settings.workers:
+            raise Unavailable(f"{waiting} jobs wait beside idle workers, which looked for one {looked:.0f} s ago")
+
+    def stuck(self, seconds: float | None = None) -> list[JobContext]:
+        """The jobs whose functions have not come to a check for so long (default: when that is too long)."""
+        since = monotonic() - (_STUCK_SECONDS if seconds is None else seconds)
+        with self._state:
+            return [context for context in self._active.values() if context and context.checked < since]
+
+    def give_up(self, context: JobContext) -> None:
+        """Cancels a stuck job: what its function still does has no effect, and another run takes its place."""
+        job, context.interruption = context.job, _CANCELED
+        with suppress(LeaseLost):  # it has just come to an end
+            job = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
+            self.records.discard(job.job_id)
+            if context.job.file:
+                self._folder.remove(context.job.file)
+            self._ended(job)
+        with self._state:
+            context.ended = True
+            run = next((run for run, other in self._active.items() if other is context), None)
+            if run:
+                del self._active[run]
+                self._abandoned.add(run)
+        self.gate.pass_on(context)
+        self.wake()
 
     def wake(self) -> None:
-        """There may be work: starts another run, unless one that looks for work will see it, or enough are there."""
+        """There may be work: calls a run, unless one is on its way, or enough are there."""
+        now = monotonic()
         with self._state:
-            self._wakes += 1
-            if self._looking or self._active >= self._settings.workers or self._stopping.is_set():
+            self._due = True
+            if self.stopping.is_set() or len(self._active) >= self._settings.workers or (
+                    now < self._called + _CALL_SECONDS):
                 return
-            self._active += 1
-            self._looking += 1
-        self._runner.submit(self._run)
+            self._called = now
+        try:
+            self._executor.submit(self._run)
+        except RuntimeError as error:  # no thread to be had, or it is being shut down
+            if not self.stopping.is_set():
+                _LOG.error("no worker can begin: %s", error)
 
     # On the workers
 
     def _run(self) -> None:
-        """Works on one job after the other; ends when there is nothing to do."""
-        self._hold_back()
-        task = self._look()
-        while task:
-            try:
-                task = self._work(task)
-            except BaseException:
-                _LOG.exception("a worker met a bug outside of any job")
-                task = None
-            if not task:
-                with self._state:
-                    self._looking += 1
-                task = self._look()
-
-    def _hold_back(self) -> None:
-        """Waits while job after job is taken, unless somebody waits for one.
-
-        Threads that share the interpreter are slower than one, and jobs that gather meanwhile are taken in one go.
-        """
+        """Works on one job after the other; ends when none is due."""
+        run = object()
         with self._state:
-            while self._executor and not self._waiters and not self._stopping.is_set() and (
-                    wait := self._moved + _HOLD_SECONDS - monotonic()) > 0:
-                self._state.wait(wait)
-
-    def _look(self) -> _Task | None:
-        """The next task; if there is none, this run has ended. Wake-ups that come meanwhile make it look again."""
-        task, again = None, True
-        while again and not task:
+            self._called = -math.inf
+            if len(self._active) >= self._settings.workers:
+                return
+            self._active[run] = None
+        try:
+            while context := self._next(run):
+                self._work(context)
+        except BaseException:
+            _LOG.exception("a worker met a bug outside of any job")
+        finally:
             with self._state:
-                seen = self._wakes
-                found_none = seen == self._answered and not self._parked
-            failed = False
+                self._active.pop(run, None)
+                self._abandoned.discard(run)
+                self._state.notify_all()
+
+    def _next(self, run: object) -> JobContext | None:
+        """A claimed job; None if none is due, and then the run is not active any more."""
+        while True:
+            with self._state:
+                if not self._due or self.stopping.is_set() or run in self._abandoned:
+                    self._active.pop(run, None)
+                    return None
+                self._due, self._active[run] = False, None
             try:
-                task = None if found_none else self._take()
+                claim = self.jobs.claim() if self.fault is None or self._storage_fault() is None else None
+                if claim:
+                    return self._begin(run, claim)
+                self.fail_dependents()
             except StorageError as error:
-                _LOG.error("cannot take a job: %s", error)  # the keeper wakes us again
-                failed = True
-            except BaseException:
-                _LOG.exception("a worker met a bug outside of any job")
-                failed = True
-            with self._state:
-                again = self._wakes != seen and not failed and not self._stopping.is_set()
-                if not task and not failed:
-                    self._answered = max(self._answered, seen)
-                if task or not again:
-                    self._looking -= 1
-                if not task and not again:
-                    self._active -= 1
-                    self._state.notify_all()
-        if task and again:
-            self.wake()  # the wake-ups may have been for others
-        return task
+                _LOG.error("cannot take a job: %s", error)  # housekeeping wakes us again
+                return None
+            finally:
+                self._looked = monotonic()
 
-    def _take(self) -> _Task | None:
-        """A parked job or a pending one, in turns; None if there is neither."""
-        if self._stopping.is_set():
-            return None
+    def _begin(self, run: object, claim: Claim) -> JobContext:
+        job, context = claim.job, self.context(claim.job, claim.checkpoint)
         with self._state:
-            self._parked_first = not self._parked_first
-            parked_first = self._parked_first
-        return (self._unpark() or self._claim()) if parked_first else (self._claim() or self._unpark())
-
-    def _unpark(self) -> _Task | None:
-        with self._state:
-            return self._parked.popleft() if self._parked else None
-
-    def _claim(self) -> _Task | None:
-        cancels = self._cancels
-        if claim := self.jobs.claim():
-            return self._begin(claim, cancels)
-        if self.jobs.any_dependents_to_fail():
-            self._fail_dependents()
-        return None
-
-    def _fail_dependents(self) -> None:
-        for job in self.jobs.fail_dependents():
-            _LOG.info("job %s %s failed: %s", job.job_id, job.type, job.error)
-            self._count(job)
-            self._announce([job.job_id])
-
-    def _begin(self, claim: Claim, cancels: int) -> _Task:
-        """A claimed job's task; `cancels` is our count of them from before the claim."""
-        job = claim.job
+            self._active[run] = context
+            if job.job_id in self._canceled:
+                context.interruption = _CANCELED
         _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
-        context = self._context(job, claim.checkpoint)
-        with self._state:
-            self._running[job.job_id] = context
-            self._moved = monotonic()
-            if self._stopping.is_set():
-                context.interruption = "stopped"
-            unseen = self._cancels != cancels  # since the claim, when nobody could be told
-        if unseen and self.jobs.get(job.job_id).cancel_requested:
-            context.interruption = _CANCELED
-        if claim.more or self._parked:
-            self.wake()  # workers may be free
-        return _Task(context, self._steps(context))
+        if claim.more:
+            self.wake()  # others may be free for it
+        return context
 
-    def _context(self, job: Job, checkpoint: Json) -> JobContext:
-        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database)
+    def context(self, job: Job, checkpoint: Json, stopping: Callable[[], bool] | None = None) -> JobContext:
+        """What a job's function gets."""
+        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
+                          stopping or self.stopping.is_set)
 
-    def _steps(self, context: JobContext) -> JobSteps:
-        """The job's function, with its request read back; itself a generator, so that it cannot fail before it runs."""
-        job = context.job
-        kind = JOB_TYPES.get(job.type)
-        if kind is None:
-            raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
-        request = kind.model.model_validate_json(json.dumps(job.request))
-        run = kind.run(context, request)
-        outcome = (yield from run) if isinstance(run, Generator) else run
-        if not isinstance(outcome, JobResult):
-            raise TypeError(f"the function of job type {job.type!r} returned no JobResult")
-        return outcome
-
-    def _work(self, task: _Task) -> _Task | None:
-        """Runs a job from pause to pause until it ends, is interrupted, or others should have the worker.
-
-        Returns the next job, if it could be taken in the transaction that ended this one.
-        """
-        job = task.context.job
-        until = monotonic() + _SLICE_SECONDS
+    def _work(self, context: JobContext) -> None:
+        """Runs a job to its end and writes down how it ended, whatever that is."""
         try:
-            while not task.context.interruption:
-                self._folder.free_space()
-                with self._turn(job):
-                    self._step(task)
-                if monotonic() > until and self._others_wait():
-                    with self._state:
-                        if not self._stopping.is_set():
-                            self._parked.append(task)
-                            return None
-            self._interrupt(task)
-        except StopIteration as end:
-            return self._complete(job, cast(JobResult, end.value))
+            done = self._run_function(context)
+            write_down: Callable[[], Job] = partial(self.jobs.finish, context.job, JobStatus.COMPLETED,
+                                                    result=done.result, file=done.file)
         except BaseException as error:
-            self._fail(task, error)
-        return None
-
-    def _complete(self, job: Job, outcome: JobResult) -> _Task | None:
-        """Writes down the result; takes the next job along, unless a parked one comes first or the end."""
-        claim: Claim | None = None
-        looked = False
-        cancels = self._cancels
-
-        def write_down() -> Job:
-            nonlocal claim, looked
-            if self._parked or self._stopping.is_set():
-                return self.jobs.finish(job, JobStatus.COMPLETED, result=outcome.result, file=outcome.file)
-            ended, claim = self.jobs.complete(job, outcome.result, outcome.file)
-            looked = True
-            return ended
-
-        with self._state:
-            self._looking += 1
-            seen = self._wakes
-        self._record_outcome(job, write_down)
-        task = self._begin(claim, cancels) if claim else None
-        with self._state:
-            self._looking -= 1
-            if not looked:
-                self._wakes += 1
-            elif not claim:
-                self._answered = max(self._answered, seen)
-        if task and self._wakes != seen:
-            self.wake()
-        return task
-
-    def _turn(self, job: Job) -> AbstractContextManager[None]:
-        kind = JOB_TYPES.get(job.type)
-        return self.turns.turn() if kind and kind.computes else nullcontext()
-
-    def _step(self, task: _Task) -> None:
-        """Goes from pause to pause for the length of a turn."""
-        now = monotonic()
-        until = now + _TURN_SECONDS
-        while now < until and not task.context.interruption:
-            next(task.steps)
-            self.turns.step_aside(monotonic() - now)
-            now = monotonic()
-
-    def _others_wait(self) -> bool:
-        return bool(self._parked) or self.jobs.counts()[0] > 0
-
-    def _interrupt(self, task: _Task) -> None:
-        """Ends a paused job that was canceled, or that the end of the process interrupts."""
-        job = task.context.job
+            write_down = self._meaning(context, error)
         try:
-            task.steps.close()
-        except Exception:
-            _LOG.exception("job %s %s did not end as it was asked to", job.job_id, job.type)
-        if task.context.interruption == "stopped":
-            self._record_outcome(job, lambda: self.jobs.release(job, "the program was stopped", charged=False))
-        else:
-            self._record_outcome(job, lambda: self._end_without_trace(job, JobStatus.CANCELED, _CANCELED))
+            self._record_outcome(context, write_down)
+        finally:
+            with self._state:
+                self._due = True  # jobs that had to wait for this one
 
-    def _fail(self, task: _Task, error: BaseException) -> None:
-        """Decides what an exception out of a job's function means."""
-        job = task.context.job
-        if isinstance(error, LeaseLost):
-            self._record_outcome(job, None)
-        elif isinstance(error, (Interrupted, StorageError)) and task.context.interruption:
-            self._interrupt(task)
-        elif isinstance(error, StorageError) and not isinstance(error, DiskFull) and (
-                job.attempt < self._settings.max_attempts):
-            _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, error)
-            self._record_outcome(job, lambda: self.jobs.release(job, str(error), charged=True))
-        elif isinstance(error, (TaskError, ValidationError)):
-            self._record_outcome(job, lambda: self._end_without_trace(job, JobStatus.FAILED, str(error)))
-        else:
+    def _run_function(self, context: JobContext, request: JobRequest | None = None) -> JobResult:
+        """Runs a job's function from yield to yield; raises what it raises, and Interrupted where it is to stop."""
+        kind = JOB_TYPES.get(context.job.type)
+        try:
+            with closing(_steps(kind, context, request)) as steps:
+                while True:
+                    with self.gate.turn(context, context.check) if kind and kind.computes else nullcontext():
+                        context.check()
+                        try:
+                            next(steps)
+                        except StopIteration as end:
+                            return cast(JobResult, end.value)
+                        self.gate.step_aside()
+        finally:
+            context.checked = math.inf
+
+    def _meaning(self, context: JobContext, error: BaseException) -> Callable[[], Job]:
+        """How to write down what an exception out of a job's function comes to."""
+        job, message = context.job, error_message(error)
+        failed = partial(self._end_without_trace, job, JobStatus.FAILED, message)
+        if isinstance(error, LeaseLost):  # if that is true, this raises it again, and what is there is another's
+            return partial(self.jobs.finish, job, JobStatus.FAILED, error=message)
+        if context.interrupted():
+            if not isinstance(error, Interrupted | StorageError):
+                _LOG.error("job %s %s did not end as it was asked to", job.job_id, job.type, exc_info=error)
+            if context.interruption:
+                return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
+            return partial(self.jobs.release, job, _STOPPED, charged=False)
+        if isinstance(error, StorageError):
+            charged = self._storage_fault() is None  # the storage is well: it is the job's own
+            if not charged or job.attempt < self._settings.max_attempts:
+                _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
+                return partial(self.jobs.release, job, message, charged=charged)
+        elif not isinstance(error, TaskError):
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
-            self._record_outcome(job, lambda: self._end_without_trace(
-                job, JobStatus.FAILED, _BUG.format(type(error).__name__)))
+        return failed
+
+    def _storage_fault(self) -> str | None:
+        """What is wrong with the storage, which is really written to; until it is well, no job is claimed."""
+        try:
+            self._folder.probe()
+            self._database.probe(instant(self._clock()))
+            self.fault = None
+        except StorageError as error:
+            self.fault = str(error)
+        return self.fault
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
@@ -7521,84 +7441,147 @@ class JobQueue:
             self._folder.remove(job.file)
         return ended
 
-    def _record_outcome(self, job: Job, write_down: Callable[[], Job] | None) -> None:
-        """Writes down how a run ended; tries until the database can be used again or the process ends."""
-        while write_down:
+    def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
+        """Writes down how a job ended; tries until the storage takes it, or the process ends."""
+        job, (pause, longest) = context.job, _RETRY_SECONDS
+        while not context.ended:
             try:
-                job = write_down()
-                _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
-                break
+                self._ended(write_down())
+                return
             except LeaseLost:
-                break
+                return
             except StorageError as error:
                 _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
-            except Exception as error:  # a text that is not Unicode, say
-                _LOG.error("job %s %s ended in a way that cannot be written down", job.job_id, job.type, exc_info=error)
-                write_down = functools.partial(self._end_without_trace, job, JobStatus.FAILED,
-                                               _BUG.format(type(error).__name__))
-            if self._stopping.wait(_RETRY_SECONDS):
-                break  # it is still in progress in the table, so the next start takes it up
-        with self._state:
-            self._running.pop(job.job_id, None)
-            self._wakes += job.status is not JobStatus.COMPLETED  # others may run now: a completed job's run has looked
-            if not self._active:
-                self._state.notify_all()
-        if job.status.finished:
-            self._count(job)
-            self._announce([job.job_id])
+            if self.stopping.wait(pause):
+                return  # it is still in progress in the table, so the next start takes it up
+            pause = min(2 * pause, longest)
 
-    def _count(self, job: Job) -> None:
+    def _ended(self, job: Job) -> None:
+        """Tells all who want to know that a job has ended, or was put back."""
+        _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
+        with self._state:
+            if job.status.finished or self.stopping.is_set():
+                self._canceled.discard(job.job_id)
+                for finished in self._waiters.get(job.job_id, ()):
+                    finished.set()
+            self._state.notify_all()
+        if not job.status.finished:
+            return
         self.metrics.add("jobs_total", type=job.type, status=job.status)
         if job.started_at and job.finished_at:
             took = datetime.fromisoformat(job.finished_at) - datetime.fromisoformat(job.started_at)
             self.metrics.observe("job_seconds", max(0.0, took.total_seconds()), type=job.type)
-        if job.record_type and job.result:
-            self.metrics.add("records_total", job.result.get("records", 0))
+        records = (job.result or {}).get("records")
+        if job.record_type and type(records) is int:
+            self.metrics.add("records_total", max(0, records))
         if job.file:
             self.metrics.add("file_bytes_total", job.file.bytes)
 
-    # In the background
+    def fail_dependents(self) -> None:
+        """Fails the pending jobs that were to follow one that was not completed."""
+        if self.jobs.any_dependents_to_fail():
+            for job in self.jobs.fail_dependents():
+                self._ended(job)
 
-    def _housekeeping(self) -> None:
-        """Housekeeping: finishes what is left to delete, and wakes the workers now and then, for what errors left."""
-        self.wake()
-        self._first(self._stopping.is_set)
+
+def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None) -> JobSteps:
+    """A job's function, with its request read back; itself a generator, so that nothing fails before it runs."""
+    job = context.job
+    if kind is None:
+        raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
+    try:
+        request = request or kind.model.model_validate_json(json.dumps(job.request))
+    except ValidationError as error:
+        told = "; ".join(f"{field}: {text}" for field, text in field_problems(error))
+        raise JobFailed(f"the request is not understood any more: {told}") from None
+    run = kind.run(context, request)
+    returned = (yield from run) if isinstance(run, Generator) else run
+    try:
+        return checked_result(returned)
+    except BaseException:
+        if isinstance(file := getattr(returned, "file", None), StoredFile):
+            context.folder.remove(file)
+        raise
+
+
+class Housekeeping:
+    """What has to be done now and then: once a second, on a thread of its own, each task whatever the others meet."""
+
+    def __init__(self, queue: JobQueue, database: Database, folder: DataFolder, settings: Settings, clock: Clock):
+        self._queue, self._database, self._folder = queue, database, folder
+        self._settings, self._clock = settings, clock
+        self._thread: threading.Thread | None = None
+        self._stuck: list[JobContext] = []
+        self._said: dict[object, str] = {}  # by task, so that what lasts is logged once
+
+    def start(self, first: Callable[[Callable[[], bool]], None], threads: bool) -> None:
+        """Begins with `first`, which is called with a function that says when it should give up.
+
+        Without `threads`, this does one round, and later ones are the caller's to do.
+        """
+        if threads:
+            self._thread = threading.Thread(target=self._go_round, args=[first], name="taskapi-housekeeping")
+            self._thread.start()
+        else:
+            first(self._queue.stopping.is_set)
+            self.round()
+
+    def _go_round(self, first: Callable[[Callable[[], bool]], None]) -> None:
+        self._queue.wake()
+        first(self._queue.stopping.is_set)
         while True:
-            try:
-                if self._executor and (died := self._executor.revive()):
-                    _LOG.error("replaced %d worker threads that had died", died)
-                self._discard_orphans()
-                self._retire()
-                if self.jobs.any_dependents_to_fail():
-                    self._fail_dependents()
-                self.wake()
-                self._folder.free_space()
-            except DiskFull as error:
-                _LOG.warning("%s; giving back what deleted records took", error)
-                self._shrink()
-            except StorageError as error:
-                _LOG.warning("housekeeping has to wait: %s", error)
-            except Exception:
-                _LOG.exception("housekeeping met a bug")
-            if self._stopping.wait(1.0):
+            self.round()
+            if self._queue.stopping.wait(1.0):
                 return
 
-    def _shrink(self) -> None:
-        with suppress(StorageError):
-            self._database.shrink()
+    def join(self, seconds: float) -> None:
+        """Waits for the thread, once the queue is stopped."""
+        if self._thread:
+            self._thread.join(seconds)
 
-    def _retire(self) -> None:
+    def round(self) -> None:
+        """All tasks, once."""
+        for task in (self.watch_jobs, self.discard_orphans, self.retire,
+                     self._queue.fail_dependents, self._folder.free_space, self._queue.wake):
+            said = ""
+            try:
+                task()
+            except StorageError as error:
+                said = f"housekeeping has to wait: {error}"
+                if isinstance(error, DiskFull):
+                    with suppress(StorageError):
+                        self._database.shrink()  # gives back what deleted records took
+            except Exception:
+                _LOG.exception("housekeeping met a bug")
+            if said and said != self._said.get(task):
+                _LOG.warning("%s", said)
+            self._said[task] = said
+
+    def watch_jobs(self) -> None:
+        """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
+        for context in self._queue.stuck(_TURN_SECONDS):
+            self._queue.gate.pass_on(context)
+        known, self._stuck = self._stuck, self._queue.stuck()
+        for context in self._stuck:
+            if context.interruption:
+                self._queue.give_up(context)
+            elif context not in known:
+                _LOG.warning("job %s %s has not come to a check for %d s: to cancel it gives it up",
+                             context.job.job_id, context.job.type, _STUCK_SECONDS)
+
+    def retire(self) -> None:
         """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
         if self._settings.retention_days:
             limit = self._clock() - timedelta(days=self._settings.retention_days)
-            for job_id in self.jobs.finished_before(instant(limit), 50):
-                file = self.jobs.get(job_id).file
+            for job_id in self._queue.jobs.finished_before(instant(limit), 50):
+                file = self._queue.jobs.get(job_id).file
                 if not file or not self._folder.in_use(file):
-                    self.remove(job_id)
+                    self._queue.remove(job_id)
 
-    def _discard_orphans(self) -> None:
-        for job_id in self.records.orphans():
-            self.records.discard(job_id, orphaned=True)
+    def discard_orphans(self) -> None:
+        """Deletes records whose job is gone or has made none."""
+        for job_id in self._queue.records.orphans():
+            self._queue.records.discard(job_id, orphaned=True)
 
 
 class Engine:
@@ -7627,7 +7610,8 @@ class Engine:
                 self._database = Database(settings.database_path)
                 undo.callback(self._database.close)
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
-                self._check()
+                self.housekeeping = Housekeeping(self.queue, self._database, self.folder, settings, clock)
+                self._start(threads=runner is None)
             except (OSError, StorageError) as error:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
             undo.pop_all()
@@ -7640,24 +7624,26 @@ class Engine:
                                f"exports hold {len(kept)} files of its jobs: restore it, or move those files away to "
                                "begin anew")
 
-    def _check(self) -> None:
-        """Looks the folder over, starts the work, and notes what was found."""
+    def _start(self, threads: bool) -> None:
+        """Looks the folder over, takes up what an earlier process left, and begins to work."""
         unclean = any(lock.unclean for lock in self._locks)
         self.folder.probe()
         self.checks = {"sqlite": sqlite_check(), "fileSystem": file_system_check(self.folder.root),
                        "freeSpace": f"{self.folder.free_space() // 2**20} MiB", "folders": "writable",
                        "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
-        removed = self.queue.start(self._check_integrity if unclean else lambda interrupted: None)
-        self.checks["strayFiles"] = f"{removed} removed"
+        self.queue.recover()
+        self.checks["strayFiles"] = f"{self.folder.sweep(self.queue.jobs.stored_paths())} removed"
         for name, found in self.checks.items():
-            (_LOG.warning if "network" in found else _LOG.info)("check %s: %s", name, found)
+            wrong = "network" in found or found == "unclean"
+            _LOG.log(logging.WARNING if wrong else logging.DEBUG, "check %s: %s", name, found)
+        self.housekeeping.start(self._check_integrity if unclean else lambda interrupted: None, threads)
 
     def _check_integrity(self, interrupted: Callable[[], bool]) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
         try:
             self._database.quick_check(interrupted)
             self.checks["integrity"] = "ok"
-            _LOG.info("check integrity: ok")
+            _LOG.debug("check integrity: ok")
         except Interrupted:
             return
         except StorageError as error:
@@ -7689,8 +7675,8 @@ class Engine:
         """The job once it has finished, or as it is after `seconds`."""
         return self.queue.wait(job_id, seconds)
 
-    def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool]) -> Job:
-        """Like the queue's `wait`, but answers at once when half of the threads wait already."""
+    def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool] = lambda: False) -> Job:
+        """Like `wait`, but answers at once when half of the threads wait already: the others are for other requests."""
         if not seconds or not self._polls.acquire(blocking=False):
             return self.queue.jobs.get(job_id)
         try:
@@ -7718,10 +7704,15 @@ class Engine:
         except Unavailable as error:
             queue = "unavailable"
             errors.append(str(error))
+        checks = dict(self.checks)
+        if stuck := self.queue.stuck():
+            checks["stuck"] = f"to cancel gives up: {', '.join(map(str, stuck))}"
+        if self.queue.fault:
+            checks["storage"] = f"jobs wait for it: {self.queue.fault}"
         return Health.model_validate({
             "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
             "in_progress": in_progress, "workers": self.settings.workers,
-            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": self.checks,
+            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": checks,
             "links": {name: MOUNT.get() + path for name, path in LINKS.items()}})
 
     def close(self, seconds: float = 2.0) -> bool:
@@ -7733,6 +7724,7 @@ class Engine:
             return True
         self._closed = True
         ended = self.queue.stop(seconds)
+        self.housekeeping.join(seconds)
         self._database.close()
         for lock in self._locks:
             lock.release()
@@ -8030,7 +8022,7 @@ def post_infer(call: Request) -> bottle.HTTPResponse:
     call.query(InferQuery)
     with call.upload() as upload:
         options = validated(IngestOptions, lambda: IngestOptions.model_validate(upload.options))
-        with upload.file.open() as stream, call.engine.queue.turns.turn():
+        with upload.file.open() as stream, call.engine.queue.gate.turn():
             return reply(infer(stream, upload.filename, options))
 
 
@@ -8253,7 +8245,7 @@ def post_preview(call: Request) -> bottle.HTTPResponse:
     request = call.body(GenerateRequest)
     if (request.count or 0) > 100:
         raise BadRequest.of("count", "must be at most 100 in a preview")
-    with call.engine.queue.turns.turn():
+    with call.engine.queue.gate.turn():
         return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
 
 
@@ -8398,7 +8390,7 @@ class Middleware:
         call = Request(self._engine)
         mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
         try:
-            call.flight.enter_context(self._engine.queue.turns.request())
+            call.flight.enter_context(self._engine.queue.gate.request())
             response = self._checked(call, query, handler, **arguments)
         except TaskError as error:
             response = error_reply(reported(error, f"{call.method} {call.path}"))
@@ -9959,7 +9951,10 @@ def _printable(text: str) -> str:
 
 
 class _LogFormat(logging.Formatter):
-    """One line an event, as text or as JSON; control characters are escaped, so that nobody can forge a line."""
+    """One line an event, as text or as JSON; control characters are escaped, so that nobody can forge a line.
+
+    As text, the lines of a traceback follow, each indented.
+    """
 
     def __init__(self, style: str):
         super().__init__()
@@ -9969,14 +9964,15 @@ class _LogFormat(logging.Formatter):
         """The line."""
         at = instant(datetime.fromtimestamp(record.created, UTC))
         message = record.getMessage()
-        if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._json:
-            event = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message}
+            event = {"at": at, "level": record.levelname.lower(), "logger": record.name,
+                     "message": f"{message}\n{trace}" if trace else message}
             if isinstance(record.args, tuple) and record.msg.startswith("job %s"):
                 event["job"] = str(record.args[0])
             return json.dumps(event)
-        return f"{at} {record.levelname:<7} {_printable(message)}"
+        return "\n".join([f"{at} {record.levelname:<7} {_printable(message)}",
+                          *(f"    {_printable(line)}" for line in trace.splitlines())])
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -10642,10 +10638,11 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
     """A client of the data folder, or of the server that has it; `ended` gets False if a job came to no pause."""
     stopped = threading.Event()
 
-    def stop() -> None:
+    def stop(service: Service) -> None:
         if stopped.is_set():  # asked twice
             raise KeyboardInterrupt
-        stopped.set()  # raising here could leave the database's lock taken, so the client raises at its next request
+        stopped.set()  # raising here could leave a lock taken, so the client raises at its next request
+        service.queue.interrupt()
 
     with ExitStack() as stack:
         local = settings.model_copy(update={"max_upload_bytes": 2**50})  # the limit is for clients from elsewhere
@@ -10661,7 +10658,7 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
             return
-        stack.enter_context(_signals(["SIGINT", "SIGTERM"], stop))
+        stack.enter_context(_signals(["SIGINT", "SIGTERM"], partial(stop, opened)))
         stack.callback(lambda: ended.append(opened.close(_DRAIN_SECONDS if needs == "workers" else 0)))
         yield Client(_app_transport(opened.app), flags, stopped.is_set)
 
