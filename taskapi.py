@@ -8586,12 +8586,16 @@ _STYLE = r"""
 }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: var(--bg); color: var(--ink); }
 a { color: var(--accent); }
-code, pre, textarea { font-family: ui-monospace, monospace; font-size: .9em; }
-pre { overflow-x: auto; padding: .5rem; border-left: 3px solid var(--line); }
+.skip { position: absolute; left: -99rem; z-index: 3; padding: .5rem 1rem; background: var(--card); }
+.skip:focus { left: .5rem; }
+main:focus { outline: none; }
+code, pre, textarea { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; padding: .5rem; border-left: 3px solid var(--line); margin: .4rem 0; }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
-summary { cursor: pointer; }
+summary { cursor: pointer; min-height: 24px; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); }
+td { overflow-wrap: anywhere; }
 """
 
 
@@ -8615,57 +8619,95 @@ def _field_table(schema: Mapping[str, Json]) -> str:
         f"<tr><td><code>{escape(name)}</code>{' *' if name in schema.get('required', ()) else ''}</td>"
         f"<td>{_shown_type(field)}</td><td>{escape(field.get('description', ''))}</td></tr>"
         for name, field in schema.get("properties", {}).items())
-    return f"<table><tr><th>field</th><th>type</th><th></th></tr>{rows}</table>" if rows else ""
+    return f"<table><tr><th>field</th><th>type</th><th>about</th></tr>{rows}</table>" if rows else ""
 
 
-def _shown_operation(method: str, path: str, operation: Mapping[str, Json], schemas: Mapping[str, Json]) -> str:
+def _sample_body(shape: Mapping[str, Json]) -> dict[str, Json]:
+    """A body to show: the schema's example, else what it requires."""
+    plain = {"string": "text", "integer": 1, "number": 1.5, "boolean": True, "array": []}
+    fields = {name: shape["properties"][name] for name in shape.get("required", ())}
+    made = {name: field.get("enum", [plain.get(field.get("type", ""), {})])[0] for name, field in fields.items()}
+    return cast("dict[str, Json]", next(iter(shape.get("examples", ())), made))
+
+
+def _examples(base: str, method: str, path: str, media: str, body: Mapping[str, Json]) -> dict[str, str]:
+    """One call, by the program or language that makes it."""
+    url = base + re.sub(r"{(\w+)}", lambda match: _snake(match[1]).upper(), path)
+    how = "" if method == "get" else f"-X {method.upper()} " if not media else ""
+    send, data, options = "", "", "" if method == "get" else f', {{method: "{method.upper()}"}}'
+    if media == _JSON_TYPE:
+        text = json.dumps(body, ensure_ascii=False)
+        how, send = f"-H 'Content-Type: {media}' -d {shlex.quote(text)} ", f", json={dict(body)!r}"
+        options = f', {{\n  method: "POST", headers: {{"Content-Type": "{media}"}},\n  body: JSON.stringify({text})}}'
+    elif media:
+        how, send = "-F file=@customers.csv -F recordType=customer ", (
+            ', files={"file": open("customers.csv", "rb")}, data={"recordType": "customer"}')
+        data = 'const body = new FormData();\nbody.append("file", file);  // from an <input type="file">\n'
+        options = ', {method: "POST", body}'
+    return {"curl": f"curl -s {how}{url}", "Python": f'import requests\n\nanswer = requests.{method}("{url}"{send})\n'
+            "answer.raise_for_status()\nprint(answer.text)",
+            "JavaScript": f'{data}const answer = await fetch("{url}"{options});\nconsole.log(await answer.text());'}
+
+
+def _shown_operation(base: str, method: str, path: str, operation: Mapping[str, Json],
+                     schemas: Mapping[str, Json]) -> str:
     parameters = {"properties": {entry["name"]: {**entry["schema"], "description": entry.get("description", "")}
                                  for entry in operation["parameters"]}}
-    body = ""
-    for media, content in operation.get("requestBody", {}).get("content", {}).items():
-        shape = schemas.get(content["schema"].get("$ref", "").rpartition("/")[2], {})  # none for a file
-        examples = "".join(f"<pre>{escape(json.dumps(item, indent=1))}</pre>" for item in shape.get("examples", ()))
-        body += f"<p>Body: <code>{media}</code></p>{_field_table(shape)}{examples}"
+    bodies = {media: schemas.get(content["schema"].get("$ref", "").rpartition("/")[2], {})
+              for media, content in operation.get("requestBody", {}).get("content", {}).items()}
+    text = "".join(f"<p>Body: <code>{media}</code></p>{_field_table(shape)}" for media, shape in bodies.items())
+    media = next((media for media in ("multipart/form-data", _JSON_TYPE) if media in bodies), "")
+    sample = _sample_body(bodies.get(media, {})) | ({"count": 10} if path == "/preview" else {})
+    examples = "".join(f"<p>{name}</p><pre>{escape(example, quote=False)}</pre>"
+                       for name, example in _examples(base, method, path, media, sample).items())
     answers = "".join(f"<tr><td>{status}</td><td>{escape(answer['description'])}</td><td>"
                       f"{' or '.join(_shown_type(c['schema']) for c in answer.get('content', {}).values())}</td></tr>"
                       for status, answer in operation["responses"].items())
     return (f"<details id='{operation['operationId']}'><summary><b>{method.upper()}</b> <code>{escape(path)}</code> "
-            f"{escape(operation['summary'])}</summary>{_field_table(parameters)}{body}"
-            f"<table>{answers}</table></details>")
+            f"{escape(operation['summary'])}</summary>{_field_table(parameters)}{text}"
+            f"<table><tr><th>status</th><th>when</th><th>body</th></tr>{answers}</table>{examples}</details>")
 
 
-def docs_page(document: Mapping[str, Json]) -> str:
-    """An OpenAPI document as a page to read."""
-    schemas = document["components"]["schemas"]
-    operations = "".join(_shown_operation(method, path, operation, schemas)
+def docs_page(document: Mapping[str, Json], base: str) -> str:
+    """An OpenAPI document as a page to read; its examples call the server at `base`."""
+    schemas, info = document["components"]["schemas"], document["info"]
+    operations = "".join(_shown_operation(base, method, path, operation, schemas)
                          for path, methods in document["paths"].items() for method, operation in methods.items())
     shapes = "".join(f"<h3 id='{name}'>{name}</h3><p>{escape(schema.get('description', ''))}</p>{_field_table(schema)}"
                      for name, schema in schemas.items())
-    info = document["info"]
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{info['title']} {info['version']}</title><style>{_STYLE}</style>"
-            f"<h1>{info['title']} {info['version']}</h1><p>{escape(info['description'])} "
+    return (f"<main id=main tabindex=-1><h1>{info['title']} {info['version']}</h1><p>{escape(info['description'])} "
             f"For programs: <a href=openapi.json>openapi.json</a>.</p><h2>Calls</h2>{operations}"
-            f"<h2>Shapes</h2>{shapes}")
+            f"<h2>Shapes</h2>{shapes}</main>")
 
 
-def _page_reply(page: str, style: str, script: str = "") -> Any:
-    """A page that may run and fetch nothing but these two parts of it, the calls of this server, and its own icon."""
+_ICON = "data:image/svg+xml," + quote(
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><rect width='16' height='16' rx='4' "
+    "fill='#2453d4'/><path d='M3 5h10M3 8h7M3 11h4' stroke='#fff' stroke-width='1.6'/></svg>")
+
+
+def _page_reply(title: str, style: str, body: str, script: str = "") -> Any:
+    """A page that may run and fetch nothing but its own style and script, the calls of this server, and its icon."""
     def hashed(part: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
 
-    policy = (f"default-src 'none'; style-src {hashed(style)}; base-uri 'none'; form-action 'none'; "
+    policy = (f"default-src 'none'; style-src {hashed(style)}; img-src data:; base-uri 'none'; form-action 'none'; "
               "frame-ancestors 'none'")
     if script:
-        policy += (f"; script-src {hashed(script)}; connect-src 'self'; img-src data:; "
+        policy += (f"; script-src {hashed(script)}; connect-src 'self'; "
                    "require-trusted-types-for 'script'; trusted-types 'none'")
+        body += f"<script>{script}</script>"
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{_ICON}">'
+            f'<style>{style}</style></head><body><a class="skip" href="#main">Skip to the content</a>{body}'
+            "</body></html>")
     return reply(page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
 
 
 @route("GET", "/docs", {200: "text/html"})
 def get_docs(call: Request) -> Any:
     """This description, for people."""
-    return _page_reply(docs_page(openapi(all_routes())), _STYLE)
+    base = f"{call.environ.get('wsgi.url_scheme', 'http')}://{call.header('Host') or 'localhost'}{MOUNT.get()}"
+    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(openapi(all_routes()), base))
 
 
 _UI_STYLE = r"""
@@ -8683,105 +8725,116 @@ nav a[aria-current] { background: var(--accent); color: var(--on-accent); }
 #health.down::before { color: var(--bad); }
 #offline { position: sticky; top: 0; z-index: 2; margin: 0 0 .8rem; padding: .6rem 1rem; border-radius: .6rem;
   background: var(--bad); color: var(--card); font-weight: 600; }
-main { display: grid; gap: 1rem; align-items: start; padding-bottom: 2rem; }
+html:has(#offline:not([hidden])) { scroll-padding-top: 6rem; }
+main, #side { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; align-items: start; }
+main { padding-bottom: 2rem; }
 section { display: none; min-width: 0; padding: 1.1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .8rem; }
-[data-view=generate] #view-generate, [data-view=upload] #view-upload, [data-view=export] #view-export,
-[data-view=records] #view-records, [data-view=jobs] #view-jobs { display: block; }
+section.shown { display: block; }
 @media (min-width: 64rem) {
   main { grid-template-columns: minmax(0, 1fr) 25rem; }
-  [data-view=jobs] main { grid-template-columns: minmax(0, 1fr); }
-  #view-jobs { display: block; position: sticky; top: .8rem; max-height: calc(100vh - 4rem); overflow: auto; }
-  .foot { position: sticky; bottom: 0; background: var(--card); padding-top: .3rem; }
-  [data-view=jobs] #view-jobs { position: static; max-height: none; }
+  main.generate { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+  main.jobs { grid-template-columns: minmax(0, 1fr); } .jobs > #views { display: none; }
+  #view-jobs { display: block; }
+  main:not(.jobs) > #side { position: sticky; top: .8rem; display: flex; flex-direction: column; align-items: stretch;
+    max-height: calc(100vh - 5rem); }
+  main:not(.jobs) > #side > section { flex: 0 1 auto; min-height: 8rem; overflow: auto; }
+  .generate > #side > #view-jobs { flex: 1 1 8rem; }
 }
 button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .45rem;
-  background: var(--card); padding: .3rem .55rem; max-width: 100%; box-sizing: border-box; }
+  background: var(--card); padding: .3rem .55rem; max-width: 100%; min-height: 24px; box-sizing: border-box; }
 input, select, textarea { background: var(--bg); }
-input[type=checkbox], input[type=radio] { accent-color: var(--accent); }
+input[type=checkbox], input[type=radio] { accent-color: var(--accent); flex: none; vertical-align: middle; }
 button { cursor: pointer; } button:hover { background: var(--soft); } button:disabled { opacity: .5; cursor: default; }
 button.primary { background: var(--accent); color: var(--on-accent); border-color: transparent; font-weight: 600;
   padding: .45rem 1rem; }
 button.primary:hover { filter: brightness(1.1); }
 button.danger { color: var(--bad); } button[aria-pressed=true] { background: var(--soft); font-weight: 600; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-textarea { width: 100%; min-height: 22rem; white-space: pre; font: .85rem/1.5 ui-monospace, monospace; }
+[aria-invalid=true] { border-color: var(--bad); }
+textarea { width: 100%; white-space: pre; font: .85rem/1.5 ui-monospace, monospace; } #json { min-height: 22rem; }
 fieldset { border: 0; padding: 0; margin: .8rem 0; min-width: 0; } legend { padding: 0; font-weight: 600; }
 fieldset > label { display: flex; gap: .5rem; align-items: center; } .options p { margin: 0; }
-label > span, .dim { color: var(--dim); font-size: .85rem; }
+label, b { overflow-wrap: anywhere; min-width: 0; }
+label > span, .dim, small { color: var(--dim); font-size: .85rem; }
 .row, .chips { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; margin: .7rem 0; }
-.row > label { display: grid; } .row > label.tick, .tick { display: flex; gap: .35rem; align-items: center; }
+section > .row:first-child { margin-top: 0; }
+.row > label, .form > label { display: grid; min-width: 0; } .tick, .row > label.tick { display: flex; gap: .35rem;
+  align-items: center; min-height: 24px; }
+.form { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); gap: .7rem;
+  align-items: start; margin: .7rem 0; } .form > .tick { display: block; padding-top: 1.5rem; }
+.form small { display: block; }
 .chips { gap: .35rem; } .chips > * { border: 1px solid var(--line); border-radius: 2rem; padding: .15rem .7rem;
-  color: inherit; text-decoration: none; }
+  color: inherit; text-decoration: none; overflow-wrap: anywhere; }
 .chips [aria-current], .chips [aria-pressed=true] { border-color: var(--accent); font-weight: 600; }
 .problem { color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
 .problem:empty, .said:empty { display: none; }
 .said { padding: .5rem .8rem; border-radius: .5rem; background: var(--soft); overflow-wrap: anywhere; }
-.field { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) minmax(0, 1.4fr) auto auto;
-  gap: .15rem .3rem; margin: .15rem 0; }
-.field > input, .field > button { padding-block: .15rem; min-width: 0; }
-.field > .options, .field > .problem { grid-column: 1 / -1; margin: 0 0 .4rem; }
+.field { display: flex; flex-wrap: wrap; gap: .15rem .3rem; margin: .15rem 0; }
+.field > input, .field > button { padding-block: .15rem; min-width: 28px; }
+.field > input, .field > [aria-expanded] { flex: 1 1 8rem; }
+.field > .options, .field > .problem { flex-basis: 100%; margin: 0 0 .4rem; }
 .field > .options { padding: .5rem .7rem; background: var(--soft); border-radius: .5rem; }
 .field > [aria-expanded] { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
   color: var(--dim); }
 .options input:not([type=checkbox]) { width: 10rem; }
-#palette { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .25rem; max-height: 14rem;
+#palette { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .25rem; max-height: 14rem;
   overflow: auto; margin-top: .4rem; }
 #palette button { text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; border: 0;
   padding: .15rem .4rem; }
-.scroll { overflow: auto; max-height: 26rem; border: 1px solid var(--line); border-radius: .5rem; }
+.scroll { position: relative; overflow: auto; max-height: 26rem; border: 1px solid var(--line); border-radius: .5rem; }
 .scroll th, .scroll td { padding: .25rem .6rem; white-space: nowrap; max-width: 18rem; overflow: hidden;
-  text-overflow: ellipsis; font-size: .85rem; }
+  text-overflow: ellipsis; font-size: .85rem; } .scroll th.now { box-shadow: inset 0 -3px var(--accent); }
 .scroll th { position: sticky; top: 0; background: var(--soft); } .scroll .number { text-align: right;
   font-variant-numeric: tabular-nums; } td.dim { font-style: italic; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
+#view-preview > details { padding: 0; border: 0; } #preview .scroll { margin: .2rem 0 .6rem; max-height: none; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .8rem; }
 figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .5rem; min-width: 0; }
 figcaption { overflow-wrap: anywhere; } figure svg { display: block; width: 100%; margin-top: .4rem; }
-rect { fill: var(--accent); } rect:hover { opacity: .75; } svg text { fill: var(--ink); font-size: 10.5px; }
+rect { fill: var(--accent); } rect:hover { opacity: .75; }
+.bar { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 2fr) 3.4rem; gap: .5rem; align-items: center;
+  font-size: .8rem; } .bar > :last-child { text-align: right; }
+.example, .bar > :first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #drop { display: grid; place-items: center; gap: .5rem; padding: 2.5rem 1rem; border: 2px dashed var(--line);
   border-radius: .8rem; text-align: center; cursor: pointer; }
 .dragging #drop, #drop:hover { border-color: var(--accent); background: var(--soft); }
-::file-selector-button { font: inherit; } #count { width: 8rem; }
-progress { appearance: none; display: block; width: 100%; margin-top: .3rem; height: .45rem; border: 0;
-  border-radius: 1rem; overflow: hidden; background: var(--soft); color: var(--accent); }
-progress::-webkit-progress-bar { background: var(--soft); }
-progress::-webkit-progress-value { background: var(--accent); }
-progress::-moz-progress-bar { background: var(--accent); }
+::file-selector-button { font: inherit; } input[type=file] { min-width: 0; } #count { width: 6.5rem; }
+progress { display: block; width: 100%; height: .6rem; margin-top: .3rem; accent-color: var(--accent); }
+.bar progress { margin: 0; }
 ul { list-style: none; padding: 0; margin: 0; }
 #jobs > li, #uploads > li { padding: .7rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere;
   content-visibility: auto; contain-intrinsic-size: auto 6rem; }
-.head { display: flex; gap: .5rem; justify-content: space-between; align-items: baseline; }
+.head { display: flex; flex-wrap: wrap; gap: 0 .5rem; justify-content: space-between; align-items: baseline;
+  overflow-wrap: anywhere; }
 .status { font-size: .8rem; font-weight: 600; white-space: nowrap; color: var(--dim); }
 .completed .status { color: var(--good); } .failed .status { color: var(--bad); }
 .in-progress .status { color: var(--busy); }
 #jobs .row { margin: .4rem 0 0; gap: .3rem .5rem; align-items: center; font-size: .85rem; }
 #jobs button { padding: .05rem .5rem; } #jobs details { font-size: .85rem; padding: 0; border: 0; margin: .2rem 0 0; }
+#jobs a { padding-block: .15rem; }
 @media (max-width: 40rem) {
-  section { padding: .8rem; } .field { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto auto; } h1 { flex: 1; }
-  .field > [aria-expanded] { grid-column: 1 / -1; grid-row: 2; } .row > label { flex: 1 1 8rem; }
+  section { padding: .8rem; } h1 { flex: 1; } .row > label { flex: 1 1 8rem; }
   .row label input, .row label select { width: 100%; } .row .tick input { width: auto; }
   #health { margin: 0; flex: 0 1 auto; }
-  nav { width: 100%; order: 1; gap: 0; justify-content: space-between; } nav a { padding: .3rem; font-size: .78rem; }
-  fieldset .row { align-items: start; } .row > select, .row > input { flex: 1 1 6rem; }
+  nav { width: 100%; order: 1; gap: 0; justify-content: space-between; } nav a { padding: .3rem .2rem;
+    font-size: .78rem; } fieldset .row { align-items: start; } .row > select, .row > input { flex: 1 1 6rem; }
 }
-@media (prefers-reduced-motion: no-preference) { progress:not([value]) { animation: pulse 1.2s infinite alternate; } }
-@keyframes pulse { from { opacity: .4; } }
 .away { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-#preview { display: flex; gap: .7rem; overflow-x: auto; } #preview > div { flex: 1 0 min(100%, 20rem); min-width: 0; }
-#preview .scroll { max-height: 11.5rem; } .example { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 """
 
 _UI_BODY = r"""
 <header>
 <h1>taskapi</h1>
 <nav aria-label="Sections"><a href="#generate">Generate</a><a href="#upload">Upload</a><a href="#export">Export</a>
-<a href="#records">Records</a><a href="#jobs">Jobs</a><a href="docs">API</a></nav>
+<a href="#records">Records</a><a id="nav-run" href="#run" hidden>Run</a><a href="#jobs">Jobs</a><a href="docs">API</a>
+</nav>
 <span id="health" role="status">connecting</span>
 </header>
 <p id="offline" role="alert" hidden>The server does not answer. This page goes on by itself when it is back.</p>
 <p id="news" class="away" aria-live="polite"></p>
 <noscript>This page needs JavaScript; the <a href="docs">description of the calls</a> does not.</noscript>
-<main>
+<main id="main" tabindex="-1">
+<div id="views">
 <section id="view-generate" aria-labelledby="generate-title">
 <h2 id="generate-title">Generate records</h2>
 <div id="presets" class="chips" role="group" aria-label="Start from a preset">
@@ -8789,31 +8842,33 @@ _UI_BODY = r"""
 <form id="generate-form">
 <div class="row">
 <label><span>Record type</span><input id="record-type" required pattern="[a-z][a-z0-9_]{0,62}"
- title="small letters, digits and _" size="12" autocomplete="off"></label>
+ title="small letters, digits and _" size="10" autocomplete="off"></label>
 <label><span>How many</span><input id="count" type="number" min="1" step="1" required></label>
-<label><span>Seed</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="11" autocomplete="off"
+<label><span>Seed</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="9" autocomplete="off"
  title="The same seed makes the same records"></label>
 <button id="reseed" type="button" title="Another seed">Shuffle</button>
-<label><span>Locale</span><input id="locale" list="locales" size="8"
- placeholder="en_US" autocomplete="off"></label>
+<label><span>Locale</span><input id="locale" list="locales" size="5" placeholder="en_US" autocomplete="off"></label>
 </div>
-<div class="row" role="group" aria-label="Edit the schema as">
+<div class="row" role="toolbar" aria-label="Edit the schema">
 <button id="as-fields" type="button" aria-pressed="true">Fields</button>
-<button id="as-json" type="button" aria-pressed="false">JSON</button></div>
+<button id="as-json" type="button" aria-pressed="false">JSON</button>
+<button id="undo" type="button" title="Ctrl+Z outside of a text">Undo</button>
+<button id="redo" type="button" title="Ctrl+Shift+Z outside of a text">Redo</button></div>
 <div id="fields"></div>
-<details id="adding"><summary>Add a field</summary>
+<details id="adding"><summary id="add-to">Add a field</summary>
 <label><span>Search names and descriptions</span> <input id="search" type="search" autocomplete="off"></label>
 <div id="palette" role="group" aria-label="Field types"></div></details>
 <textarea id="json" aria-label="The request as JSON" spellcheck="false" hidden></textarea>
-<div class="foot">
-<p id="generate-problem" class="problem" role="alert"></p>
-<div id="preview" role="group" aria-label="Preview"></div>
-<div class="row"><button id="go" class="primary">Generate</button>
-<button id="generate-curl" type="button">Copy as curl</button>
-</div>
-<p id="generate-said" class="said" role="status"></p>
-</div>
 </form>
+<details id="keeping"><summary>Keep, open or paste a schema</summary>
+<form id="keep-form" class="row"><label><span>Keep in this browser as</span><input id="keep-name" required
+ autocomplete="off"></label><button>Keep</button><button id="keep-file" type="button">Save as a file</button></form>
+<div id="kept" class="row" role="group" aria-label="Kept schemas"></div>
+<form id="paste-form"><label><span>A request, a schema, a JSON Schema, or the header of a CSV file (with some rows, the
+types are learned from them)</span><textarea id="paste" rows="3" spellcheck="false" required></textarea></label>
+<div class="row"><button>Use it</button><label><span>or open a file</span><input id="keep-open" type="file"></label>
+</div></form>
+<p id="keep-problem" class="problem" role="alert"></p></details>
 <datalist id="types"></datalist>
 <datalist id="locales"><option>de_DE<option>en_GB<option>es_ES<option>fr_FR<option>it_IT<option>ja_JP<option>pt_BR
 <option>zh_CN</datalist>
@@ -8827,33 +8882,34 @@ Make records of it (CSV, TSV, JSON, NDJSON, also .gz)</label>
 <label class="tick"><input type="radio" name="mode" value="infer">
 Learn a schema from it, to generate more like it</label>
 <label class="tick"><input type="radio" name="mode" value="keep">Only keep it</label></fieldset>
-<div class="row" id="upload-more"><label><span>Record type (default: by the file's name)</span>
+<div id="upload-more"><div class="row"><label><span>Record type (default: by the file's name)</span>
 <input id="upload-type" pattern="[a-z][a-z0-9_]{0,62}" title="small letters, digits and _" autocomplete="off"></label>
-<label><span>Delimiter (CSV)</span><input id="delimiter" size="6" maxlength="1" placeholder="found"></label>
-<label><span>Encoding</span><input id="encoding" size="10" placeholder="UTF-8"></label></div>
+</div><details id="upload-how"><summary>How to read it</summary><div id="upload-options" class="form"></div></details>
+</div>
 <label id="drop"><b>Drop files here</b><span>anywhere on this page, or choose some</span>
 <input id="files" type="file" multiple></label>
+<p id="upload-said" class="said" role="status"></p>
 </form>
 <ul id="uploads" aria-label="Uploads of this visit"></ul>
 </section>
 <section id="view-export" aria-labelledby="export-title">
 <h2 id="export-title">Export records</h2>
+<p id="export-hint" hidden>There are no records to export yet: <a href="#generate">generate some</a>, or
+<a href="#upload">upload a file</a>.</p>
 <form id="export-form">
-<fieldset><legend>Record types</legend><div id="export-types" class="row"></div></fieldset>
-<div class="row"><label><span>Format</span><select id="format"><option value="csv">CSV<option value="json">JSON
-<option value="ndjson">NDJSON<option value="sqlite">SQLite</select></label>
-<label class="tick"><input id="gzip" type="checkbox">gzip</label>
-<label class="tick"><input id="excel" type="checkbox">safe for Excel</label></div>
+<fieldset><legend>Record types <span class="dim">none ticked: all</span></legend>
+<div id="export-types" class="row"></div></fieldset>
+<div id="export-options" class="form"></div>
 <div class="row"><label><span>From</span><input id="from" type="date"></label>
 <label><span>To</span><input id="to" type="date"></label>
-<label><span>by the date</span><select id="date-field"></select></label></div>
+<label><span>by the date</span><select id="date-field"></select></label>
+<label><span>Of one job</span><input id="of-job" placeholder="of any" autocomplete="off"></label></div>
 <fieldset><legend>Conditions</legend><div id="where"></div><button id="add-where" type="button">Add a condition</button>
 </fieldset>
 <fieldset><legend>Fields <span class="dim">none ticked: all</span></legend><div id="export-fields" class="row"></div>
 </fieldset>
 <div class="row"><label><span>Order by</span><select id="order"></select></label>
-<label class="tick"><input id="descending" type="checkbox">descending</label>
-<label><span>At most</span><input id="limit" type="number" min="0" placeholder="all"></label></div>
+<label class="tick"><input id="descending" type="checkbox">descending</label></div>
 <p id="export-problem" class="problem" role="alert"></p>
 <div class="row"><button class="primary">Export</button>
 <button id="export-curl" type="button">Copy as curl</button></div>
@@ -8865,15 +8921,34 @@ Learn a schema from it, to generate more like it</label>
 <div id="record-types" class="chips" role="group" aria-label="Record types"></div>
 <div id="records"></div>
 </section>
+<section id="view-run" aria-labelledby="run-title">
+<h2 id="run-title">Run a job</h2>
+<div id="run-types" class="chips" role="group" aria-label="Job types"></div>
+<form id="run-form">
+<div id="run-options" class="form"></div>
+<p id="run-problem" class="problem" role="alert"></p>
+<div class="row"><button class="primary">Run</button><button id="run-curl" type="button">Copy as curl</button></div>
+<p id="run-said" class="said" role="status"></p>
+</form>
+</section>
+</div>
+<div id="side">
+<section id="view-preview" aria-label="Preview and start">
+<div class="row"><button id="go" class="primary" form="generate-form">Generate</button>
+<button id="generate-curl" type="button">Copy as curl</button></div>
+<p id="generate-problem" class="problem" role="alert"></p>
+<p id="generate-said" class="said" role="status"></p>
+<details open><summary>Preview</summary><div id="preview" role="group" aria-label="Preview"></div></details>
+</section>
 <section id="view-jobs" aria-labelledby="jobs-title">
 <div class="head"><h2 id="jobs-title">Jobs</h2><span id="jobs-count" class="dim"></span></div>
-<div class="row"><label><span>Type</span><select id="by-type"><option value="">all</select></label>
-<label><span>Status</span><select id="by-status"><option value="">all<option>pending<option>in-progress<option>completed
-<option>failed<option>canceled</select></label></div>
+<div class="row"><label><span>Type</span><select id="by-type"></select></label>
+<label><span>Status</span><select id="by-status"></select></label></div>
 <ul id="jobs"></ul>
 <p id="no-jobs" class="dim"></p>
 <button id="more" type="button" hidden>Show more</button>
 </section>
+</div>
 </main>
 """
 
@@ -8883,7 +8958,7 @@ _UI_SCRIPT = r"""
 // ---- Elements: made of properties and texts; no string ever becomes markup, so that data stays data ----
 
 const $ = id => document.getElementById(id);
-const DRAWN = new Set(["svg", "rect", "text", "title"]);
+const DRAWN = new Set(["svg", "rect", "title"]);
 
 function el(tag, properties = {}, ...children) {
   const drawn = DRAWN.has(tag) && "http://www.w3.org/2000/svg";
@@ -8906,6 +8981,13 @@ const joined = (parts, between = ", ") => parts.filter(Boolean).join(between);
 const asleep = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
 const shown = value => typeof value === "string" ? value : (value ?? null) === null ? "" : JSON.stringify(value);
 
+// A number that JavaScript would write otherwise (1.50, 2 ** 60 + 1) stays the text that was sent.
+const exact = (_, value, context) => typeof value === "number" && JSON.rawJSON && context?.source &&
+  ![value, `${value}.0`].includes(context.source) && String(value) !== context.source
+  ? JSON.rawJSON(context.source) : value;
+const clone = value => JSON.parse(JSON.stringify(value), exact);
+const sort = value => JSON.isRawJSON?.(value) ? "number" : typeof value;
+
 function choices(select, values, first) {  // keeps what was chosen, where it is still there
   const kept = select.value;
   select.replaceChildren(...[...first ? [""] : [], ...values].map(value => el("option", {value}, value || first)));
@@ -8913,10 +8995,57 @@ function choices(select, values, first) {  // keeps what was chosen, where it is
 }
 function pretty(value, indent = "") {  // JSON on as many lines as it needs
   const line = JSON.stringify(value, null, 1).replace(/\n */g, " "), inner = `${indent}  `, list = Array.isArray(value);
-  if (value === null || typeof value !== "object" || line.length + indent.length < 90 && indent) return line;
+  if (value === null || sort(value) !== "object" || line.length + indent.length < 90 && indent) return line;
   const parts = Object.entries(value).filter(([, item]) => item !== undefined)
     .map(([key, item]) => (list ? "" : `${JSON.stringify(key)}: `) + pretty(item, inner));
   return `${list ? "[" : "{"}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${list ? "]" : "}"}`;
+}
+function parsed(text, keep) {  // what a person types as JSON, where it is that; `keep` keeps numbers and such as text
+  if (text === "") return undefined;
+  try { if (!keep || /^[[{]/.test(text)) return JSON.parse(text, exact); } catch { /* then it is a text */ }
+  return text;
+}
+
+// ---- Forms made from the JSON Schemas of what may be posted, which stand in the page ----
+
+const SHAPES = JSON.parse($("shapes").textContent);
+const OWN = Object.keys(SHAPES.jobs).filter(name => name !== "export");
+
+function plainly(schema, root) {  // references followed, and null left out of what it may be
+  const {$ref, anyOf, allOf, ...own} = schema;
+  const options = $ref ? [root.$defs[$ref.split("/").at(-1)]]
+    : (anyOf ?? allOf ?? []).filter(({type}) => type !== "null");
+  return options.length === 1 ? plainly({...options[0], ...own}, root) : schema;
+}
+function control(schema, required) {  // of one property: the element, and what reads and writes it
+  const {type, minimum, maximum, minLength, maxLength, pattern, description: about, default: usual} = schema;
+  const values = schema.enum ?? ("const" in schema ? [schema.const] : undefined), whole = type === "integer";
+  if (type === "boolean") {
+    const node = el("input", {type: "checkbox", checked: usual ?? false});
+    return {node, about, get: () => required || node.checked !== (usual ?? false) ? node.checked : undefined,
+      set: value => { node.checked = value ?? usual ?? false; }};
+  }
+  const node = values ? el("select", {required}) : el("input", {required, placeholder: shown(usual),
+    autocomplete: "off", ...whole || type === "number" ? {type: "number", step: whole ? 1 : "any",
+      min: minimum ?? "", max: maximum ?? ""} : {}, ...pattern && {pattern}, ...minLength && {minLength},
+    ...maxLength && {maxLength}});
+  if (values) choices(node, values.map(shown), required ? undefined : shown(usual) || "as it is");
+  if (type === "array" || type === "object") node.oninput = () => node.setCustomValidity(
+    ["", "object"].includes(node.value && typeof parsed(node.value)) ? "" : `Has to be JSON: an ${type}.`);
+  return {node, about, get: () => values?.find(value => shown(value) === node.value) ??
+    parsed(node.value, type === "string"), set: value => { node.value = shown(value); }};
+}
+function form(schema, place, skip = []) {
+  const controls = Object.entries(schema.properties).filter(([name]) => !["after", ...skip].includes(name))
+    .map(([name, shape]) => ({name, ...control(plainly(shape, schema), schema.required?.includes(name))}));
+  place.replaceChildren(...controls.map(({name, node, about}) => {
+    const text = name.replace(/[A-Z]/g, " $&").toLowerCase(), told = about && el("small", {}, about);
+    return node.type === "checkbox" ? el("label", {className: "tick"}, node, ` ${text}`, told)
+      : el("label", {}, el("span", {}, text), node, told);
+  }));
+  return {read: () => Object.fromEntries(controls.map(({name, get}) => [name, get()])
+    .filter(([, value]) => value !== undefined)),
+  write: request => { for (const {name, set} of controls) set(request[name]); }};
 }
 
 // ---- The server: one way to ask it, and what is known of its health ----
@@ -8928,11 +9057,8 @@ function reached(answers) {
   down = $("health").className = answers ? "" : "down";
   $("offline").hidden = answers;
   $("health").textContent = answers ? "back" : "stopped";
-  if (answers) for (const renew of [health, presets ? previewSoon : loadFields, loadTypes, wake]) renew();
+  if (answers) for (const renew of [presets ? previewSoon : loadFields, loadTypes, refresh]) renew();
 }
-const exact = (_, value, context) =>  // a whole number that is too large for JavaScript is shown as it was sent
-  typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER && context ? context.source : value;
-
 async function api(method, path, body, signal) {
   let response, text;
   try {
@@ -8947,14 +9073,14 @@ async function api(method, path, body, signal) {
   reached(true);
   const data = text ? JSON.parse(text, exact) : null;
   if (response.ok) return data;
-  throw Object.assign(new Error(data.error ?? data.errors.join("; ")), {fields: data.fields ?? []});
+  throw Object.assign(new Error(data.error ?? data.errors.join("; ")), {fields: data.fields ?? [], gone:
+    response.status === 404});
 }
-async function health() {
-  const said = await api("GET", "./").catch(error => error);
+function showHealth(said, busy) {  // the list may have seen a job that began after the server counted
   if (down) return;
   $("health").className = said.message ? "down" : "";
   $("health").textContent = said.message ?? joined([`v${said.version}`, amount(said.workers, "worker"),
-    `${amount(said.inProgress)} running`, `${amount(said.pending)} waiting`], " · ");
+    `${amount(Math.max(said.inProgress, busy))} running`, `${amount(said.pending)} waiting`], " · ");
 }
 async function copyCurl(path, request, said) {
   const body = JSON.stringify(request).replaceAll("'", "'\\''");
@@ -8962,11 +9088,11 @@ async function copyCurl(path, request, said) {
   said.textContent = await navigator.clipboard?.writeText(command).then(() => "Copied.", () => "") || command;
 }
 
-// ---- Jobs: a list that renews itself, as gently as the server needs it ----
+// ---- Jobs: a list that renews itself, as gently as the server needs it; forms tell of theirs from it ----
 
-const cards = new Map();
+const cards = new Map(), told = new Map(), stopped = new Set();  // by job: its card, the form's line; canceled here
 const ended = job => !["pending", "in-progress"].includes(job.status);
-let listed = 50, turn = 0, awaited = null, wake = () => {};
+let listed = 50, turn = 0, busy = false;
 
 function title({type, request}) {
   const {filters, format, filename, count} = request, all = joined([filters?.recordType ?? "all records"].flat());
@@ -8978,18 +9104,28 @@ function standing(job) {
   const {done, total} = job.progress, {records, bytes} = job.result ?? {};
   if (job.status === "pending") return job.after ? `waits for job ${job.after}` : "waits for a worker";
   if (!ended(job)) return joined([total ? `${amount(done)} of ${amount(total)}` : amount(done),
-    total && `${Math.floor(100 * done / total)} %`, job.eta !== null && `about ${lasting(job.eta)} left`]);
-  return joined([records !== undefined && amount(records, "record"), bytes !== undefined && size(bytes),
+    total && `${Math.floor(100 * done / total)} %`, job.eta !== null && `${job.eta < 1 ? "" : "about "}${
+      lasting(job.eta)} left`]);
+  return joined([Number.isFinite(records) && amount(records, "record"), Number.isFinite(bytes) && size(bytes),
     job.startedAt && `in ${lasting((new Date(job.finishedAt) - new Date(job.startedAt)) / 1000)}`]);
 }
+const failing = job => stopped.has(job.jobId) && job.status === "canceled" ? "" : job.error ?? "";
 function jobLinks(job) {
   const made = /records\/(\w+)/.exec(job.links.records)?.[1], id = job.jobId, file = job.result?.filename ?? "the file";
   return job.status !== "completed" ? [] : [
     job.links.download && el("a", {href: `download/${id}`, download: ""}, `Download ${file}`),
     made && el("a", {href: `#records/${made}/${id}`}, "Look at the records")].filter(Boolean);
 }
+function useAgain({type, request}) {  // fills the form that makes such jobs
+  if (type === "generate") edit(request);
+  else if (type === "export") editExport(request);
+  else if (type in SHAPES.jobs) drawRun(type, request);
+  else editUpload(request, type);
+  location.hash = type === "generate" || type === "export" ? type : type in SHAPES.jobs ? `run/${type}` : "upload";
+}
 function jobActions(job, problem) {
   const act = (method, path) => async () => {
+    if (path.endsWith("cancel")) stopped.add(job.jobId);
     await api(method, path).catch(error => { problem.textContent = error.message; });
     refresh();
     loadTypes();
@@ -9000,7 +9136,8 @@ function jobActions(job, problem) {
   }, {className: "danger", onblur: () => { remove.textContent = "Delete"; }});
   return [!ended(job) && button("Cancel", act("POST", `jobs/${job.jobId}/cancel`)),
     ["failed", "canceled"].includes(job.status) && button("Retry", act("POST", `jobs/${job.jobId}/retry`)),
-    job.type === "generate" && button("Use again", () => { edit(job.request); location.hash = "#generate"; }),
+    [...Object.keys(SHAPES.jobs), "generate", "upload", "ingest"].includes(job.type) &&
+      button("Use again", () => useAgain(job)),
     ended(job) && remove].filter(Boolean);
 }
 function newCard() {
@@ -9025,7 +9162,7 @@ function fillCard(card, job, text) {  // true if the job has ended since the car
   bar.hidden = job.status !== "in-progress";
   bar.setAttribute("aria-label", `Progress of ${title(job)}`);
   if (total) Object.assign(bar, {max: total, value: Math.min(done, total)}); else bar.removeAttribute("value");
-  problem.textContent = job.error ?? "";
+  problem.textContent = failing(job);
   if (card.details.open) card.raw.textContent = pretty(job);
   if (was?.status !== job.status) {
     const focused = row.contains(document.activeElement);
@@ -9036,7 +9173,7 @@ function fillCard(card, job, text) {  // true if the job has ended since the car
   return ended(job) && !(was && ended(was));
 }
 function showJobs({items, next}) {
-  const found = new Set(items.map(job => job.jobId)), kinds = [...$("by-type").options].map(option => option.value);
+  const found = new Set(items.map(job => job.jobId));
   for (const [id, card] of cards) if (!found.has(id) && cards.delete(id)) card.node.remove();
   let place = $("jobs").firstElementChild, fresh = false;
   for (const job of items) {
@@ -9044,63 +9181,70 @@ function showJobs({items, next}) {
     cards.set(job.jobId, card);
     if (card.text !== text) fresh = fillCard(card, job, text) || fresh;
     if (card.node === place) place = place.nextElementSibling; else $("jobs").insertBefore(card.node, place);
+    tell(job);
   }
   $("jobs-count").textContent = items.length ? `${amount(items.length)}${next ? " newest" : ""}` : "";
   $("no-jobs").textContent = items.length ? "" : $("by-type").value || $("by-status").value ? "No job is like that."
     : "No jobs yet. Choose a preset, and press Generate.";
   $("more").hidden = !next || listed >= 1000;
-  choices($("by-type"), [...new Set([...kinds.filter(Boolean), ...items.map(job => job.type)])], "all");
   if (fresh) loadTypes();
+}
+function tell(job) {  // what the list says of a job, where the form that made it is
+  const said = told.get(job.jobId);
+  if (!said) return;
+  said.replaceChildren(`${title(job) || job.type}: ${ended(job) ? joined([`${job.status}.`, failing(job) ||
+    standing(job)], " ") : standing(job)} `, ...jobLinks(job).flatMap(link => [link, " "]));
+  if (ended(job)) told.delete(job.jobId);
 }
 async function refresh() {
   const mine = ++turn, query = new URLSearchParams({limit: listed});
   for (const name of ["type", "status"]) if ($(`by-${name}`).value) query.set(name, $(`by-${name}`).value);
-  const page = await api("GET", `jobs?${query}`).catch(() => null);
-  if (!page || mine !== turn) return;
-  showJobs(page);
-  listen(page.items.findLast(job => !ended(job)));
-}
-async function listen(job) {  // a long poll for the oldest job at work tells its end at once
-  if (!job || awaited) return;
-  awaited = job;
-  const answer = await api("GET", `status/${job.jobId}?wait=20`).catch(() => job);
-  awaited = null;
-  if (ended(answer)) wake();
+  const [page, said] = await Promise.all([api("GET", `jobs?${query}`).catch(() => null),
+    api("GET", "./").catch(error => error)]);
+  if (mine !== turn) return;
+  if (page) showJobs(page);
+  const running = [...cards.values()].filter(({job}) => job.status === "in-progress").length;
+  showHealth(said, running);
+  busy = said.inProgress + said.pending > 0 || running > 0;
+  for (const id of told.keys()) if (!cards.has(id)) await api("GET", `status/${id}`).then(tell, ({message, gone}) => {
+    if (gone && told.has(id)) told.get(id).textContent = message;
+    if (gone) told.delete(id);
+  });
 }
 async function watch() {
-  for (let round = 0; ; round++) {
+  for (;;) {
     if (document.hidden) await new Promise(seen => document.addEventListener("visibilitychange", seen, {once: true}));
-    const began = performance.now(), woken = new Promise(resolve => { wake = resolve; });
+    const began = performance.now();
     await refresh();
-    if (round % 8 === 0) health();
-    const pause = [...cards.values()].some(card => !ended(card.job)) ? 1000 : 4000;
-    await Promise.race([woken, asleep(Math.max(pause, 10 * (performance.now() - began)))]);
-    await asleep(200);
+    await asleep(Math.max(busy ? 700 : 3000, 10 * (performance.now() - began)));
   }
 }
-async function follow(said, job) {  // a form tells how its job goes
-  for (; !ended(job); await asleep(down ? 2000 : 400)) {
-    said.textContent = `${title(job)}: ${standing(job)}`;
-    job = await api("GET", `status/${job.jobId}?wait=1`).catch(({message: error}) =>
-      down ? job : {...job, status: "gone", error});
-  }
-  said.replaceChildren(`${title(job)}: ${job.status}. ${job.error ?? standing(job)} `,
-    ...jobLinks(job).flatMap(link => [link, " "]));
+function follow(said, job) {
+  for (const [id, other] of told) if (other === said) told.delete(id);
+  told.set(job.jobId, said);
+  tell(job);
+  refresh();
 }
-async function submit(event, path, request, problem, said) {
-  event.preventDefault();
-  problem.textContent = said.textContent = "";
-  event.submitter.disabled = true;
-  await api("POST", path, request).then(job => { follow(said, job); refresh(); },
-    error => { problem.textContent = error.message; });
-  event.submitter.disabled = false;
+function jobForm(name, path, read) {  // a form that makes a job: its button, its curl, what is wrong, how it goes
+  const problem = $(`${name}-problem`), said = $(`${name}-said`);
+  $(`${name}-form`).onsubmit = async event => {
+    event.preventDefault();
+    const pressed = event.submitter ?? {};
+    problem.textContent = said.textContent = "";
+    pressed.disabled = true;
+    await api("POST", path(), read()).then(job => follow(said, job), error => { problem.textContent = error.message; });
+    pressed.disabled = false;
+  };
+  $(`${name}-curl`).onclick = () => copyCurl(path(), read(), said);
 }
 
 // ---- Generate: one request, edited as fields or as JSON, with a preview beside it ----
 
-let request = {recordType: "person", count: 1000}, catalogue = new Map(), problems = new Map();
-let presets, target, asked, timer;
+let request = {recordType: "person", count: 1000}, catalogue = new Map(), rows = new Map();
+let presets, target, asked, timer, now = [];  // `now`: record type and field that are worked on
+let steps = [], step = -1, lastEdit;  // texts of the request, for undo; all the keys typed into one control are a step
 const shuffled = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+const isJsonSchema = schema => "$schema" in (schema ?? {}) || schema?.type === "object" && "properties" in schema;
 
 async function loadFields() {
   const locale = [request.locale ?? "en_US"].flat()[0];
@@ -9117,108 +9261,159 @@ async function loadFields() {
 }
 function edit(fresh) {  // a preset becomes the schema that it stands for
   const preset = !fresh.schema && !fresh.records && presets?.[fresh.recordType];
-  request = {...fresh, ...structuredClone(preset || {})};
+  request = {...clone(fresh), ...clone(preset || {})};
   if (preset?.records) {
     for (const spec of Object.values(request.records)) if (!spec.per) spec.count = request.count;
     delete request.recordType;
     delete request.count;
   }
+  now = [];
   for (const choice of $("presets").children)
     choice.setAttribute("aria-pressed", Boolean(preset) && choice.textContent === fresh.recordType);
+  if (isJsonSchema(request.schema)) editAs(true); else draw();
+  changed();
+}
+function changed(control) {  // after every edit: it can be undone, and is seen in the preview
+  const text = JSON.stringify(request);
+  if (text !== steps[step]) {
+    if (!control || control !== lastEdit) step++;
+    steps.splice(step, Infinity, text);
+    lastEdit = control;
+  }
+  $("undo").disabled = step < 1;
+  $("redo").disabled = step > steps.length - 2;
+  previewSoon();
+}
+function travel(by) {
+  if (!(step + by in steps)) return;
+  request = JSON.parse(steps[step += by], exact);
   draw();
+  changed();
 }
 function draw() {
   for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"], ["locale", "locale"]])
-    if (document.activeElement !== $(id)) $(id).value = [request[name] ?? ""].flat().join(",");
+    if (document.activeElement !== $(id)) $(id).value = [request[name] ?? ""].flat().map(shown).join(",");
   for (const id of ["record-type", "count"]) $(id).parentNode.hidden = $(id).disabled = Boolean(request.records);
-  problems = new Map();
   if ($("json").hidden) drawFields(); else if (document.activeElement !== $("json")) $("json").value = pretty(request);
   previewSoon();
 }
-function drawFields() {
+function drawFields(name, control = 0) {  // then that field's control has the focus
   const groups = request.records ? Object.entries(request.records).filter(([, holder]) => holder) : [["", request]];
+  const open = new Set([...rows].filter(([, {panel}]) => !panel.hidden).map(([path]) => path)), within = target?.name;
+  rows = new Map();
   target = null;
-  $("fields").replaceChildren(...groups.map(([name, holder]) => {
-    const list = el("div"), path = name ? `records.${name}.schema` : "schema";
-    const group = {holder, add: field => list.append(fieldRow(holder, field, path))};
-    target ??= group;
-    for (const field of Object.keys(holder.schema ?? {})) group.add(field);
+  $("fields").replaceChildren(...groups.map(([type, holder]) => {
+    const group = {name: type, holder, path: type ? `records.${type}.schema` : "schema"};
+    const list = Object.keys(holder.schema ?? {}).map(field => fieldRow(group, field, open));
+    if (!target || type === within) target = group;
     const count = labelled(holder.per ? `for each ${holder.per}: a number, or [from, to]` : "how many", el("input", {
-      value: shown(holder.count), oninput: event => { holder.count = parsed(event.target.value); previewSoon(); }}));
-    const fieldset = el("fieldset", {}, name && [el("legend", {}, name), count], list);
-    fieldset.addEventListener("focusin", () => { target = group; });
+      value: shown(holder.count), oninput: ({target: input}) => {
+        holder.count = parsed(input.value);
+        changed(input);
+      }}));
+    const fieldset = el("fieldset", {}, type && [el("legend", {}, type), count], el("div", {}, list));
+    fieldset.addEventListener("focusin", () => aim(group));
     return fieldset;
   }));
+  if (target) aim(target);
+  const row = name !== undefined && rows.get(`${target.path}.${name}`)?.row;
+  if (!row) return;
+  row.children[control].focus();
+  if (control === 0) row.firstChild.select();
 }
-function parsed(text, keep) {  // what a person types as JSON, where it is that; `keep` keeps numbers and such as text
-  if (text === "") return undefined;
-  try { if (!keep || /^[[{]/.test(text)) return JSON.parse(text); } catch { /* then it is a text */ }
-  return text;
+function aim(group) {
+  target = group;
+  $("add-to").textContent = group.name ? `Add a field to ${group.name}` : "Add a field";
 }
-function fieldRow(holder, name, within) {
+function reshape(group, change, name, control) {  // fields are added, moved, copied, removed: [name, spec] pairs
+  const entries = Object.entries(group.holder.schema ?? {});
+  target = group;
+  change(entries);
+  group.holder.schema = Object.fromEntries(entries);
+  drawFields(name ?? entries[0]?.[0], control);
+  changed();
+}
+function another(schema, name) {  // a name that is free
+  for (let number = 1; ; number++) {
+    const fresh = number > 1 ? `${name}_${number}` : name;
+    if (!Object.hasOwn(schema ?? {}, fresh)) return fresh;
+  }
+}
+function fieldRow(group, name, open) {
+  const {holder, path} = group, at = entries => entries.findIndex(([key]) => key === name);
   const read = () => typeof holder.schema[name] === "string" ? {type: holder.schema[name]} : holder.schema[name] ?? {};
-  const write = (spec, fresh = name) => {
-    const value = Object.keys(spec).length === 1 ? spec.type : spec, entries = Object.entries(holder.schema);
-    holder.schema = Object.fromEntries(entries.map(([key, old]) => key === name ? [fresh, value] : [key, old]));
-    problems.delete(`${within}.${name}`);
-    name = fresh;
+  const write = (control, spec, fresh = name) => {
+    const entries = Object.entries(holder.schema), value = Object.keys(spec).length === 1 ? spec.type ?? spec : spec;
+    entries[at(entries)] = [fresh, value];
+    holder.schema = Object.fromEntries(entries);
+    rows.delete(`${path}.${name}`);
+    rows.set(`${path}.${name = fresh}`, parts);
+    now = [group.name, name];
     tell();
+    changed(control);
   };
   const tell = () => {
     const {type, args, ...rest} = read();
     const told = Object.entries({...rest, ...args}).map(([key, value]) => `${key} ${shown(value)}`);
     more.textContent = joined(told) || "options";
-    problems.set(`${within}.${name}`, problem);
-    previewSoon();
   };
-  const naming = el("input", {value: name, "aria-label": "Name of the field", oninput: () => {
-    const taken = !naming.value || naming.value !== name && Object.hasOwn(holder.schema, naming.value);
-    naming.setCustomValidity(taken ? "The fields need different names." : "");
-    if (taken) naming.reportValidity(); else write(read(), naming.value);
-  }});
-  const typing = el("input", {value: read().type, list: "types", "aria-label": "Type of the field", oninput: () => {
-    write({type: typing.value, ...catalogue.get(typing.value)?.example});
-    arrange();
-  }});
-  const panel = el("div", {className: "options", hidden: true}), problem = el("p", {className: "problem"});
+  const problem = el("p", {className: "problem", id: `problem-${path}-${name}`});
+  const naming = el("input", {value: name, "aria-label": "Name of the field", "aria-describedby": problem.id,
+    oninput: () => {
+      const fresh = naming.value, taken = fresh !== name && Object.hasOwn(holder.schema, fresh);
+      naming.setCustomValidity(taken ? `There is a field ${fresh} already.` : fresh ? "" : "A field needs a name.");
+      naming.setAttribute("aria-invalid", taken || !fresh);
+      problem.textContent = naming.validationMessage;
+      if (!taken && fresh) write(naming, read(), fresh);
+    }});
+  const typing = el("input", {value: read().type ?? "", list: "types", "aria-label": "Type of the field",
+    "aria-describedby": problem.id, oninput: () => {
+      write(typing, {type: typing.value, ...catalogue.get(typing.value)?.example});
+      arrange();
+    }});
+  const panel = el("div", {className: "options", hidden: !open.has(`${path}.${name}`)});
   const more = button("", () => more.setAttribute("aria-expanded", !(panel.hidden = !panel.hidden)),
-    {"aria-expanded": "false", title: "Options of the field"});
-  const up = button("↑", () => {
-    const entries = Object.entries(holder.schema), at = entries.findIndex(([key]) => key === name);
-    entries.splice(Math.max(0, at - 1), 0, ...entries.splice(at, 1));
-    holder.schema = Object.fromEntries(entries);
-    row.previousElementSibling?.before(row);
-    up.focus();
-    previewSoon();
-  }, {"aria-label": "Move the field up", title: "Move up"});
-  const drop = button("✕", () => {
-    delete holder.schema[name];
-    problems.delete(`${within}.${name}`);
-    (row.nextElementSibling ?? row.previousElementSibling)?.querySelector("input").focus();
-    row.remove();
-    previewSoon();
-  }, {"aria-label": "Remove the field", title: "Remove"});
-  const row = el("div", {className: "field", role: "group", "aria-label": "Field"},
-    naming, typing, more, up, drop, panel, problem);
+    {"aria-expanded": String(!panel.hidden), title: "Options of the field"});
+  const move = by => reshape(group, entries => {
+    const from = at(entries);
+    entries.splice(Math.max(0, from + by), 0, ...entries.splice(from, 1));
+  }, name, [...row.children].indexOf(document.activeElement));
+  const tool = (sign, text, act) => button(sign, act, {"aria-label": `${text} the field`, title: text});
+  const row = el("div", {className: "field", role: "group", "aria-label": `Field ${name}`, onkeydown: event => {
+    const by = event.altKey && {ArrowUp: -1, ArrowDown: 1}[event.key];
+    if (!by) return;
+    event.preventDefault();
+    move(by);
+  }}, naming, typing, more, tool("↑", "Move up", () => move(-1)),
+  tool("↓", "Move down", () => move(1)), tool("+", "Copy", () => {
+    const copy = another(holder.schema, name);
+    reshape(group, entries => entries.splice(at(entries) + 1, 0, [copy, clone(holder.schema[name])]), copy);
+  }), tool("✕", "Remove", () => {
+    const names = Object.keys(holder.schema), next = names[names.indexOf(name) + 1] ?? names[names.indexOf(name) - 1];
+    reshape(group, entries => entries.splice(at(entries), 1), next, 6);
+  }), panel, problem);
+  row.addEventListener("focusin", () => { now = [group.name, name]; reveal(); });
+  const parts = {row, panel, problem, naming};
+  rows.set(`${path}.${name}`, parts);
   function arrange() {  // what the type may be told; the arguments of Faker's methods stand under args
     const spec = read(), item = catalogue.get(spec.type);
-    const control = ({name: key, default: usual, about = key}, inArgs) => {
+    const option = ({name: key, default: usual, about = key}, inArgs) => {
       const value = (inArgs ? spec.args ?? {} : spec)[key];
       const keep = typeof (value ?? item?.example?.[key] ?? usual) === "string";
       return labelled(about, el("input", {value: shown(value), placeholder: shown(usual),
-        oninput: event => set(key, parsed(event.target.value, keep), inArgs)}));
+        oninput: ({target: input}) => set(input, key, parsed(input.value, keep), inArgs)}));
     };
-    const set = (key, value, inArgs) => {
-      const {args, ...own} = structuredClone(read()), fresh = inArgs ? {...args, [key]: value} : {...own, [key]: value};
+    const set = (control, key, value, inArgs) => {
+      const {args, ...own} = clone(read()), fresh = inArgs ? {...args, [key]: value} : {...own, [key]: value};
       if (value === undefined) delete fresh[key];
       const told = inArgs ? fresh : args ?? {};
-      write({...inArgs ? own : fresh, ...Object.keys(told).length && {args: told}});
+      write(control, {...inArgs ? own : fresh, ...Object.keys(told).length && {args: told}});
     };
     const unique = tick("unique", {checked: spec.unique === true,
-      onchange: event => set("unique", event.target.checked || undefined)});
-    const nulls = control({name: "null", default: 0, about: "null: how likely, 0 to 1"});
+      onchange: ({target: box}) => set(box, "unique", box.checked || undefined)});
+    const nulls = option({name: "null", default: 0, about: "null: how likely, 0 to 1"});
     panel.replaceChildren(el("p", {className: "dim"}, item?.doc.split("\n")[0] ?? ""), el("div", {className: "row"},
-      (item?.args ?? []).map(arg => control(arg, !item.example)), nulls, unique));
+      (item?.args ?? []).map(arg => option(arg, !item.example)), nulls, unique));
   }
   arrange();
   tell();
@@ -9229,17 +9424,15 @@ function search() {
   const fits = ({type, doc}) => words.every(word => `${type} ${doc}`.toLowerCase().includes(word));
   $("palette").replaceChildren(...[...catalogue.values()].filter(fits).map(({type, doc, sample, example}) => button(
     [type, " ", el("span", {className: "dim"}, shown(sample))], () => {
-      let name = type;
-      for (let number = 2; name in (target.holder.schema ?? {}); number++) name = `${type}_${number}`;
-      target.holder.schema = {...target.holder.schema, [name]: example ?? type};
-      target.add(name);
+      const name = another(target.holder.schema, type);
+      reshape(target, entries => entries.push([name, example ?? type]), name);
     }, {title: doc})));
 }
 function showProblem(error) {
-  for (const problem of problems.values()) problem.textContent = "";
+  for (const {problem, naming} of rows.values()) problem.textContent = naming.validationMessage;
   const others = (error?.fields ?? []).filter(({field, message}) => {
-    const path = [...problems.keys()].filter(path => `${field}.`.startsWith(`${path}.`)).sort().at(-1);
-    if (path) problems.get(path).textContent = joined([field.slice(path.length + 1), message], ": ");
+    const path = [...rows.keys()].filter(path => `${field}.`.startsWith(`${path}.`)).sort().at(-1);
+    if (path) rows.get(path).problem.textContent ||= joined([field.slice(path.length + 1), message], ": ");
     return !path;
   });
   $("generate-problem").textContent = error?.fields?.length
@@ -9260,27 +9453,104 @@ async function preview() {
     $("preview").replaceChildren(...Object.entries(Array.isArray(records) ? {"": records} : records).map(
       ([name, items]) => el("div", {}, name && el("b", {}, name), table(items.slice(0, 8), `Preview ${name}`))));
     showProblem();
+    reveal();
   } catch (error) { if (error.name !== "AbortError") showProblem(error); }
 }
-function table(items, label) {
-  const columns = [...new Set(items.flatMap(Object.keys))];
-  const cell = value => value === null || value === undefined ? el("td", {className: "dim"}, "null")
-    : el("td", {className: typeof value, title: shown(value)}, shown(value));
+function reveal() {  // the column of the field that is worked on; the page itself stays where it is
+  const [type, field] = now, heads = [...$("preview").querySelectorAll("th")];
+  for (const head of heads) head.classList.remove("now");
+  const head = heads.find(head => [head.textContent, head.closest(".scroll").ariaLabel].join() ===
+    [field, `Preview ${type}`].join());
+  if (!head) return;
+  head.classList.add("now");
+  for (const box of [head.closest(".scroll"), $("view-preview")]) {
+    const inner = head.getBoundingClientRect(), outer = box.getBoundingClientRect();
+    if (inner.left < outer.left || inner.right > outer.right)
+      box.scrollLeft += inner.left - outer.left - (outer.width - inner.width) / 2;
+    if (inner.top < outer.top || inner.bottom > outer.bottom) box.scrollTop += inner.top - outer.top - 30;
+  }
+}
+function table(items, label) {  // the numbers of a column with as many digits behind the point as one of them has
+  const columns = [...new Set(items.flatMap(Object.keys))].map(name => {
+    const values = items.map(item => item[name] ?? null), given = values.filter(value => value !== null).map(shown);
+    const number = given.length > 0 && values.every(value => value === null || sort(value) === "number");
+    const places = number && given.every(text => /^-?\d+(\.\d{1,6})?$/.test(text))
+      ? given.reduce((most, text) => Math.max(most, text.split(".")[1]?.length ?? 0), 0) : 0;
+    const text = value => places ? joined([shown(value).split(".")[0], (shown(value).split(".")[1] ?? "")
+      .padEnd(places, "0")], ".") : shown(value);
+    return {name, className: number ? "number" : "", text};
+  });
+  const cell = (value, {className, text}) => value === null ? el("td", {className: "dim"}, "null")
+    : el("td", {className, title: shown(value)}, text(value));
   return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
-    el("thead", {}, el("tr", {}, columns.map(name => el("th", {scope: "col", className: typeof items[0][name]},
-      name)))),
-    el("tbody", {}, items.map(item => el("tr", {}, columns.map(name => cell(item[name])))))));
+    el("thead", {}, el("tr", {}, columns.map(({name, className}) => el("th", {scope: "col", className}, name)))),
+    el("tbody", {}, items.map(item => el("tr", {}, columns.map(column => cell(item[column.name] ?? null, column)))))));
 }
 function editAs(json) {
   $("json").hidden = !json;
   $("fields").hidden = $("adding").hidden = json;
   for (const [id, pressed] of [["as-json", json], ["as-fields", !json]]) $(id).setAttribute("aria-pressed", pressed);
   $("fields").replaceChildren();
+  rows = new Map();
   $("json").setCustomValidity("");
   draw();
 }
 
+// ---- Schemas that are kept, opened and pasted ----
+
+const KEPT = "taskapi.schemas";
+const recordTypeOf = text => text.split(".")[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_$/g, "")
+  .slice(0, 63) || "record";
+
+function kept(change) {  // the browser's store may be closed to this page
+  try {
+    const all = JSON.parse(localStorage.getItem(KEPT) ?? "{}", exact);
+    if (change) localStorage.setItem(KEPT, JSON.stringify(change(all) ?? all));
+    if (change) drawKept();
+    return all;
+  } catch (error) { $("keep-problem").textContent = `This browser keeps nothing here: ${error.message}`; }
+  return {};
+}
+function drawKept() {
+  $("kept").replaceChildren(...Object.entries(kept()).map(([name, value]) => el("span", {}, button(name, () =>
+    edit(value), {title: "Open"}), button("✕", () => kept(all => { delete all[name]; }),
+    {"aria-label": `Forget ${name}`, title: "Forget"}))));
+}
+function typeNamed(name) {  // of a column of which only the name is known: the Faker method or type called like it
+  const words = name.replace(/([a-z\d])([A-Z])/g, "$1_$2").toLowerCase().split(/\W+|_/).filter(Boolean);
+  for (let from = 0; from < words.length; from++) {
+    const type = words.slice(from).join("_");
+    if (catalogue.has(type)) return catalogue.get(type).example ?? type;
+  }
+  return words.at(-1) === "id" ? "sequence" : "word";
+}
+function fromHeader(line) {
+  const [sign] = [...",;\t|"].sort((a, b) => line.split(b).length - line.split(a).length), schema = {};
+  for (const [, part] of line.matchAll(new RegExp(`("(?:[^"]|"")*"|[^${sign}]*)(?:[${sign}]|$)`, "g"))) {
+    const name = part.trim().replace(/^"|"$/g, "").replaceAll('""', '"');
+    if (name) schema[another(schema, name)] = typeNamed(name);
+  }
+  return schema;
+}
+async function take(text, filename = "record") {  // whatever describes records
+  const more = {recordType: recordTypeOf(filename), count: request.count ?? 1000, seed: shuffled()};
+  $("keep-problem").textContent = "";
+  try {
+    if (/^\s*\{/.test(text)) {
+      const data = JSON.parse(text, exact), of = key => typeof data[key] === "object" && !isJsonSchema(data);
+      if (of("schema") || of("records") || typeof data.count === "number") edit({seed: more.seed, ...data});
+      else edit({...more, ...data.title && {recordType: recordTypeOf(data.title)}, schema: data});
+    } else if (/\n./.test(text.trim()) || /^\s*\[/.test(text)) {
+      const body = new FormData(), suffix = /^\s*\[/.test(text) ? "json" : "csv";
+      body.append("file", new File([text], `${more.recordType}.${suffix}`));
+      edit({seed: more.seed, ...await send("infer", body, new XMLHttpRequest()), count: more.count});
+    } else edit({...more, schema: fromHeader(text.trim())});
+  } catch (error) { $("keep-problem").textContent = error.message; }
+}
+
 // ---- Upload: one file after the other, with progress ----
+
+const reading = form(SHAPES.upload, $("upload-options"), ["recordType"]);
 
 function send(path, body, sender) {
   return new Promise((resolve, reject) => {
@@ -9297,12 +9567,10 @@ async function upload(file) {
   const mode = $("upload-form").elements.mode.value, body = new FormData(), sender = new XMLHttpRequest();
   const bar = el("progress", {max: 1, value: 0, "aria-label": `Upload of ${file.name}`});
   const said = el("div", {className: "dim", role: "status"}, size(file.size));
-  const stop = button("Stop", () => sender.abort());
+  const stop = button("Stop", () => sender.abort()), options = reading.read();
   $("uploads").prepend(el("li", {}, el("div", {className: "head"}, el("b", {}, file.name), stop), bar, said));
-  const guess = file.name.split(".")[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^[^a-z]+|_$/g, "");
-  const parts = {encoding: $("encoding").value, delimiter: $("delimiter").value,
-    recordType: $("upload-type").value || guess.slice(0, 63) || "record"};
-  if (mode !== "keep") for (const [name, value] of Object.entries(parts)) if (value) body.append(name, value);
+  if (!options.split) options.recordType = $("upload-type").value || recordTypeOf(file.name);
+  if (mode !== "keep") for (const [name, value] of Object.entries(options)) body.append(name, shown(value));
   body.append("file", file);
   sender.upload.onprogress = ({loaded, total}) => {
     Object.assign(bar, {max: total, value: loaded});
@@ -9310,65 +9578,112 @@ async function upload(file) {
   };
   try {
     const answer = await send(mode === "infer" ? "infer" : "upload", body, sender);
-    if (mode !== "infer") follow(said, answer, refresh());
+    if (mode !== "infer") follow(said, answer);
     else { said.textContent = "Learned."; edit({seed: shuffled(), ...answer}); location.hash = "#generate"; }
   } catch (error) { Object.assign(said, {textContent: error.message, className: "problem"}); }
   bar.hidden = stop.hidden = true;
 }
 async function uploadAll(files) {
   location.hash = "#upload";
+  $("upload-said").textContent = "";
   for (const file of [...files]) await upload(file);
+}
+function drawMode() { $("upload-more").hidden = $("upload-form").elements.mode.value === "keep"; }
+function editUpload(request, type) {
+  $("upload-form").elements.mode.value = type === "ingest" ? "ingest" : "keep";
+  drawMode();
+  reading.write(request);
+  $("upload-how").open = Object.keys(reading.read()).length > 0;
+  $("upload-type").value = request.recordType ?? "";
+  $("upload-said").textContent = `Set as for ${request.filename}. Choose the file, which a page cannot do for you.`;
 }
 
 // ---- Export ----
 
 let types = [];
 const SIGNS = {eq: "=", ne: "≠", lt: "<", lte: "≤", gt: ">", gte: "≥", in: "is one of (a, b)", like: "is like (% _)",
-  null: "is null"};
+  null: "is null", "!null": "is not null"};
+const OPERATORS = SHAPES.jobs.export.$defs.Condition.properties;
+const writing = form(SHAPES.jobs.export, $("export-options"), ["filters", "fields", "orderBy"]);
+const operand = sign => plainly(OPERATORS[sign.replace("!", "")], SHAPES.jobs.export).type;
 
 async function loadTypes() {
   types = (await api("GET", "records").catch(() => ({items: types}))).items;
-  const kept = ticked("export-types");
-  $("export-types").replaceChildren(...types.map(({recordType, count}) => tick(`${recordType} (${amount(count)})`,
-    {value: recordType, checked: kept.includes(recordType), onchange: exportChoices})));
-  exportChoices();
+  tickTypes(ticked("export-types"));
+  $("export-hint").hidden = types.length > 0;
+  $("export-form").hidden = !types.length;
   navigate();
+}
+function tickTypes(kept) {
+  $("export-types").replaceChildren(...types.map(({recordType, count}) => tick(`${recordType} (${amount(count)})`,
+    {value: recordType, checked: kept.includes(recordType), onchange: () => exportChoices()})));
+  exportChoices();
 }
 function exportFields() {  // of the chosen types: names and kinds
   const names = ticked("export-types");
   return Object.assign({}, ...types.map(type => !names.length || names.includes(type.recordType) ? type.fields : {}));
 }
-function exportChoices() {
-  const fields = exportFields(), names = Object.keys(fields), kept = ticked("export-fields");
+function exportChoices(kept = ticked("export-fields")) {
+  const fields = exportFields(), names = Object.keys(fields);
   choices($("date-field"), names.filter(name => fields[name].startsWith("date")), "of creation");
   choices($("order"), names, "creation");
-  for (const row of $("where").children) choices(row.firstChild, names);
+  for (const row of $("where").children) { choices(row.firstChild, names); row.adapt(); }
   $("export-fields").replaceChildren(...names.map(name => tick(name, {value: name, checked: kept.includes(name)})));
 }
-function addCondition() {
-  const name = el("select", {"aria-label": "Field"}), value = el("input", {"aria-label": "Value"});
-  const sign = el("select", {"aria-label": "Operator", onchange: () => { value.hidden = sign.value === "null"; }},
-    Object.entries(SIGNS).map(([value, text]) => el("option", {value}, text)));
+function addCondition(field, operator = "eq", given = "") {
+  const value = el("input", {"aria-label": "Value", required: true}), adapt = () => {
+    const kind = exportFields()[name.value] ?? "", takes = operand(sign.value), one = !/array|string/.test(takes);
+    value.hidden = value.disabled = takes === "boolean";
+    value.type = one && /^(int|float|decimal)$/.test(kind) ? "number" : one && kind === "date" ? "date" : "text";
+    value.step = "any";
+    value.pattern = one && kind === "bool" ? "true|false" : ".*";
+    value.title = one && kind === "bool" ? "true or false" : "";
+  };
+  const name = el("select", {"aria-label": "Field", onchange: adapt});
+  const sign = el("select", {"aria-label": "Operator", onchange: adapt}, Object.keys(OPERATORS).flatMap(operator =>
+    operand(operator) === "boolean" ? [operator, `!${operator}`] : [operator]).map(value =>
+    el("option", {value}, SIGNS[value] ?? value)));
   const drop = button("✕", () => row.remove(), {"aria-label": "Remove the condition"});
   const row = el("div", {className: "row"}, name, sign, value, drop);
   $("where").append(row);
   choices(name, Object.keys(exportFields()));
-  name.focus();
+  if (field) name.value = field;
+  sign.value = given === false ? `!${operator}` : operator;
+  row.adapt = adapt;
+  adapt();
+  value.value = [given].flat().map(shown).join(", ");
+  return name;
 }
 function exportRequest() {
   const given = {recordType: ticked("export-types"), from: $("from").value, to: $("to").value,
-    dateField: $("date-field").value}, fields = ticked("export-fields"), kinds = exportFields();
-  const filters = Object.fromEntries(Object.entries(given).filter(([, value]) => value.length));
+    dateField: $("date-field").value, jobId: $("of-job").value}, fields = ticked("export-fields");
+  const filters = Object.fromEntries(Object.entries(given).filter(([, value]) => value.length)), kinds = exportFields();
   for (const {children: [name, sign, {value}]} of $("where").children) {
-    const typed = text => kinds[name.value] === "bool" ? text === "true" : text;
-    ((filters.where ??= Object.create(null))[name.value] ??= {})[sign.value] = sign.value === "null" || (
-      sign.value === "in" ? value.split(",").map(text => typed(text.trim())) : typed(value));
+    const typed = text => kinds[name.value] === "bool" ? text === "true" : text, takes = operand(sign.value);
+    const tests = (filters.where ??= Object.create(null))[name.value] ??= {};
+    tests[sign.value.replace("!", "")] = takes === "boolean" ? !sign.value.startsWith("!")
+      : takes === "array" ? value.split(",").map(text => typed(text.trim())) : typed(value);
   }
   if (filters.recordType?.length === 1) [filters.recordType] = filters.recordType;
-  return {format: $("format").value, filters, gzip: $("gzip").checked, excelSafe: $("excel").checked,
-    ...fields.length && {fields},
-    ...$("order").value && {orderBy: ($("descending").checked ? "-" : "") + $("order").value},
-    ...$("limit").value && {limit: Number($("limit").value)}};
+  return {...writing.read(), filters, ...fields.length && {fields},
+    ...$("order").value && {orderBy: ($("descending").checked ? "-" : "") + $("order").value}};
+}
+function editExport({filters = {}, fields = [], orderBy = "", ...options}) {
+  const wanted = [filters.recordType ?? []].flat(), known = types.map(({recordType}) => recordType);
+  writing.write(options);
+  $("where").replaceChildren();
+  tickTypes(wanted);
+  exportChoices(fields);
+  for (const [id, text = ""] of [["from", filters.from], ["to", filters.to]])
+    Object.assign($(id), {type: text.includes("T") ? "text" : "date", value: text});
+  $("of-job").value = filters.jobId ?? "";
+  $("date-field").value = filters.dateField ?? "";
+  $("order").value = orderBy.replace(/^-/, "");
+  $("descending").checked = orderBy.startsWith("-");
+  for (const [field, tests] of Object.entries(filters.where ?? {}))
+    for (const [operator, given] of Object.entries(tests)) addCondition(field, operator, given);
+  const gone = wanted.filter(name => !known.includes(name));
+  $("export-problem").textContent = gone.length ? `There are no records of ${joined(gone)} any more.` : "";
 }
 
 // ---- Records: a look at a sample of each type, and at how its values are spread ----
@@ -9381,7 +9696,7 @@ async function sampled({recordType, count}, jobId = "") {  // pieces from all ov
   let first, next = 0;
   for (let piece = 0; piece < pieces && next !== null; piece++) {
     const after = piece ? Math.max(next, first + Math.floor(count * piece / pieces)) : 0;
-    const query = new URLSearchParams({limit: SAMPLE / pieces, after, ...jobId && {jobId}});
+    const query = new URLSearchParams({limit: SAMPLE / pieces, after, ...jobId && {jobId}});  // the place of filters
     const page = await api("GET", `records/${recordType}?${query}`);
     items.push(...page.items);
     next = page.next && Number(page.next);
@@ -9404,21 +9719,21 @@ async function drawRecords(name, jobId) {
   const rows = el("div"), position = el("span", {className: "dim", role: "status"});
   const whole = items.length === type.count || jobId && items.length < SAMPLE;
   const turnTo = start => {
-    if (start < 0 || start && start >= items.length) return;
     from = start;
+    back.disabled = from === 0;
+    on.disabled = from + ROWS >= items.length;
     rows.replaceChildren(table(items.slice(from, from + ROWS), `Records of ${name}`));
-    position.textContent = `${amount(from + 1)} to ${amount(Math.min(from + ROWS, items.length))} of ${
+    position.textContent = `${amount(items.length && from + 1)} to ${amount(Math.min(from + ROWS, items.length))} of ${
       whole ? "" : "a sample of "}${amount(items.length)}`;
   };
+  const back = button("Previous", () => turnTo(from - ROWS)), on = button("Next", () => turnTo(from + ROWS));
   const away = button(`Export ${name}`, () => {
-    for (const box of $("export-types").querySelectorAll("input")) box.checked = box.value === name;
-    exportChoices();
+    editExport({...writing.read(), filters: {recordType: name, ...jobId && {jobId}}});
     location.hash = "#export";
   });
   const plots = Object.entries(type.fields).map(([field, kind]) =>
     plot(field, kind, items.map(item => item[field] ?? null)));
-  place.replaceChildren(el("div", {className: "row"}, button("Previous", () => turnTo(from - ROWS)),
-    button("Next", () => turnTo(from + ROWS)), position, away,
+  place.replaceChildren(el("div", {className: "row"}, back, on, position, away,
     jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, el("h3", {}, "Values"),
   el("div", {className: "plots"}, plots));
   turnTo(0);
@@ -9426,17 +9741,14 @@ async function drawRecords(name, jobId) {
 function plot(name, kind, values) {  // numbers and dates as a histogram, choices as bars, of other texts examples
   const present = values.filter(value => value !== null), nulls = values.length - present.length, counts = new Map();
   const numbers = /^(int|float|decimal|date|datetime)$/.test(kind) ? present.map(value => kind.startsWith("date")
-    ? Date.parse(value) : Number(value)).filter(Number.isFinite) : [];
+    ? Date.parse(value) : Number(shown(value))).filter(Number.isFinite) : [];
   for (const value of present) counts.set(shown(value), (counts.get(shown(value)) ?? 0) + 1);
   const few = counts.size && (counts.size <= 12 || counts.size < present.length / 20);
   return el("figure", {}, el("figcaption", {}, el("b", {}, name), " ", el("span", {className: "dim"}, joined([kind,
     nulls && `${(100 * nulls / values.length).toFixed(nulls * 10 < values.length ? 1 : 0)} % null`,
     !numbers.length && !few && `${amount(counts.size)} different`]))),
-  ...numbers.length ? histogram(name, kind, numbers) : few ? bars(name, counts, present.length)
+  ...numbers.length ? histogram(name, kind, numbers) : few ? bars(counts, present.length)
     : [...counts.keys()].slice(0, 4).map(text => el("div", {className: "example"}, text.slice(0, 200))));
-}
-function drawing(height, about, parts) {
-  return el("svg", {viewBox: `0 0 240 ${height}`, role: "img", "aria-label": about}, parts);
 }
 function histogram(name, kind, numbers) {
   const low = numbers.reduce((a, b) => Math.min(a, b)), high = numbers.reduce((a, b) => Math.max(a, b));
@@ -9448,31 +9760,47 @@ function histogram(name, kind, numbers) {
   const text = value => digits ? new Date(value).toISOString().slice(0, digits).replace("T", " ") : amount(value);
   const bin = at => text(low + at * step) + (each ? "" : ` to ${text(low + (at + 1) * step)}`);
   const ends = [text(low), digits ? "" : `mean ${text(mean)}`, text(high)];
-  return [drawing(70, `${name}: ${text(low)} to ${text(high)}, mean ${text(mean)}`, bins.map((count, at) =>
-    el("rect", {x: at * wide, width: wide - 1, y: 70 - tall * count, height: tall * count},
-      el("title", {}, `${bin(at)}: ${amount(count)}`)))),
+  return [el("svg", {viewBox: "0 0 240 70", role: "img", "aria-label": `${name}: ${text(low)} to ${text(high)}, mean ${
+    text(mean)}`}, bins.map((count, at) => el("rect", {x: at * wide, width: wide - 1, y: 70 - tall * count,
+    height: tall * count}, el("title", {}, `${bin(at)}: ${amount(count)}`)))),
   el("div", {className: "head dim"}, ends.map(end => el("span", {}, end)))];
 }
-function bars(name, counts, total) {
+function bars(counts, total) {
   const top = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8), others = counts.size - top.length;
   const percent = count => `${(100 * count / total).toFixed(count * 10 < total ? 1 : 0)} %`;
-  return [drawing(16 * top.length, `${name}: ${joined(top.map(([text, count]) => `${text} ${percent(count)}`))}`,
-    top.flatMap(([text, count], at) => [
-      el("text", {x: 0, y: 16 * at + 11}, text.length > 15 ? `${text.slice(0, 14)}…` : text || "(empty)",
-        el("title", {}, text)),
-      el("rect", {x: 92, y: 16 * at + 2, width: 105 * count / top[0][1], height: 11}),
-      el("text", {x: 201, y: 16 * at + 11}, percent(count))])),
+  return [...top.map(([text, count]) => el("div", {className: "bar"}, el("span", {title: text}, text || "(empty)"),
+    el("progress", {max: top[0][1], value: count, "aria-hidden": "true"}), el("span", {}, percent(count)))),
   others ? el("div", {className: "dim"}, `and ${amount(others)} more`) : ""];
+}
+
+// ---- Job types of the program's own ----
+
+let running;
+
+function drawRun(type, request) {
+  const known = OWN.includes(type) ? type : OWN[0];
+  $("run-types").replaceChildren(...OWN.map(name => el("a", {href: `#run/${name}`,
+    ...name === known && {"aria-current": "page"}}, name)));
+  if (running?.type !== known) {
+    running = {type: known, ...form(SHAPES.jobs[known], $("run-options"))};
+    $("run-problem").textContent = $("run-said").textContent = "";
+  }
+  if (request) running.write(request);
 }
 
 // ---- The page ----
 
-function navigate() {
-  const [view, ...rest] = location.hash.slice(1).split("/"), known = $(`view-${view}`) ? view : "generate";
-  document.body.dataset.view = known;
+function navigate() {  // what is no view, such as the target of the skip link, leaves the view as it is
+  const [view, ...rest] = location.hash.slice(1).split("/"), main = $("main");
+  const known = $(`view-${view}`) && view !== "preview" ? view : main.className || "generate";
+  main.className = known;
+  for (const section of main.querySelectorAll("section"))
+    section.classList.toggle("shown", section.id === `view-${known}` || known === "generate" &&
+      section.id === "view-preview");
   for (const link of document.querySelectorAll("nav a"))
     if (link.hash === `#${known}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
-  if (known === "records") drawRecords(...rest);
+  if (view === "records") drawRecords(...rest);
+  if (view === "run" && OWN.length) drawRun(...rest);
 }
 function drags(event, on) {
   if (!event.dataTransfer?.types.includes("Files")) return false;
@@ -9484,24 +9812,32 @@ addEventListener("hashchange", () => { navigate(); scrollTo(0, 0); });
 addEventListener("dragover", event => drags(event, true));
 addEventListener("dragleave", event => { if (!event.relatedTarget) drags(event, false); });
 addEventListener("drop", event => { if (drags(event, false)) uploadAll(event.dataTransfer.files); });
+addEventListener("keydown", event => {  // within a text the browser itself undoes what was typed
+  const text = event.target.matches("textarea, select, input:not([type=checkbox], [type=radio])");
+  if (text || event.key.toLowerCase() !== "z" || !(event.ctrlKey || event.metaKey)) return;
+  event.preventDefault();
+  if ($("main").className === "generate") travel(event.shiftKey ? 1 : -1);
+});
 $("files").onchange = async event => { await uploadAll(event.target.files); event.target.value = ""; };
 $("upload-form").onsubmit = event => event.preventDefault();
-$("upload-form").onchange = () => { $("upload-more").hidden = $("upload-form").elements.mode.value === "keep"; };
+$("upload-form").onchange = drawMode;
 for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"]])
-  $(id).oninput = event => { request[name] = parsed(event.target.value, name === "recordType"); previewSoon(); };
-$("reseed").onclick = () => { request.seed = shuffled(); draw(); };
+  $(id).oninput = ({target: input}) => { request[name] = parsed(input.value, name === "recordType"); changed(input); };
+$("reseed").onclick = () => { request.seed = shuffled(); draw(); changed(); };
 $("locale").onchange = event => {
   const names = event.target.value.split(",").map(name => name.trim()).filter(Boolean);
   request.locale = names.length > 1 ? names : names[0];
+  changed();
   loadFields();
 };
 $("json").oninput = ({target: json}) => {
   json.setCustomValidity("");
   try {
-    const fresh = JSON.parse(json.value);
+    const fresh = JSON.parse(json.value, exact);
     if (fresh?.constructor !== Object) throw new Error("The request has to be an object.");
     request = fresh;
     draw();
+    changed(json);
   } catch (error) {  // what was right before is neither shown nor sent meanwhile
     json.setCustomValidity(error.message);
     clearTimeout(timer);
@@ -9517,31 +9853,54 @@ $("search").onkeydown = event => {
 };
 $("as-fields").onclick = () => editAs(false);
 $("as-json").onclick = () => editAs(true);
-$("generate-form").onsubmit = event => submit(event, "generate", request, $("generate-problem"), $("generate-said"));
-$("generate-curl").onclick = () => copyCurl("generate", request, $("generate-said"));
-$("add-where").onclick = addCondition;
-$("export-form").onsubmit = event => submit(event, "export", exportRequest(), $("export-problem"), $("export-said"));
-$("export-curl").onclick = () => copyCurl("export", exportRequest(), $("export-said"));
+$("undo").onclick = () => travel(-1);
+$("redo").onclick = () => travel(1);
+$("keep-form").onsubmit = event => {
+  event.preventDefault();
+  kept(all => ({...all, [$("keep-name").value]: request}));
+};
+$("keep-file").onclick = () => {
+  const name = request.recordType ?? joined(Object.keys(request.records ?? {}), "-");
+  const link = el("a", {href: URL.createObjectURL(new Blob([`${pretty(request)}\n`])), download: `${name}.json`});
+  link.click();
+  URL.revokeObjectURL(link.href);
+};
+$("keep-open").onchange = async ({target: input}) => {
+  const [file] = input.files;
+  if (file) await take(await file.text(), file.name);
+  input.value = "";
+};
+$("paste-form").onsubmit = event => { event.preventDefault(); take($("paste").value); };
+$("add-where").onclick = () => addCondition().focus();
+jobForm("generate", () => "generate", () => request);
+jobForm("export", () => "export", exportRequest);
+jobForm("run", () => running.type, () => running.read());
+$("nav-run").hidden = !OWN.length;
+choices($("by-type"), SHAPES.types, "all");
+choices($("by-status"), SHAPES.statuses, "all");
 $("by-type").onchange = $("by-status").onchange = refresh;
 $("more").onclick = () => { listed = Math.min(listed + 250, 1000); refresh(); };
+drawKept();
 loadFields();
 loadTypes();
 watch();
 """
 
-_ICON = "data:image/svg+xml," + quote(
-    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><rect width='16' height='16' rx='4' "
-    "fill='#2453d4'/><path d='M3 5h10M3 8h7M3 11h4' stroke='#fff' stroke-width='1.6'/></svg>")
+
+@lru_cache(maxsize=8)
+def _shapes(job_types: tuple[str, ...]) -> str:
+    """What the page makes its forms from, as JSON that may stand in HTML."""
+    jobs = {name: JOB_TYPES[name].model.model_json_schema() for name in job_types
+            if JOB_TYPES[name].posted and name != "generate"}
+    shapes = {"jobs": jobs, "upload": IngestOptions.model_json_schema(), "types": job_types, "statuses": [*JobStatus]}
+    return json.dumps(shapes).replace("<", "\\u003c")
 
 
 @route("GET", "/ui", {200: "text/html"})
 def get_ui(call: Request) -> Any:
     """The page: jobs, records, and forms to generate, upload and export."""
-    style = _STYLE + _UI_STYLE
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>taskapi</title>'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="{_ICON}">'
-            f"<style>{style}</style></head><body>{_UI_BODY}<script>{_UI_SCRIPT}</script></body></html>")
-    return _page_reply(page, style, _UI_SCRIPT)
+    body = f'{_UI_BODY}<script id="shapes" type="application/json">{_shapes(tuple(JOB_TYPES))}</script>'
+    return _page_reply("taskapi", _STYLE + _UI_STYLE, body, _UI_SCRIPT)
 
 
 BROWSER_PAGES["/"] = get_ui

@@ -46,6 +46,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -63,6 +64,7 @@ import sqlite_utils
 import webtest
 from hypothesis import HealthCheck, given, settings
 from pydantic import Field
+from pydantic.alias_generators import to_camel
 
 import taskapi
 from taskapi import BadRequest, Kind, Plan, Recipe, RecordSpec, RowSource, TaskError, preset_records
@@ -4767,8 +4769,10 @@ def test_the_page_is_whole_html_in_which_every_reference_has_its_end(url: str) -
     assert outline.nameless == []
     assert len(outline.ids) == len({*outline.ids})
     asked = set(re.findall(r'(?:\$|ticked)\("([\w-]+)"\)', UI)) | {f"view-{name}" for name in re.findall(
-        r'(?:href="|hash = ")#(\w+)"', UI)} | {f"by-{name}" for name in ("type", "status")}
-    assert len(asked) > 40
+        r'(?:href="|hash = ")#(\w+)"', UI)} - {"view-main"} | {f"by-{name}" for name in ("type", "status")}
+    asked |= {f"{form}-{part}" for form in re.findall(r'jobForm\("(\w+)"', UI)
+              for part in ("form", "curl", "problem", "said")}
+    assert len(asked) > 60
     assert asked | outline.refers <= {*outline.ids}
 
 
@@ -4778,13 +4782,27 @@ def test_every_path_that_the_page_asks_for_is_a_route() -> None:
         return re.sub(r"\$?{[\w.]+}", "{}", text.partition("?")[0]).removeprefix("./").removeprefix("/")
 
     calls = set(re.findall(r'(?:api|act)\("(\w+)", [`"]([^`"]+)[`"]', UI))
-    calls |= {("POST", path) for path in [*re.findall(r'submit\(event, "(\w+)"', UI), *re.search(
+    calls |= {("POST", path) for path in [*re.findall(r'jobForm\("\w+", \(\) => "(\w+)"', UI), *re.search(
         r'send\(.* \? "(\w+)" : "(\w+)"', UI).groups()]}
     calls |= {("GET", path) for path in re.findall(r'href[=:] ?[`"]((?!#)[^`"]+)[`"]', UI)}
     routes = {(entry.method, plain_path(entry.path)) for entry in taskapi.all_routes()}
     asked = {(method, plain_path(path)) for method, path in calls if path}
-    assert len(asked) > 14
+    assert len(asked) > 12
     assert asked <= routes
+
+
+def test_what_the_page_offers_comes_from_the_program(url: str) -> None:
+    """Its forms are made from the schemas of the requests, which stand in it as data that cannot become markup."""
+    page = ask(url, "GET", "/ui").body.decode()
+    [text] = re.findall(r'<script id="shapes" type="application/json">(.*?)</script>', page)
+    shapes = json.loads(text)
+    posted = {name: kind.model for name, kind in taskapi.JOB_TYPES.items() if kind.posted and name != "generate"}
+    assert shapes["jobs"] == {name: model.model_json_schema() for name, model in posted.items()}
+    assert shapes["jobs"]["export"]["properties"]["format"]["enum"] == [*taskapi.EXPORT_FORMATS]
+    assert (shapes["types"], shapes["statuses"]) == ([*taskapi.JOB_TYPES], [*taskapi.JobStatus])
+    assert shapes["upload"]["properties"].keys() == {*map(to_camel, taskapi.IngestOptions.model_fields)}
+    assert "<" not in text
+    assert len(page.encode()) < 100_000
 
 
 BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
@@ -4915,11 +4933,11 @@ class Tab:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def press(self, key: str, code: int, text: str = "") -> None:
-        """A key."""
+    def press(self, key: str, code: int, text: str = "", modifiers: int = 0) -> None:
+        """A key; with Alt 1, Ctrl 2, Shift 8."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
-                      **({"text": text} if text and kind == "keyDown" else {}))
+                      modifiers=modifiers, **({"text": text} if text and kind == "keyDown" else {}))
 
     def type(self, selector: str, text: str) -> None:
         """Replaces what a field holds, as typing does."""
@@ -4933,11 +4951,15 @@ class Tab:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=200, y=300, data=data)
 
-    def shot(self, file: Path, width: int, height: int, scheme: str = "light") -> None:
-        """A picture of the window at this size."""
+    def window(self, width: int, height: int, scheme: str = "light") -> None:
+        """Gives the window this size."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=features)
+
+    def shot(self, file: Path, width: int, height: int, scheme: str = "light") -> None:
+        """A picture of the window at this size."""
+        self.window(width, height, scheme)
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:
@@ -4988,14 +5010,24 @@ def test_in_a_browser_from_a_preset_to_a_downloaded_file(at_work: tuple[taskapi.
     tab.until("document.querySelectorAll('figure').length === 13")
     assert "1 to 20 of 120" in tab.text("#records")
     drawn = tab.js("[...document.querySelectorAll('figure svg')].map(drawing => drawing.ariaLabel)")
-    assert [text.partition(":")[0] for text in drawn] == ["id", "industry", "employees", "revenue", "founded"]
-    assert re.fullmatch(r"employees: \d+ to [\d,]+, mean [\d,.]+", drawn[2])
+    assert [text.partition(":")[0] for text in drawn] == ["id", "employees", "revenue", "founded"]
+    assert re.fullmatch(r"employees: \d+ to [\d,]+, mean [\d,.]+", drawn[1])
+    assert tab.js(f"{BUTTONS}.map(button => [button.textContent, button.disabled])")[:2] == [
+        ["Previous", True], ["Next", False]]
+    for _ in range(5):
+        tab.click("#records button", "Next")
+    assert "101 to 120 of 120" in tab.text("#records")
+    assert tab.js(f"{BUTTONS}.map(button => button.disabled)")[:2] == [False, True]
     tab.click("#records button", "Export company")
     tab.click("#add-where")
-    tab.js("{const [name, sign, value] = document.querySelector('#where .row').children; name.value = 'industry';"
-           "sign.value = 'in'; value.value = 'retail, energy'}")
+    tab.js("{const [name, sign] = document.querySelector('#where .row').children; name.value = 'industry';"
+           "sign.value = 'in'; sign.onchange()}")
+    tab.click("#export-form .primary")
+    assert tab.js("document.querySelector('#where :invalid').validity.valueMissing")  # asked for before there is a job
+    tab.type("#where input", "retail, energy")
     tab.click("#export-form .primary")
     tab.click("#export-said a", "Download company.csv")
+    assert len(ask(url, "GET", "/jobs").json["items"]) == 2
     expected = plain(service.folder.root, "SELECT name FROM company WHERE industry IN ('retail', 'energy')")
     file = tab.downloads / "company.csv"
     until(file.exists)
@@ -5003,6 +5035,7 @@ def test_in_a_browser_from_a_preset_to_a_downloaded_file(at_work: tuple[taskapi.
         assert [row["name"] for row in csv.DictReader(lines)] == expected
 
 
+BUTTONS = "[...document.querySelectorAll('#records button')]"
 EVIL = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>"""
 
 
@@ -5044,9 +5077,11 @@ def test_in_a_browser_a_running_job_is_canceled_and_tried_again(at_work: tuple[t
     job = service.enqueue("generate", BUSY)
     tab.until("document.querySelector('#jobs .in-progress progress')?.value > 0")
     tab.until(r"/ of 2,000,000, \d+ %, about .+ left/.test(document.querySelector('#jobs .in-progress').textContent)")
+    tab.until("/ 1 running/.test(document.querySelector('#health').textContent)")
     tab.click("#jobs button", "Cancel")
     tab.until("document.querySelector('#jobs .canceled')")
     assert service.queue.jobs.get(job.job_id).status == "canceled"
+    assert tab.text("#jobs .canceled .problem") == ""  # who has pressed Cancel knows why
     tab.click("#jobs button", "Retry")
     tab.until("document.querySelector('#jobs .in-progress')")
     tab.click("#jobs button", "Cancel")
@@ -5080,8 +5115,12 @@ def test_in_a_browser_the_keyboard_is_enough(at_work: tuple[taskapi.Service, str
     tab.type("#search", "ipv6")
     tab.press("Enter", 13, "\r")
     tab.until("document.querySelectorAll('#preview th').length === 2")
-    tab.press("Tab", 9)
-    assert tab.js("document.activeElement.textContent").startswith("ipv6")
+    assert tab.js("document.activeElement.value") == "ipv6"
+    tab.call("Input.insertText", text="address")
+    tab.until("document.querySelector('#preview th.now')?.textContent === 'address'")
+    tab.press("ArrowUp", 38, modifiers=1)
+    tab.until("document.querySelector('#preview th').textContent === 'address'")
+    assert tab.js("document.activeElement.value") == "address"
     tab.js("document.querySelector('#count').focus()")
     tab.press("Enter", 13, "\r")
     tab.until("document.querySelector('#jobs .completed')")
@@ -5103,13 +5142,220 @@ def test_in_a_browser_the_page_outlives_the_server(tmp_path: Path, tab: Tab) -> 
             assert [job["progress"]["done"] for job in again.ask("GET", "/jobs").json["items"]] == [7]
 
 
+WINDOWS = [(1280, 800), (1280, 640), (390, 844)]
+COVERED = """(() => { const node = document.activeElement, {x, y, width, height} = node.getBoundingClientRect();
+  const top = document.elementFromPoint(x + width / 2, y + Math.min(height / 2, 12));
+  return node === document.body || node.contains(top) ? "" : node.outerHTML.slice(0, 99) + top?.outerHTML.slice(0, 99);
+})()"""
+
+
+@browsing
+def test_in_a_browser_nothing_hides_what_has_the_focus(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
+    """By Tab through the whole page of a large preset, at three sizes; nothing is wider than the window."""
+    service, url = at_work
+    service.wait(service.enqueue("generate", {"recordType": "shop", "count": 30, "seed": 1}).job_id)
+    long = {"long": {"type": "choice", "values": ["W" * 60, "a label of many words " * 5]}, "w" * 60: "word"}
+    service.wait(service.enqueue("generate", {"recordType": "wide", "count": 30, "schema": long}).job_id)
+    for size in WINDOWS:
+        tab.window(*size)
+        tab.open(f"{url}/ui#generate")
+        tab.click("#presets button", "shop")
+        tab.until("document.querySelectorAll('#preview table').length === 3")
+        wide = size[0] > 1000
+        assert (tab.js("document.querySelector('#fields').getBoundingClientRect().right < "
+                       "document.querySelector('#preview').getBoundingClientRect().left") is wide)
+        tab.js("document.querySelector('#adding').open = true; document.querySelector('#record-type').focus()")
+        for _ in range(90):
+            tab.press("Tab", 9)
+            assert tab.js(COVERED) == "", size
+        for view in ("upload", "export", "records/wide", "jobs", "run"):
+            tab.js(f"location.hash = '{view}'")
+            tab.until(f"document.querySelector('main').className === '{view.partition('/')[0]}'")
+            if view.startswith("records"):
+                tab.until("document.querySelector('.bar')")
+                assert tab.js("[...document.querySelectorAll('figure *')].every(node => node.getBoundingClientRect()"
+                              ".right <= node.closest('figure').getBoundingClientRect().right)")
+            assert tab.js("document.documentElement.scrollWidth <= innerWidth"), (view, size)
+            assert tab.js("[...document.querySelectorAll('summary, button')].every(node => !node.checkVisibility() || "
+                          "node.getBoundingClientRect().height >= 24)"), view
+
+
+@browsing
+def test_in_a_browser_a_schema_is_edited_undone_kept_and_opened(at_work: tuple[taskapi.Service, str], tab: Tab,
+                                                                tmp_path: Path) -> None:
+    """Rename with a conflict, copy, remove, undo; kept by name and as a file; a CSV header, a JSON Schema pasted."""
+    _, url = at_work
+    names = "[...document.querySelectorAll('#fields .field > input:first-child')].map(input => input.value)"
+    tab.open(url)
+    tab.click("#presets button", "event")
+    tab.until(f"{names}[1] !== 'firstName'")
+    start = tab.js(names)
+    tab.type("#fields .field:nth-child(2) > input", start[0])
+    assert tab.text("#fields .field:nth-child(2) .problem") == f"There is a field {start[0]} already."
+    tab.type("#fields .field:nth-child(2) > input", "renamed")
+    tab.until("document.querySelector('#preview th:nth-child(2)')?.textContent === 'renamed'")
+    tab.click("#fields .field:nth-child(2) [title=Copy]")
+    assert tab.js("document.activeElement.value") == "renamed_2"
+    tab.until("document.querySelector('#preview th.now')?.textContent === 'renamed_2'")
+    tab.click("#fields .field:nth-child(1) [title=Remove]")
+    tab.click("#fields .field:nth-child(1) [title='Move down']")
+    assert tab.js(names) == ["renamed_2", "renamed", *start[2:]]
+    tab.press("z", 90, modifiers=2)
+    tab.press("z", 90, modifiers=2)
+    assert tab.js(names) == [start[0], "renamed", "renamed_2", *start[2:]]
+    tab.click("#undo")
+    tab.click("#undo")
+    assert tab.js(names) == start
+    tab.click("#redo")
+    tab.js("document.querySelector('#keeping').open = true")
+    tab.type("#keep-name", "mine")
+    tab.click("#keep-form button", "Keep")
+    tab.click("#keep-file")
+    file = tab.downloads / "event.json"
+    until(lambda: file.exists() and file.read_bytes())
+    tab.type("#paste", 'id;"e-mail";customer_email;first name;first name;unheard')
+    tab.click("#paste-form button")
+    assert tab.js(names) == ["id", "e-mail", "customer_email", "first name", "first name_2", "unheard"]
+    tab.until("document.querySelector('#preview td:nth-child(3)')?.textContent.includes('@')")
+    tab.open(url)  # which forgets all but what is kept
+    tab.js("document.querySelector('#keeping').open = true")
+    tab.click("#kept button", "mine")
+    assert tab.js(names) == [start[0], "renamed", *start[2:]]
+    tab.click("#presets button", "person")
+    chosen = tab.call("Runtime.evaluate", expression="document.querySelector('#keep-open')")["result"]["objectId"]
+    tab.call("DOM.setFileInputFiles", files=[str(file)], objectId=chosen)
+    tab.until(f"{names}[1] === 'renamed'")
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Guest", "type": "object",
+              "properties": {"age": {"type": "integer"}}}
+    tab.type("#paste", json.dumps(schema))
+    tab.click("#paste-form button")
+    shown = json.loads(tab.js("document.querySelector('#json').value"))
+    assert (shown["recordType"], shown["schema"]) == ("guest", schema)
+    tab.click("#kept button", "✕")
+    tab.until("!document.querySelector('#kept button')")
+
+
+@browsing
+def test_in_a_browser_jobs_of_every_type_are_used_again(at_work: tuple[taskapi.Service, str], tab: Tab, tmp_path: Path,
+                                                        script: Callable[..., Any]) -> None:
+    """An empty server is told of; a held job stands the same everywhere; each job fills the form that makes such."""
+    service, url = at_work
+    go = threading.Event()
+
+    @script
+    def halfway(context: taskapi.JobContext) -> taskapi.JobSteps:
+        context.save(taskapi.Progress(done=3, total=8))
+        while not go.is_set():
+            go.wait(0.01)
+            yield
+        return taskapi.JobResult({})
+
+    tab.open(f"{url}/ui#export")
+    assert "There are no records to export yet" in tab.text("#view-export")
+    tab.click("nav a", "Run")
+    tab.click("#run-types a", "script")
+    tab.until("document.querySelector('#run-options input').placeholder === 'one'")
+    tab.click("#run-form button", "Run")
+    tab.until("/ 1 running/.test(document.querySelector('#health').textContent)")
+    tab.until("document.querySelector('#run-said').textContent.includes('3 of 8, 37 %')")
+    assert "3 of 8, 37 %" in tab.text("#jobs .in-progress")
+    go.set()
+    tab.until("document.querySelector('#run-said').textContent.includes('completed')")
+    prices = {"price": {"type": "choice", "values": ["1.50", "22.00"]}, "rate": {"type": "float", "max": 9, "round": 2}}
+    prices["price"] = {"type": "decimal", "min": "1.50", "max": "1.50", "places": 2}
+    service.wait(service.enqueue("generate", {"recordType": "thing", "count": 40, "seed": 1, "schema": prices}).job_id)
+    export = service.enqueue("export", {"format": "ndjson", "gzip": True, "fields": ["price"], "orderBy": "-rate",
+                                        "filters": {"recordType": "thing", "where": {"rate": {"gte": 0},
+                                                                                     "price": {"null": False}}}})
+    service.wait(export.job_id)
+    file = tmp_path / "guests.csv"
+    file.write_text("a;b\n1;2\n")
+    tab.click("nav a", "Upload")
+    tab.js("document.querySelector('#upload-how').open = true")
+    tab.js("[...document.querySelectorAll('#upload-options label')].find(label => /delimiter/i.test(label.textContent))"
+           ".querySelector('input').value = ';'")
+    tab.drop(file)
+    tab.until("document.querySelectorAll('#jobs .completed').length === 4")
+    tab.js("location.hash = 'records/thing'")
+    tab.until("document.querySelector('#records td')")
+    rows = tab.js("[...document.querySelectorAll('#records td')].map(cell => cell.textContent)")
+    assert {*rows[::2]} == {"1.50"}
+    assert {len(text.partition(".")[2]) for text in rows[1::2]} == {2}
+    tab.click("#jobs li:nth-child(1) button", "Use again")
+    assert "guests.csv" in tab.text("#upload-said")
+    assert ";" in tab.js("[...document.querySelectorAll('#upload-options input')].map(input => input.value)")
+    tab.js("document.querySelector('#upload-form').reset(); location.hash = 'jobs'")
+    tab.click("#jobs button", "Use again")
+    for name, button in (("export", "Export"), ("script", "Run")):
+        before = len(service.queue.jobs.page(None, name, 50, None)[0])
+        tab.js(f"[...document.querySelectorAll('#jobs li')].find(card => card.textContent.startsWith('{name}'))"
+               ".querySelector('.row button').click()")
+        tab.click("section.shown form .primary", button)
+        until(lambda name=name, before=before: len(service.queue.jobs.page(None, name, 50, None)[0]) == before + 1)
+    again = service.queue.jobs.page(None, "export", 50, None)[0][0]
+    assert again.request | {"filters": again.request["filters"] | {"where": None}} == export.request | {
+        "filters": export.request["filters"] | {"where": None}}
+    assert again.request["filters"]["where"] == {"rate": {"gte": "0"}, "price": {"null": False}}
+
+
+AXE = next((file for file in map(Path, (os.environ.get("AXE", ""), HERE / "node_modules/axe-core/axe.min.js"))
+            if file.is_file()), None)
+
+
+@browsing
+@pytest.mark.skipif(not AXE, reason="needs axe-core: npm install axe-core here, or AXE=axe.min.js")
+def test_in_a_browser_axe_finds_nothing(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
+    """WCAG 2.2 AA and best practices, on every view, light and dark, wide and narrow."""
+    service, url = at_work
+    service.wait(service.enqueue("generate", {"recordType": "event", "count": 50}).job_id)
+    service.wait(service.enqueue("rows", {"columns": {"a": "int"}, "rows": [["no"]]}).job_id)
+    check = ("axe.run(document, {resultTypes: ['violations'], rules: {'target-size': {enabled: true}}})"
+             ".then(found => found.violations.map(({id, nodes}) => [id, nodes.map(node => node.html)]))")
+    for view in ("ui#generate", "ui#upload", "ui#export", "ui#records/event", "ui#run/script", "ui#jobs", "docs"):
+        tab.call("Page.navigate", url="about:blank")
+        tab.call("Page.navigate", url=f"{url}/{view}")
+        tab.until("location.protocol === 'http:' && document.readyState === 'complete'")
+        if view != "docs":
+            tab.until("document.querySelectorAll('#preview td').length && document.querySelector('#jobs li')")
+        tab.js("for (const node of document.querySelectorAll('details')) node.open = true")
+        tab.js(AXE.read_text(encoding="utf-8"))
+        for scheme in ("light", "dark"):
+            for size in WINDOWS[1:]:
+                tab.window(*size, scheme)
+                assert tab.js(check) == [], (view, scheme, size)
+
+
 def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
-    """Every path is on it; no script, no address of another host."""
+    """Every path is on it; no script, no address of another host; references have their end."""
     answer = ask(url, "GET", "/docs")
     page = answer.body.decode()
     assert not [entry.path for entry in taskapi.all_routes() if entry.path not in page]
-    assert not re.search(r"<script|https?://|src=", page)
+    assert not re.search(r"<script|src=", page.replace(taskapi._ICON, ""))
+    assert {*re.findall(r"https?://[\w.:]+", page.replace(taskapi._ICON, ""))} == {url}
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    outline = Outline(page)
+    assert outline.open == []
+    assert len(outline.ids) == len({*outline.ids})
+    assert "<th></th>" not in page
+
+
+def test_the_documentation_page_shows_each_call_in_curl_python_and_javascript(service: taskapi.Service,
+                                                                              script: Callable[..., Any]) -> None:
+    """The curl ones are shell words whose JSON bodies are taken as they stand; the Python ones are Python."""
+    with service.serving(port=0) as url:
+        page = ask(url, "GET", "/docs").body.decode()
+        examples = [unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", page, re.S)]
+        assert len(examples) == 3 * len(taskapi.all_routes())
+        answers = {}
+        for curl, python, javascript in zip(examples[::3], examples[1::3], examples[2::3], strict=True):
+            words = shlex.split(curl)
+            address = next(word for word in words if word.startswith(url))
+            assert all(address in text for text in (python, javascript))
+            compile(python, "example", "exec")
+            if "-d" in words:
+                path, body = address.removeprefix(url), words[words.index("-d") + 1]
+                answers[path] = ask(url, "POST", path, json.loads(body)).status
+        assert answers == {"/generate": 202, "/export": 202, "/preview": 200, "/script": 202, "/rows": 202}
 
 
 # ==== 11 Server ====
