@@ -5417,14 +5417,21 @@ class FieldNames:
     """The names that the fields of a file get, each once, and what was changed for that.
 
     `renamed` has the new name of each that was changed: by the old one, or by its position where two were equal.
-    `spare` are columns at the end of a header that it does not name; without a value they are left out.
+    `spare` are columns at the end of a header that it does not name; without a value they are left out. `quoted` says
+    that the header is in quotes throughout: then these are what tells texts from numbers.
     """
 
     def __init__(self) -> None:
         self.by_key: dict[str, str] = {}  # of JSON
         self.renamed: dict[str, str] = {}
         self.spare: list[str] = []
+        self.quoted = False
         self._taken: set[str] = set()  # in lower case, since SQLite sees no difference
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one field."""
+        return len(self._taken) == 1
 
     def of_header(self, header: Sequence[str], line: int) -> list[str]:
         """The names of all columns; JobFailed where there cannot be any."""
@@ -5538,7 +5545,8 @@ def _find_delimiter(samples: Mapping[str, list[list[str]]], line: int) -> str:
     if widest == 1:  # one column, of texts in which some delimiter may stand
         best.sort(key=lambda delimiter: max(map(len, samples[delimiter])))
     usual = {delimiter: _usual_width(rows) for delimiter, rows in samples.items()}
-    if not steady and (other := max(usual.values())) > 1 and (widest == 1 or usual[best[0]] != widest):
+    other = max(usual.values())
+    if not steady and (other > widest or usual[best[0]] == 1 < other):
         raise _bad_line(line, f"the first line has {_fields(widest)}, the lines below it have {other}: skip leaves out "
                               "lines above the header, comment those that begin with it, header names the fields, and "
                               "delimiter tells what is between them")
@@ -5655,6 +5663,7 @@ def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, 
                         f"the first line is longer than {_PIECE} characters")
     header, is_first = _header(first, options.header, line)
     fields = names[""].of_header(header, line)
+    names[""].quoted = is_first and all(cell[:1] == '"' for cell in first)
     yield ColumnBatch(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
     if is_first:
         end = _end_of(_LINE_END, text, end)
@@ -5685,7 +5694,8 @@ def _refuse_constant(name: str) -> Json:
 
 
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_JsonNumber, parse_constant=_refuse_constant)
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON_SPACES = " \t\r\n"
+_JSON_SPACE = re.compile(f"[{_JSON_SPACES}]*")
 
 
 def _compact(value: Json) -> str:
@@ -5749,7 +5759,8 @@ class _JsonText:
     def peek(self) -> str:
         """The next character that is no space; none at the end."""
         while True:
-            self._place = _end_of(_JSON_SPACE, self._text, self._place)
+            if self._text[self._place:self._place + 1] in _JSON_SPACES:  # which the empty text is too
+                self._place = _end_of(_JSON_SPACE, self._text, self._place)
             if self._place < len(self._text) or not self._more():
                 return self._text[self._place:self._place + 1]
 
@@ -6029,13 +6040,26 @@ _CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
     # A quoted cell is no number, whatever it reads: in our own exports the quotes are what makes a text.
     "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
     "date": lambda cell: _is_date(_unquoted(cell)), "datetime": lambda cell: _is_datetime(_unquoted(cell)),
-    "text": lambda cell: True,
+    "text": lambda cell: cell[:1] == '"',
+    "any": lambda cell: cell[:1] == '"' or cell == _exact_float(float(cell)) or _is_int(cell),
 }
 
 
-def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind]) -> list[Kind]:
+def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
     distinct = {cell for cell in cells if cell}
-    return [kind for kind in candidates if _all(_CSV_TESTS[kind], distinct)]
+    if names.alone:
+        distinct.discard('""')  # the null of an only field, which would be an empty line, in our own exports
+    if not distinct:
+        return [*candidates]
+    found: list[Kind] = []
+    for kind in candidates:
+        if kind in ("text", "any") and not names.quoted:
+            fits = kind == "text"
+        else:
+            fits = (kind == "decimal" and "int" in found) or _all(_CSV_TESTS[kind], distinct)
+        if fits:
+            found.append(kind)
+    return found
 
 
 def _is_writable_out(number: Json) -> bool:
@@ -6052,7 +6076,7 @@ def _written_out(number: Json) -> str:
     return plain if "." in plain else f"{plain}.0"
 
 
-def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind]) -> list[Kind]:
+def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
     """What differs in type has the kind json in common, and numbers that differ in form the kind decimal."""
     values = [cell for cell in cells if cell is not None]
     types = set(map(type, values))
@@ -6075,10 +6099,16 @@ _TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
 }
 
 
+def _csv_value(cell: str) -> Json:
+    """What a cell stands for where quotes tell texts from numbers."""
+    return _unquoted(cell) if cell[:1] == '"' else int(cell) if cell.lstrip("-").isdigit() else float(cell)
+
+
 def _csv_values(cells: Sequence[str], kind: Kind) -> list[Json]:
     """Cells as the record tables store them."""
-    convert = _TO_VALUE[kind] if kind in ("int", "float", "bool") else _unquoted
-    return [convert(cell) if cell else None for cell in cells]
+    convert = _csv_value if kind == "any" else _TO_VALUE[kind] if kind in ("int", "float", "bool") else _unquoted
+    null = ("",) if kind in ("text", "any") else ("", '""')
+    return [None if cell in null else convert(cell) for cell in cells]
 
 
 def _json_values(cells: Sequence[Json], kind: Kind) -> list[Json]:
@@ -6091,9 +6121,9 @@ class IngestFormat(NamedTuple):
     """How files become records: how they are cut into cells, which kinds cells fit, and the values they stand for."""
 
     read: Callable[[Iterator[str], IngestOptions, Mapping[str, FieldNames]], Iterator[ColumnBatch]]
-    kinds_of: Callable[[Sequence[Json], Sequence[Kind]], list[Kind]]
+    kinds_of: Callable[[Sequence[Json], Sequence[Kind], FieldNames], list[Kind]]
     values_of: Callable[[Sequence[Json], Kind], list[Json]]
-    kinds: Sequence[Kind]  # the first that fits is taken
+    kinds: Sequence[Kind]  # the first that fits is taken, or else text
     head: re.Pattern[str] | None = None  # by which a text is known whatever its name says
 
 
@@ -6191,11 +6221,12 @@ class RecordReader:
             self.counts[batch.part] += batch.length
         fitting = self._fitting[batch.part]
         for field, column in batch.columns.items():
-            fitting[field] = self._format.kinds_of(column, fitting.get(field, self._format.kinds))
+            fitting[field] = self._format.kinds_of(column, fitting.get(field, self._format.kinds),
+                                                   self.names[batch.part])
 
     def kinds(self, part: str = "") -> dict[str, Kind]:
         """The kind of each field, by all that was learned: the narrowest that fits; text if all is null."""
-        return {field: "text" if len(fitting) == len(self._format.kinds) else fitting[0]
+        return {field: "text" if len(fitting) in (0, len(self._format.kinds)) else fitting[0]
                 for field, fitting in self._fitting[part].items()
                 if len(fitting) < len(self._format.kinds) or field not in self.names[part].spare}
 
