@@ -5216,6 +5216,7 @@ def receive_upload(blocks: Iterator[bytes], content_type: str, settings: Setting
                     for block in blocks:
                         for event in parser.parse(block):
                             upload.take(event)
+                    parser.close()  # which sees that the end has come; in multipart 1.0 the `with` does not
             except multipart.MultipartError as error:
                 raise BadRequest(f"the multipart body is broken: {error.args[0]}") from None
         upload.end()
