@@ -2574,19 +2574,6 @@ def _shadow(generator: FakerGenerator, provider: BaseProvider, name: str, method
         setattr(generator, name, method)
 
 
-def _own(cls: type, name: str) -> Any:
-    """A class attribute as it was written, not bound (many times faster than inspect.getattr_static)."""
-    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
-
-
-@functools.cache
-def _routines(cls: Any) -> list[tuple[str, Any, Any]]:
-    """A provider class's methods by name, as written and as plain functions."""
-    owned = [(name, _own(cls, name)) for name in dir(cls) if not name.startswith("__")]
-    return [(name, own, own if inspect.isfunction(own) else own.__func__) for name, own in owned
-            if inspect.isfunction(own) or isinstance(own, (classmethod, staticmethod))]
-
-
 def freeze_clock(generator: FakerGenerator, stand_ins: Mapping[int, Any]) -> None:
     """Let a generator's methods see `stand_ins` for what is imported where they are written, the clock above all.
 
@@ -2618,16 +2605,18 @@ def freeze_clock(generator: FakerGenerator, stand_ins: Mapping[int, Any]) -> Non
         return twin
 
     for provider in generator.providers:
-        for name, own, function in _routines(cast(Any, provider).__class__):
-            if (twin := copied(function)) is not function:
+        for name in [name for name in dir(provider) if not name.startswith("__")]:
+            method = getattr(provider, name)
+            function = getattr(method, "__func__", method)
+            if inspect.isfunction(function) and (twin := copied(function)) is not function:
                 # a class method too is bound to the instance: it then finds the other shadows through its `cls`
-                bound = twin if isinstance(own, staticmethod) else types.MethodType(twin, provider)
+                bound = types.MethodType(twin, provider) if inspect.ismethod(method) else twin
                 _shadow(generator, provider, name, bound)
 
 
-def _primitives(rng: random.Random, stock: Any, tables: Container[int]) -> dict[str, Callable[..., Any]]:
-    """The few methods under all others. `tables` has the identities of the weighted tables that classes own."""
-    getrandbits, letter = rng.getrandbits, _pick(rng, string.ascii_letters)
+def _primitives(rng: random.Random, stock: BaseProvider, tables: Container[int]) -> dict[str, Callable[..., Any]]:
+    """The two methods under most others. `tables` has the identities of the weighted tables that classes own."""
+    getrandbits = rng.getrandbits
     digits = {"#": string.digits, "%": string.digits[1:], "$": string.digits[2:]}  # in the order Faker fills them in
     draws: dict[int, Draw] = {}
 
@@ -2650,7 +2639,7 @@ def _primitives(rng: random.Random, stock: Any, tables: Container[int]) -> dict[
     def slots(text: str) -> list[tuple[int, int, str]]:
         return [(i, len(some), some) for mark, some in digits.items() for i, c in enumerate(text) if c == mark]
 
-    def numerify(text: str = "###") -> Any:
+    def numerify(text: str = "###") -> str:
         letters = list(text)
         for i, n, some in slots(text):
             r = getrandbits(4)
@@ -2660,18 +2649,7 @@ def _primitives(rng: random.Random, stock: Any, tables: Container[int]) -> dict[
         filled = "".join(letters)
         return stock.numerify(filled) if "!" in text or "@" in text else filled
 
-    def lexify(text: str = "????", letters: str = string.ascii_letters) -> Any:
-        if "?" not in text or letters is not string.ascii_letters:
-            return stock.lexify(text, letters)
-        head, *rest = text.split("?")
-        return head + "".join([letter() + piece for piece in rest])
-
-    def bothify(text: str = "## ??", letters: str = string.ascii_letters) -> Any:
-        text = numerify(text)
-        return lexify(text, letters) if "?" in text else text
-
-    numbers = {"random_digit": _pick(rng, range(10)), "random_digit_not_null": _pick(rng, range(1, 10))}
-    return {"random_element": random_element, "numerify": numerify, "lexify": lexify, "bothify": bothify, **numbers}
+    return {"random_element": random_element, "numerify": numerify}
 
 
 def _outcome(rng: random.Random, call: Draw, times: int = TRIALS) -> tuple[list[Any], Any]:
@@ -2684,27 +2662,6 @@ def _outcome(rng: random.Random, call: Draw, times: int = TRIALS) -> tuple[list[
     except Exception as error:
         values.append(repr(error))
     return values, rng.getstate()
-
-
-@functools.cache
-def _same_primitives() -> list[str]:
-    """The primitives that give what stock Faker's of that name give, tried on all kinds of what they are asked for."""
-    from faker.providers import BaseProvider
-
-    rng, weighted = random.Random(), OrderedDict([("a", 0.2), ("b", 0.5), ("c", 9.0)])
-    texts = ["#%$!@?", "##-??-%%", "!!!!@@@@", "none", "", "?#$%@!"]
-    stock = BaseProvider(types.SimpleNamespace(random=rng))
-    stock.__use_weighting__ = True
-    asked: dict[str, list[Any]] = {
-        "random_element": [("a", "b", "c"), ["x"], [*range(17)], "abcdefgh", weighted, OrderedDict(x=1.0, y=2.0)],
-        "numerify": texts, "lexify": texts, "bothify": texts}
-    ours = _primitives(rng, stock, {id(weighted)})
-
-    def calls(method: Callable[..., Any], name: str) -> Draw:
-        return lambda: [method(value) for value in asked[name]] if name in asked else method()
-
-    return [name for name, method in ours.items()
-            if _outcome(rng, calls(method, name)) == _outcome(rng, calls(getattr(stock, name), name))]
 
 
 @functools.cache
@@ -2765,7 +2722,7 @@ def _quick_date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> 
 
 @functools.cache
 def _signature(cls: Any, name: str) -> inspect.Signature:
-    return inspect.signature(_own(cls, name).__get__(cls.__new__(cls), cls))
+    return inspect.signature(getattr(cls.__new__(cls), name))
 
 
 # Whole files as text: what they cost has no bound.
@@ -2812,10 +2769,10 @@ class FastFaker:
         tables = {id(value) for base in classes for value in vars(base).values() if type(value) is OrderedDict}
         primitives = _primitives(self.rng, stock, tables)
         for provider in self.generator.providers:
-            for name in _same_primitives():
-                if _own(type(provider), name) is vars(BaseProvider)[name]:
-                    _shadow(self.generator, provider, name, primitives[name])
-            if _own(type(provider), "date") is vars(date_time.Provider)["date"] and sys.platform != "win32":
+            for name, primitive in primitives.items():
+                if getattr(type(provider), name) is getattr(BaseProvider, name):
+                    _shadow(self.generator, provider, name, primitive)
+            if getattr(type(provider), "date", None) is date_time.Provider.date and sys.platform != "win32":
                 quick = _quick_date(self.rng, self.clock, provider.date)  # type: ignore[attr-defined]
                 _shadow(self.generator, provider, "date", quick)
 
@@ -2838,7 +2795,7 @@ class FastFaker:
         """The provider that answers for a method; None for what is no public method, or withheld."""
         if name not in self._providers:
             offered = self.generator.providers if not name.startswith("_") and name not in _WITHHELD else []
-            self._providers[name] = next((p for p in offered if inspect.isroutine(_own(type(p), name))), None)
+            self._providers[name] = next((p for p in offered if inspect.isroutine(getattr(type(p), name, None))), None)
         return self._providers[name]
 
     def names(self) -> list[str]:
@@ -3356,19 +3313,20 @@ def _dated(name: str, value: Any) -> Any:
     return value
 
 
-def _argument(name: str, value: Any) -> Any:
+def _argument(name: str, value: Any, longest: int = MAX_SIZE_ARG) -> Any:
     """An argument that is safe to hand to Faker, literal or read from a field; ValueError says what it may be.
 
     None makes Faker work without end, none is a template of its own.
     """
-    if isinstance(value, (dict, list)) and len(value) > MAX_SIZE_ARG // 4:
-        raise ValueError(f"takes at most {MAX_SIZE_ARG // 4} values")
-    if isinstance(value, dict):  # Faker wants weights in an OrderedDict
-        return OrderedDict((_argument(name, key), _argument(name, inner)) for key, inner in value.items())
-    if isinstance(value, list):
-        return [_argument(name, inner) for inner in value]
-    if isinstance(value, str) and ("{" in value or len(value) > MAX_SIZE_ARG):
-        raise ValueError(f"a text here has no braces and at most {MAX_SIZE_ARG} characters")
+    if isinstance(value, (dict, list)):
+        if len(str(value)) > 4 * MAX_SIZE_ARG:
+            raise ValueError(f"takes values of at most {4 * MAX_SIZE_ARG} characters together")
+        inner = partial(_argument, name, longest=MAX_SIZE_ARG // 16)
+        # Faker wants weights in an OrderedDict
+        return OrderedDict((inner(k), inner(v)) for k, v in value.items()) if isinstance(value, dict) else [
+            *map(inner, value)]
+    if isinstance(value, str) and ("{" in value or len(value) > longest):
+        raise ValueError(f"a text here has no braces and at most {longest} characters")
     limit = MAX_INT if _VALUE_ARG.fullmatch(name) else _MOST.get(name, MAX_SIZE_ARG)
     if isinstance(value, (int, float)) and abs(value) > limit:
         raise ValueError(f"should be at most {limit}")
@@ -3398,8 +3356,9 @@ class FakerField(FieldType):
         return self.holes().values()
 
     def work(self) -> int:
-        return 1 + sum(int(value) // 50 for name, value in self.args.items()
-                       if type(value) in (int, float) and 0 < value <= MAX_SIZE_ARG and not _VALUE_ARG.fullmatch(name))
+        sizes = [value if type(value) in (int, float) else len(value) if isinstance(value, (str, list)) else 0
+                 for name, value in self.args.items() if not _VALUE_ARG.fullmatch(name)]
+        return 1 + sum(int(size) // 50 for size in sizes if 0 < size <= MAX_SIZE_ARG)
 
     def domain(self, scope: Scope) -> Domain | None:
         table = None if self.args or scope.several else scope.fast.table(self.type)
