@@ -585,7 +585,18 @@ def validated(model: type[Q], validate: Callable[[], Q], names: Iterable[str] = 
         raise BadRequest(shown, problems) from None
 
 
-RecordType = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$", examples=["person"])]
+RECORD_TYPE = re.compile(r"[a-z][a-z0-9_]{0,62}")
+
+
+def spell_record_type(name: str) -> str:
+    """Refuses a name that cannot be a record type's, and says in words what can."""
+    if not RECORD_TYPE.fullmatch(name):
+        raise ValueError("should be 1 to 63 small letters, digits and _, a letter first")
+    return name
+
+
+RecordType = Annotated[str, AfterValidator(spell_record_type), Field(
+    examples=["person"], json_schema_extra={"pattern": f"^{RECORD_TYPE.pattern}$"})]
 
 
 def check_record_type(name: str) -> str:
@@ -3018,7 +3029,6 @@ class ForeignRow:
         self.row = self.block.get(ordinal)
 
 
-_RECORD_TYPE = re.compile(r"(?!sqlite|jobs$|job_)[a-z][a-z0-9_]{0,62}")
 
 
 class RecipeType:
@@ -3333,6 +3343,14 @@ def _argument(name: str, value: Any, longest: int = MAX_SIZE_ARG) -> Any:
     return _dated(name, value)
 
 
+def _read_argument(name: str, value: Any) -> Any:
+    """The same for one that is read from a field, where only the message can name it."""
+    try:
+        return _argument(name, value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _check_words(words: Any, room: int) -> None:
     """Text is made of words until it is full, and begun again where not even the first sentence fits."""
     longest = room - 1 if room < 25 else room // 4
@@ -3393,7 +3411,8 @@ class FakerField(FieldType):
     def _call(self, scope: Scope) -> Draw:
         """The method with its arguments, each of which is bounded whatever way it comes."""
         method, fixed = scope.fast.method(self.type), {}
-        reads = {name: scope.at("args", name).reader(field)[0] for name, field in self.holes().items()}
+        reads = {name: _mapped(scope.at("args", name).reader(field)[0], partial(_read_argument, name))
+                 for name, field in self.holes().items()}
         for name, value in self.args.items():
             try:
                 if name not in reads:
@@ -3403,7 +3422,7 @@ class FakerField(FieldType):
         room = "ext_word_list" in self.args and scope.fast.signature(self.type).parameters.get("max_nb_chars")
 
         def arguments() -> dict[str, Any]:
-            given = fixed | {name: _argument(name, read()) for name, read in reads.items()} if reads else fixed
+            given = fixed | {name: read() for name, read in reads.items()}
             if room:
                 _check_words(given["ext_word_list"], given.get("max_nb_chars", room.default))
             return given
@@ -4094,16 +4113,17 @@ def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
 def _parsed(record_type: RecipeType) -> Iterator[FieldProblem]:
     """Check all that can be checked of a description by itself, and keep its fields."""
     low, high = record_type.spec.range
-    if not _RECORD_TYPE.fullmatch(record_type.name):
-        yield FieldProblem(record_type.path or "recordType",
-                           f"{record_type.name!r} can not be the name of a record type")
+    if not RECORD_TYPE.fullmatch(record_type.name) or re.match(r"sqlite|jobs$|job_", record_type.name):
+        yield FieldProblem(record_type.path or "recordType", (
+            f"{record_type.name!r} should be 1 to 63 small letters, digits and _, a letter first, and not one that "
+            "is taken: jobs, job_..., sqlite..."))
     if low > high or high < 1:
         yield FieldProblem(record_type.at("count"), "should be 1 or more, or a range from less to more")
     folded: dict[str, str] = {}
     for name, raw in record_type.spec.schema_.items():
         path = record_type.at("schema", name)
         if not is_field_name(name):
-            yield FieldProblem(path, "a name has 1 to 64 printable characters, and is not _id, _job or _created")
+            yield FieldProblem(path, "a name has 1 to 255 printable characters, and is not _id, _job or _created")
         elif (other := folded.setdefault(name.lower(), name)) != name:
             yield FieldProblem(path, f"differs from {other!r} only in case")
         if not _storable(raw):
@@ -6386,7 +6406,7 @@ class GenerateRequest(JobRequest):
         Checking takes many times as long as answering, and clients post the same recipe again and again, so the last
         ones are kept: of the large ones few.
         """
-        moment = self._moment()
+        moment = self._moment() if self.now else utc_now()
         text = self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
         with _RECIPES_LOCK:
             kept = _RECIPES if len(text) < 2**15 else _LARGE_RECIPES

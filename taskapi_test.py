@@ -1847,6 +1847,66 @@ def test_a_field_reaches_all_of_its_values_and_no_other(field: dict[str, Any], v
         assert set(column(plan({**others, "x": field}, 300), "x")) == values
 
 
+@pytest.mark.parametrize(("low", "high", "digits"), [
+    (0.001, 0.019, 2), (-0.019, -0.001, 2), (0.34, 0.36, 1), (0.5, 0.5, 0), (1e16, 1e16 + 4, 2), (0.1, 0.7, 1)])
+def test_a_rounded_float_lies_between_its_bounds_or_is_refused(low: float, high: float, digits: int) -> None:
+    """A bound that is no such number itself is not given; where there is none between them, that is said."""
+    field = {"type": "float", "min": low, "max": high, "round": digits}
+    if (low, high) in ((0.34, 0.36), (0.5, 0.5)):
+        assert list(problems(lambda: plan({"x": field}))) == ["schema.x.round"]
+        return
+    values = [value for row in things({"x": field, "y": {**field, "mean": low, "sd": 1}}, 200) for value in row]
+    assert all(low <= value <= high and round(value, digits) == value for value in values)
+
+
+@pytest.mark.parametrize(("other", "field", "refused_at"), [
+    ({"from": "2020-01-01", "to": "2020-12-31"}, {"from": "{a}", "to": "2020-06-30"}, "schema.b.from"),
+    ({"from": "2020-01-01", "to": "2020-12-31"}, {"from": "2020-06-30", "to": "{a}"}, "schema.b.from"),
+    ({"from": "2020-01-01", "to": "2020-12-31"}, {"from": "{a}+1y", "to": "2021-12-31"}, None),
+    ({"from": "-1y", "to": "today"}, {"from": "{a}", "to": "now"}, None),
+    ({"from": "-1y", "to": "today"}, {"from": "{a}+1d", "to": "now"}, "schema.b.from"),
+    ({"from": "-1y", "to": "today", "null": 0.5}, {"from": "{a}+2d", "to": "{a}-2d"}, "schema.b"),
+    ({}, {"from": "{a}", "to": "now"}, None)])
+def test_a_date_that_another_one_bounds_keeps_both_its_bounds(
+        other: dict[str, Any], field: dict[str, Any], refused_at: str | None) -> None:
+    """What may leave no room is refused beforehand."""
+    schema = {"a": {"type": "date", **other}, "b": {"type": "datetime", **field}}
+    if refused_at:
+        assert list(problems(lambda: plan(schema))) == [refused_at]
+        return
+    for a, b in things(schema, 300):
+        assert b is None or a[:4] <= b[:4]
+        assert b is None or "+" in field["from"] or a <= b <= NOW.isoformat()
+
+
+def test_a_date_without_room_ends_the_job_by_its_name() -> None:
+    """Where two fields bound it, only the record tells."""
+    schema = {name: {"type": "date", "from": "-9d", "to": "today"} for name in ("a", "b")}
+    with pytest.raises(TaskError, match=r"schema\.c: from \{a\} comes after to \{b\}|comes after"):
+        things({**schema, "c": {"type": "date", "from": "{a}", "to": "{b}"}}, 300)
+
+
+def test_a_template_has_values_as_json_writes_them() -> None:
+    """Truth values, lists, objects, numbers; texts as they are and null as nothing."""
+    values = {"a": True, "b": ["x", 1, None, False], "c": {"k": [1.5]}, "d": 2.0, "e": "é\"", "f": None, "g": 7}
+    schema = {name: {"type": "const", "value": value} for name, value in values.items()}
+    filled = {"type": "template", "template": "|".join(f"{{{name}}}" for name in values)}
+    assert things({**schema, "all": filled, "up": {"type": "template", "template": "{a|upper}"}}, 1)[0][-2:] == (
+        'true|["x",1,null,false]|{"k":[1.5]}|2.0|é"||7', "TRUE")
+
+
+def test_a_time_delta_is_what_stock_faker_prints() -> None:
+    """Like every other method."""
+    from faker import Faker
+
+    fake = Faker("en_US")
+    fake.seed_instance(3)
+    with stopped_clock():
+        expected = [str(fake.time_delta(end_datetime="+90d")) for _ in range(20)]
+    schema = {"x": {"type": "time_delta", "args": {"end_datetime": "+90d"}}}
+    assert [value for value, in things(schema, 20, seed=3)] == expected
+
+
 def test_a_null_chance_of_one_in_two_hundred_really_yields() -> None:
     """Faker's own `optional` never would; and a null takes exactly one draw."""
     nulls = sum(value is None for (value,) in things({"x": {"type": "name", "null": 0.005}}, 20_000))
@@ -1896,12 +1956,14 @@ def test_a_program_can_add_a_field_type_of_its_own(monkeypatch: pytest.MonkeyPat
     class Dice(taskapi.FieldType):
         """The eyes of some dice."""
 
-        dice: int = 1
+        how_many: int = 1
 
         def draw(self, scope: taskapi.Scope) -> tuple[taskapi.Draw, Kind]:
-            return lambda: sum(scope.rng.randint(1, 6) for _ in range(self.dice)), "int"
+            return lambda: sum(scope.rng.randint(1, 6) for _ in range(self.how_many)), "int"
 
-    assert set(column(plan({"x": {"type": "dice", "dice": 2}}, 500), "x")) == set(range(2, 13))
+    assert set(column(plan({"x": {"type": "dice", "howMany": 2}}, 500), "x")) == set(range(2, 13))
+    assert set(column(plan({"x": {"type": "dice", "how_many": 2}}, 500), "x")) == set(range(2, 13))  # as in 1.x
+    assert "did you mean 'howMany'" in problems(lambda: plan({"x": {"type": "dice", "howmny": 2}}))["schema.x.howmny"]
     with pytest.raises(ValueError, match="already"):
         taskapi.field_type("dice")(type("Other", (taskapi.FieldType,), {}))
 
@@ -2201,6 +2263,15 @@ def test_a_record_that_brings_many_along_is_made_with_pauses() -> None:
         ({"type": "json_bytes", "args": {"num_rows": 4000, "data_columns": [["x", "binary"]]}}, "", "no single value"),
         ({"type": "pylist", "args": {"nb_elements": 4000, "value_types": ["binary"]}}, "", "no single value"),
         ({"type": "texts", "args": {"nb_texts": 4000, "max_nb_chars": 4000}}, "", "no single value"),
+        ("string", "", "no such type 'string'; say word, text or pattern"),
+        *[({"type": name, "maxLength": 5}, "", meant) for name, meant in (
+            ("number", "int, float or decimal"), ("integer", "int"), ("timestamp", "datetime"), ("regex", "pattern"),
+            ("enum", "choice"), ("boolean", "or say bool"), ("text", "or say word, pattern or template"))],
+        ({"type": "email", "domain": "x.org"}, ".domain", "takes args, null, unique; what Faker's method takes goes"),
+        ({"type": "text", "args": {"max_nb_chars": 5, "ext_word_list": ["longer"]}}, ".args", "words of 1 to 4"),
+        ({"type": "text", "args": {"max_nb_chars": 5, "ext_word_list": [""]}}, ".args", "words of 1 to 4"),
+        ({"type": "file_path", "args": {"depth": 4096}}, ".args.depth", "at most 64"),
+        ({"type": "choice", "values": ["x" * 70_000]}, ".values", "at most 65536"),
         (5, "", "name of a type"),
         ({"of": "word"}, "", "name of a type"),
         *[(name, "", "no s") for name in ("words", "profile", "binary", "json_bytes", "csv", "json", "seed_instance",
@@ -2280,6 +2351,48 @@ def test_no_argument_makes_faker_work_without_end(share: float) -> None:
     assert int(ended.stdout) > 5000 * share
 
 
+@pytest.mark.parametrize(("value", "field"), [
+    (400_000_000, {"type": "random_number", "args": {"digits": "{n}"}}),
+    (10**7, {"type": "password", "args": {"length": "{n}"}}),
+    ("{width:>99999999}", {"type": "image_url", "args": {"placeholder_url": "{n}"}}),
+    (["longer"], {"type": "text", "args": {"max_nb_chars": 5, "ext_word_list": "{n}"}}),
+    (5, {"type": "text", "args": {"max_nb_chars": "{n}", "ext_word_list": ["longer"]}})])
+def test_an_argument_that_is_read_from_a_field_is_held_to_the_same_limits(value: Any, field: dict[str, Any]) -> None:
+    """At every draw: when the recipe is tried, and later too, where the value comes seldom."""
+    assert set(problems(lambda: plan({"n": {"type": "const", "value": value}, "x": field}))) == {"schema.x.args"}
+    harmless = "x.org" if isinstance(value, str) else ["ab"] if isinstance(value, list) else 9
+    values = [harmless] * 400 + [value]
+    with pytest.raises(TaskError, match=r"at most|words of"):
+        things({"n": {"type": "choice", "values": values}, "x": field}, 5000)
+
+
+FIELDS_400 = {f"f{number}": "name" for number in range(400)}
+
+
+def nest(depth: int) -> Any:
+    return {"type": "list", "of": nest(depth - 1) if depth else "word", "min": 4, "max": 4}
+
+
+@pytest.mark.parametrize(("records", "locale_count", "path"), [
+    ({"a": {"count": 1, "schema": FIELDS_400}}, 90, "schema"),
+    ({"a": {"count": 1, "schema": {"x": nest(6)}}}, 1, "schema.x"),
+    ({"a": {"count": 1, "schema": {"x": {"type": "object", "fields": {"y": nest(6)}}}}}, 1, "schema.x"),
+    ({"a": {"count": 1, "schema": {f"f{n}": {"type": "paragraph", "args": {"nb_sentences": 500}} for n in range(400)}}},
+     1, "schema"),
+    ({f"t{n}": {"count": 1, "schema": {"x": "name"}} for n in range(50)}, 20, "records")])
+def test_what_takes_long_to_try_is_refused_before_it_is_tried(
+        records: Any, locale_count: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields, depth, locales, large arguments, types: the message says how much that is, and how much may be."""
+    from faker.config import AVAILABLE_LOCALES
+
+    def tried(*_: Any) -> Any:
+        raise AssertionError("was tried")
+
+    monkeypatch.setattr(taskapi, "RecordGenerator", tried)
+    found = problems(lambda: related(records, locale=sorted(AVAILABLE_LOCALES)[:locale_count]))
+    assert "of at most 3000" in found[path]
+
+
 def test_every_problem_is_told_at_once() -> None:
     """Those of the description and those found by trying; not those that only follow from another."""
     schema = {
@@ -2293,7 +2406,7 @@ def test_every_problem_is_told_at_once() -> None:
     assert set(problems(lambda: plan({"a": "name"}, locale="en_XX"))) == {"locale"}
 
 
-@pytest.mark.parametrize("name", ["", " a", "a ", "a\n", "x" * 65, "_id", "_Job", "_CREATED"])
+@pytest.mark.parametrize("name", ["", " a", "a ", "a\n", "x" * 256, "_id", "_Job", "_CREATED"])
 def test_field_names_that_a_table_can_not_have_are_refused(name: str) -> None:
     """Printable, 1 to 64 characters, not one of the store's own."""
     assert f"schema.{name}" in problems(lambda: plan({name: "name"}))
@@ -3578,6 +3691,44 @@ def test_a_recipe_is_checked_against_its_own_now(service: taskapi.Service) -> No
             service.enqueue("generate", {**body, **wrong})
     with pytest.raises(BadRequest, match="did you mean 'generate'"):
         service.enqueue("genrate", {})
+
+
+LONG = {"type": "choice", "values": ["x" * 64_000 + str(n) for n in range(15)]}
+LARGE = {"recordType": "large", "seed": 1, "schema": {"c": LONG, **{
+    f"f{n}": {"type": "template", "template": "{c}"} for n in range(15)}}}
+
+
+def test_large_records_take_bounded_memory(tmp_path: Path) -> None:
+    """16 fields of 64,000 characters each: a job saves them by bytes, a preview is refused; under 300 MB."""
+    with Live(tmp_path / "data") as live:
+        refused(live.ask("POST", "/preview", {**LARGE, "count": 100}), 400, "16 MiB")
+        assert live.ask("POST", "/preview", {**LARGE, "count": 5}).status == 200
+        job_id = live.make("/generate", {**LARGE, "count": 300})
+        until(lambda: live.job(job_id, 5)["result"], 60)
+        assert peak(live) < 300
+
+
+def test_a_job_saves_large_records_sooner_and_refuses_a_family_that_is_too_large(
+        service: taskapi.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 4 MiB; and what one record brings along is kept whole, so that has a bound."""
+    saves: list[int] = []
+    save = taskapi.JobContext.save
+    monkeypatch.setattr(taskapi.JobContext, "save", lambda self, progress, *rest: (
+        saves.append(progress.done), save(self, progress, *rest)))
+    assert service.enqueue("generate", {**LARGE, "count": 10}).status == "completed"
+    assert saves[:2] == [5, 10]
+    schema = {"c": {"type": "ref", "field": "large.c"}, "d": {"type": "template", "template": "{c|upper}"}}
+    job = service.enqueue("generate", {"records": {
+        "large": {"count": 1, "schema": {"c": LONG}}, "child": {"per": "large", "count": 1000, "schema": schema}}})
+    assert job.status == "failed"
+    assert "32 MiB" in job.error
+
+
+def test_a_generate_request_knows_how_many_records_it_makes() -> None:
+    """The queue lets small jobs pass."""
+    assert taskapi.GenerateRequest.model_validate(PERSONS).weight == 10
+    shop = taskapi.GenerateRequest.model_validate({"recordType": "shop", "count": 100})
+    assert shop.weight == 100 + 300 + 900
 
 
 def test_a_job_remembers_the_versions_it_was_made_with(service: taskapi.Service) -> None:
