@@ -5312,6 +5312,10 @@ def _lines_in(text: str) -> int:
     return text.count("\n") or text.count("\r")
 
 
+class _BadGzip(Exception):
+    """Compressed data that cannot be read on."""
+
+
 def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """What is in a gzip file of one or more members, in pieces that are not empty."""
     member, taken, given = zlib.decompressobj(31), 0, 0
@@ -5322,40 +5326,45 @@ def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
             try:
                 piece = member.decompress(block, _PIECE)
             except zlib.error:
-                raise JobFailed(f"the gzip data is broken, within the {taken} bytes up to here") from None
+                raise _BadGzip(f"the gzip data is broken, within the {taken} bytes up to here") from None
             block = member.unconsumed_tail or member.unused_data
             given += len(piece)
             if given > min(_UNPACKED_LIMIT, _UNPACKED_FREE + _UNPACKED_RATIO * taken):
-                raise JobFailed(f"the gzip data unpacks to too much: over {given} bytes out of {taken}")
+                raise _BadGzip(f"the gzip data unpacks to too much: over {given} bytes out of {taken}")
             if piece:
                 yield piece
     if piece := member.flush():
         yield piece
     if not member.eof:
-        raise JobFailed(f"the gzip data is cut off after {taken} bytes")
+        raise _BadGzip(f"the gzip data is cut off after {taken} bytes")
 
 
 def _decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
     """The text of a file, without the mark at its beginning."""
     decoder = text_decoder(encoding)
     taken, line, mark = 0, 1, "\ufeff"
-    for block in chain(blocks, [b""]):
-        held = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(block, not block)
-        except UnicodeDecodeError as error:
-            line += error.object[:error.start].count(b"\n")
-            raise _bad_line(line, f"byte {taken - held + error.start} of the text, 0x{error.object[error.start]:02x}, "
-                                  f"is not {encoding}; the part encoding names another") from None
-        except UnicodeError as error:  # no byte order mark, for one
-            raise _bad_line(line, f"the text is not {encoding}: {error}") from None
-        if unsound := _UNSOUND.search(text):
-            raise _bad_line(line + _lines_in(text[:unsound.start()]), "there is a NUL character: this is no text, or "
-                                                                      "in an encoding that the part encoding names")
-        taken, line = taken + len(block), line + _lines_in(text)
-        if text:
-            yield text.removeprefix(mark)
-            mark = ""
+    try:
+        for block in chain(blocks, [b""]):
+            held = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, not block)
+            except UnicodeDecodeError as error:
+                line += error.object[:error.start].count(b"\n")
+                place, byte = taken - held + error.start, error.object[error.start]
+                raise _bad_line(line, f"byte {place} of the text, 0x{byte:02x}, is not {encoding}; the part encoding "
+                                      "names another") from None
+            except UnicodeError as error:  # no byte order mark, for one
+                raise _bad_line(line, f"the text is not {encoding}: {error}") from None
+            if unsound := _UNSOUND.search(text):
+                line += _lines_in(text[:unsound.start()])
+                raise _bad_line(line, "there is a NUL character: this is no text, or in an encoding that the part "
+                                      "encoding names")
+            taken, line = taken + len(block), line + _lines_in(text)
+            if text:
+                yield text.removeprefix(mark)
+                mark = ""
+    except _BadGzip as error:
+        raise _bad_line(line, str(error)) from None
 
 
 def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -5405,13 +5414,8 @@ class FieldNames:
         self.by_key: dict[str, str] = {}  # of JSON
         self.renamed: dict[str, str] = {}
         self.spare: list[str] = []
-        self.quoted = False
+        self.quoted, self.count = False, 0
         self._taken: set[str] = set()  # in lower case, since SQLite sees no difference
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one field."""
-        return len(self._taken) == 1
 
     def of_header(self, header: Sequence[str], line: int) -> list[str]:
         """The names of all columns; JobFailed where there cannot be any."""
@@ -5427,12 +5431,14 @@ class FieldNames:
         return self.by_key
 
     def _add(self, texts: Sequence[str], line: int) -> list[str]:
-        first = len(self._taken) + 1
-        if first + len(texts) - 1 > MAX_FIELDS:
+        first = self.count + 1
+        self.count += len(texts)
+        if self.count > MAX_FIELDS:
             raise _bad_line(line, f"there are more than {MAX_FIELDS} fields")
         wanted = [_field_name(text, position) for position, text in enumerate(texts, first)]
         if long := next((name for name in wanted if len(name) > MAX_FIELD_NAME), None):
-            raise _bad_line(line, f"the name of a field is longer than {MAX_FIELD_NAME} characters: {long[:60]}...")
+            raise _bad_line(line, f"the name of a field is longer than {MAX_FIELD_NAME} characters, {long[:60]}...; "
+                                  "header gives names, skip leaves lines out")
         counts, theirs, names = Counter(texts), {name.lower() for name in wanted}, []
         for position, (text, name) in enumerate(zip(texts, wanted, strict=True), first):
             made, number = name, 1
@@ -5617,7 +5623,8 @@ def _header(first: Sequence[str], told: str, line: int) -> tuple[list[str], bool
     if all(map(_NUMERIC.fullmatch, first)):
         raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names there, "
                               "do without, and skip leaves out lines above it")
-    return [*map(_unquoted, first)], True
+    # Spaces before a quote are a habit of some; in other cells they stay what they are.
+    return [_unquoted(cell.strip() if re.match(' +".*" *$', cell) else cell) for cell in first], True
 
 
 def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
@@ -5703,31 +5710,29 @@ class _TooLong(JobFailed):
 
 
 class _JsonText:
-    """A JSON text that is taken value by value; of all the text one value and one piece are held at a time."""
+    """A JSON text that is taken value by value; of all the text one value and one piece are held at a time.
+
+    `line` is that in which what is held begins.
+    """
 
     def __init__(self, texts: Iterator[str], options: IngestOptions):
         self._texts, self._options = texts, options
-        self._text, self._place, self._start, self._line = "", 0, 0, 1  # start: of the last value
+        self._text, self._place, self._start, self.line = "", 0, 0, 1  # start: of the last value
         self._escaped, self._refills = False, 0
-
-    @property
-    def line(self) -> int:
-        """Where what is held begins."""
-        return self._line
 
     def error(self, reason: str, place: int | None = None) -> JobFailed:
         """What is wrong here, or at another place of what is held."""
         place = self._place if place is None else place
         if place >= len(self._text):
             reason = f"the file ends too early: {reason}"
-        return _bad_line(self._line + _lines_in(self._text[:place]), reason)
+        return _bad_line(self.line + _lines_in(self._text[:place]), reason)
 
     def _more(self, limit: int = _RECORD_LIMIT) -> bool:
         """Takes in as much again as is held of a value, so that looking again costs no more than reading it once."""
         held = self._text[self._place:]
         if len(held) > limit:
             raise _TooLong(str(self.error(f"a record is longer than {limit} characters, or broken")))
-        self._line += _lines_in(self._text[:self._place])
+        self.line += _lines_in(self._text[:self._place])
         pieces, size = [held], 0
         while size <= len(held) and (piece := next(self._texts, "")):
             pieces.append(piece)
@@ -5792,7 +5797,7 @@ class _JsonText:
 
         return check
 
-    def _values(self, ended: Callable[[], bool], *first: Json) -> Iterator[list[Json]]:
+    def values(self, ended: Callable[[], bool], *first: Json) -> Iterator[list[Json]]:
         """Values until they have ended, some at a time, of one kind with a first one."""
         check, batch, refills = self._checked(*first), list[Json](), self._refills
         while True:
@@ -5804,18 +5809,13 @@ class _JsonText:
             if end:
                 return
 
-    def concatenated(self, first: Json) -> Iterator[list[Json]]:
-        """What comes behind a first value, up to the end of the text."""
-        if self.peek():
-            yield from self._values(lambda: not self.peek(), first)
-
     def elements(self) -> Iterator[list[Json]]:
         """The elements of the array that comes next."""
         self._expect("[")
         if self.peek() == "]":
             self._place += 1
         else:
-            yield from self._values(lambda: self._expect(",]") == "]")
+            yield from self.values(lambda: self._expect(",]") == "]")
 
     def steps(self) -> Iterator[str]:
         """The keys of the object that comes next, or the indices of the array; each value is to be taken in between."""
@@ -5826,7 +5826,7 @@ class _JsonText:
         for number in itertools.count():
             key = str(number)
             if end == "}":
-                key = self.value(_check_key)
+                key = self.value() if self.peek() == '"' else self._expect('"')
                 self._expect(":")
             yield key
             if self._expect(f",{end}") == end:
@@ -5849,17 +5849,12 @@ class _JsonText:
 
     def back(self, *, if_last: bool) -> bool:
         """Goes back before the value just taken, `if_last` only where nothing comes behind it."""
-        start, line = self._start, self._line + _lines_in(self._text[:self._start])
+        start, line = self._start, self.line + _lines_in(self._text[:self._start])
         text = self._text[start:]
         if if_last and self.peek():
             return False
-        self._text, self._place, self._line, self._escaped = text, 0, line, "\\u" in text
+        self._text, self._place, self.line, self._escaped = text, 0, line, "\\u" in text
         return True
-
-
-def _check_key(key: Json) -> None:
-    if not isinstance(key, str):
-        raise ValueError("a key must be a text")
 
 
 def _keyed(key: str, record: dict[str, Json]) -> dict[str, Json]:
@@ -5908,7 +5903,8 @@ def _value_records(text: _JsonText, options: IngestOptions, lines: bool = False,
             yield from _listed(text, first, options.split)
         else:
             yield "", [first]
-            yield from (("", batch) for batch in text.concatenated(first))
+            if text.peek():
+                yield from (("", batch) for batch in text.values(lambda: not text.peek(), first))
 
 
 _HELD_MEMBERS = 1000  # objects in an object that are held until it shows whether they are the records
@@ -6027,7 +6023,7 @@ _CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
 
 def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
     distinct = {cell for cell in cells if cell}
-    if names.alone:
+    if names.count == 1:
         distinct.discard('""')  # the null of an only field, which would be an empty line, in our own exports
     if not distinct:
         return [*candidates]
@@ -6170,7 +6166,7 @@ class RecordReader:
 
     def _find_encoding(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
         check, seen = TextEncoding(None), 0
-        with suppress(UnicodeError, JobFailed):  # reading says where
+        with suppress(UnicodeError, _BadGzip):  # reading says where
             for block in self._blocks(stream):
                 check.feed(block)
                 seen += len(block)
@@ -6182,17 +6178,9 @@ class RecordReader:
         self.encoding = check.name
 
     def _texts(self, stream: BinaryIO) -> Iterator[str]:
-        """The text, in pieces; JobFailed says at which line it cannot be read any more."""
-        line, texts = 1, _decoded(self._blocks(stream), self.encoding or "utf-8")
         self._taken = 0
-        while True:
-            try:
-                text = next(texts, None)
-            except JobFailed as error:
-                raise error if str(error).startswith("line ") else _bad_line(line, str(error)) from None
-            if text is None:
-                return
-            line, self._taken = line + _lines_in(text), self._taken + len(text)
+        for text in _decoded(self._blocks(stream), self.encoding or "utf-8"):
+            self._taken += len(text)
             yield text
 
     def learn(self, batch: ColumnBatch) -> None:
@@ -6710,15 +6698,14 @@ def _load(context: JobContext, request: IngestRequest, file: StoredFile, state: 
             if seen > done:
                 table = state["tables"][batch.part]
                 rows = reader.rows(batch, table["kinds"])[done - seen:]
-                add = partial(_append, context.records, context.job, table["recordType"], [*table["kinds"]], rows)
+                columns = table["recordType"], [*table["kinds"]], rows
+
+                def add(connection: sqlite3.Connection, columns: tuple[str, list[str], list[Json]] = columns) -> None:
+                    context.records.append(connection, context.job, *columns)
+
                 done = seen
                 context.save(Progress(done=done, total=state["total"]), {**state, "done": done}, add)
             yield
-
-
-def _append(records: RecordStore, job: Job, record_type: str, fields: Sequence[str], rows: Sequence[tuple[Json, ...]],
-            connection: sqlite3.Connection) -> None:
-    records.append(connection, job, record_type, fields, rows)
 
 
 SAMPLE, _SAMPLE_TEXT = 10_000, 2**22  # records, and characters, that a schema is inferred from

@@ -3317,6 +3317,7 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "a delimiter behind each row": ("a.csv", "a,b\n1,2,\n3,4,,\n", {}, [{"a": 1, "b": 2}, {"a": 3, "b": 4}]),
     "a name on two lines": ("a.csv", '"line one \r\n line two";b\n1;2\n', {}, [{"line one line two": 1, "b": 2}]),
     "names that do not print": ("a.csv", "a\u00a0b\u200b,\u00ad\n1,2\n", {}, [{"a b": 1, "column_2": 2}]),
+    "spaces before the quotes": ("a.csv", '"Month", "1958"\n"JAN",  340\n', {}, [{"Month": "JAN", "1958": "  340"}]),
     "a name of 255 characters": ("a.csv", "x" * 255 + ",b\n1,2\n", {}, [{"x" * 255: 1, "b": 2}]),
     "no header": ("a.csv", "1,2\n3,4\n", {}, [NO_HEADER]),
     "no header, told": ("a.csv", "1,x\n3,4\n", {"header": "none"}, [
@@ -3369,7 +3370,14 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"text": "One, two."}, {"text": "Three"}, {"text": "Four"}, {"text": "Five, six, seven"}]),
     "commas in a .tsv": ("a.tsv", "a,b\n1,2\n", {}, [{"a": 1, "b": 2}]),
     "an old Mac": ("a.csv", "a,b\r1,2\r3,4\r", {}, [{"a": 1, "b": 2}, {"a": 3, "b": 4}]),
+    "releases of a system": ("a.csv", "a,b,c\n1,2\n3,4\n5,6,7\n", {"ragged": "pad"}, [
+        {"a": 1, "b": 2, "c": None}, {"a": 3, "b": 4, "c": None}, {"a": 5, "b": 6, "c": 7}]),
     # texts that stay what they are
+    "quotes that tell texts from numbers": ("a.csv", '"n"\n300\n"title"\n1.5\n"7"\n', {}, [
+        {"n": 300}, {"n": "title"}, {"n": 1.5}, {"n": "7"}]),
+    "quotes where they are needed": ("a.csv", 'n,m\n300,x\n"1,000",y\n', {}, [
+        {"n": "300", "m": "x"}, {"n": "1,000", "m": "y"}]),
+    "nulls of an only field": ("a.csv", '"n"\n1\n""\n2\n', {}, [{"n": 1}, {"n": None}, {"n": 2}]),
     "JSON in a cell": ("a.csv", 'a,b\n"{""x"": 1.0}",[1]\n', {}, [{"a": '{"x": 1.0}', "b": "[1]"}]),
     "beyond 64 bits": ("a.csv", "n\n18446744073709551616\n-1\n", {}, [{"n": "18446744073709551616"}, {"n": "-1"}]),
     # JSON
@@ -7329,7 +7337,7 @@ def test_the_readme_lists_every_call_link_format_and_package() -> None:
     row = next(line for line in README.splitlines() if line.startswith("| `POST /export`")).lower()
     assert [name for name in taskapi.EXPORT_FORMATS if name not in row] == []
     uploads = README.split("### Uploads that become records")[1].split("###")[0].lower()
-    assert [name for name in taskapi.INGEST_FORMATS if name not in uploads] == []
+    assert [name for name in (*taskapi.INGEST_FORMATS, *taskapi.INGEST_OPTIONS) if name.lower() not in uploads] == []
     assert between_fence("packages") == "pip install " + " ".join(
         f'"{name}>={least}"' for name, least in taskapi.PACKAGES.items())
 
