@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -72,9 +71,25 @@ import types
 import zlib
 from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
@@ -135,14 +150,14 @@ def packages_amiss() -> str:
 
 
 try:
-    import bottle
+    import bottle  # type: ignore[import-untyped, unused-ignore]
     import click
-    import multipart
-    import waitress
-    import waitress.channel
-    import waitress.parser
-    import waitress.task
-    import waitress.wasyncore
+    import multipart  # type: ignore[import-untyped, unused-ignore]
+    import waitress  # type: ignore[import-untyped, unused-ignore]
+    import waitress.channel  # type: ignore[import-untyped, unused-ignore]
+    import waitress.parser  # type: ignore[import-untyped, unused-ignore]
+    import waitress.task  # type: ignore[import-untyped, unused-ignore]
+    import waitress.wasyncore  # type: ignore[import-untyped, unused-ignore]
     from click.core import ParameterSource
     from pydantic import (
         AfterValidator,
@@ -159,7 +174,7 @@ try:
     from pydantic.alias_generators import to_camel
     from pydantic.json_schema import models_json_schema
     from pydantic_core import from_json, to_json
-    from tabulate import tabulate  # type: ignore[import-untyped]  # it brings no types
+    from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
 except ImportError:
     if not packages_amiss():
         raise
@@ -651,17 +666,18 @@ class Job(ApiModel):
     created_at: str
     started_at: str | None = None
     finished_at: str | None = None
-    attempt: int = Field(0, description="How often the job was started.")
+    attempt: int = Field(default=0, description="How often the job was started.")
     progress: Progress = Field(default_factory=Progress)  # a default that is an object would be copied deeply
     request: dict[str, Json] = Field(description="The request as accepted, with its defaults filled in.")
     result: dict[str, Json] | None = None
     error: str | None = None
-    eta: float | None = Field(None, description="Seconds that a running job still needs, as far as can be told.")
-    after: str | None = Field(None, description="The job that has to be completed before this one runs.")
-    interruptions: list[Interruption] = Field([], description="Earlier attempts that did not come to an end.")
-    record_type: str | None = Field(None, exclude=True)
-    file: StoredFile | None = Field(None, exclude=True)
-    cancel_requested: bool = Field(False, exclude=True)
+    eta: float | None = Field(
+        default=None, description="Seconds that a running job still needs, as far as can be told.")
+    after: str | None = Field(default=None, description="The job that has to be completed before this one runs.")
+    interruptions: list[Interruption] = Field(default=[], description="Earlier attempts that did not come to an end.")
+    record_type: str | None = Field(default=None, exclude=True)
+    file: StoredFile | None = Field(default=None, exclude=True)
+    cancel_requested: bool = Field(default=False, exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties; pydantic documents this
     @property
@@ -804,15 +820,15 @@ def first_tables(connection: sqlite3.Connection) -> None:
             "CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'",
             "CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL",
             # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
-            "CREATE TABLE _progress(job TEXT PRIMARY KEY, done INTEGER, total INTEGER, done_before INTEGER, "
-            "checkpoint TEXT) STRICT",
+            ("CREATE TABLE _progress(job TEXT PRIMARY KEY, done INTEGER, total INTEGER, done_before INTEGER, "
+             "checkpoint TEXT) STRICT"),
             "CREATE TABLE _types(record_type TEXT PRIMARY KEY, next_id INTEGER) STRICT",
             # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
-            "CREATE TABLE _fields(record_type TEXT, field TEXT, kind TEXT, position INTEGER, long INTEGER, "
-            "PRIMARY KEY (record_type, field)) STRICT",
+            ("CREATE TABLE _fields(record_type TEXT, field TEXT, kind TEXT, position INTEGER, long INTEGER, "
+             "PRIMARY KEY (record_type, field)) STRICT"),
             # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
-            "CREATE TABLE _spans(record_type TEXT, first INTEGER, size INTEGER, rows INTEGER, job TEXT, "
-            "PRIMARY KEY (record_type, first)) STRICT",
+            ("CREATE TABLE _spans(record_type TEXT, first INTEGER, size INTEGER, rows INTEGER, job TEXT, "
+             "PRIMARY KEY (record_type, first)) STRICT"),
             "CREATE INDEX idx__spans_job ON _spans(job)",
             "CREATE TABLE _heartbeat(id INTEGER PRIMARY KEY, at TEXT) STRICT"):
         connection.execute(statement)
@@ -1183,7 +1199,7 @@ class Database:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
                     raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # those who wait get it
             if isinstance(error, OSError):
                 error = StorageError(f"the database cannot be used: {error.strerror}")
             written = [(piece, None, error) for piece in (*taken, *batch)]
@@ -1804,7 +1820,7 @@ def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
     if kind in ("int", "float", "decimal") and not isinstance(value, bool):
         with suppress(ValueError):
             number = float(value) if isinstance(value, str) else value
-            if number == number:  # which NaN, that SQLite takes for null, is not
+            if not math.isnan(number):  # which SQLite takes for null
                 return number
     elif (kind == "bool") == isinstance(value, bool):
         return value if kind == "bool" else str(value)
@@ -2110,9 +2126,9 @@ class _Selection:
         table = f"copy.{_quote(record_type)}"
         columns = ", ".join(f"{_quote(field)} {KIND_SQL[kind].column}" for field, kind in fields.items())
         return (f"CREATE TABLE {table}({columns}) STRICT",
-                f"INSERT INTO {table} SELECT {', '.join(map(_column, fields))} FROM chosen CROSS JOIN "
+                (f"INSERT INTO {table} SELECT {', '.join(map(_column, fields))} FROM chosen CROSS JOIN "
                 f"main.{_quote(record_type)} AS r ON r._id = chosen.id "
-                f"WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {number} ORDER BY chosen.n")
+                f"WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {number} ORDER BY chosen.n"))
 
 
 class _Query(NamedTuple):
@@ -2670,7 +2686,7 @@ def _outcome(rng: random.Random, call: Draw, times: int = TRIALS) -> tuple[list[
     try:
         for _ in range(times):
             values.append(call())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # what it raises is compared too
         values.append(repr(error))
     return values, rng.getstate()
 
@@ -2711,7 +2727,7 @@ def _drawn_table(cls: Any, name: str) -> tuple[Any, bool] | None:
             value = method()
             if asked[0] is not table or value is not (parsed if patterns else drawn):
                 return None
-    except Exception:  # whatever it does with what it is given here
+    except Exception:  # noqa: BLE001  # whatever it does with what it is given here
         return None
     return table, patterns
 
@@ -3209,7 +3225,7 @@ class Scope:
         """The length, as JSON, of the longest of a few values; 0 once the recipe has been checked."""
         try:
             return max(len(_dumps(draw())) for _ in range(TRIALS)) if self.build.trial else 0
-        except Exception as error:  # a field type's or Faker's; either way this request can not be made
+        except Exception as error:  # noqa: BLE001  # a field type's or Faker's; either way this request can not be made
             raise self.refuse(str(error) or type(error).__name__, *steps) from None
 
     def find(self, name: str, among: Iterable[RecordGenerator]) -> tuple[RecordGenerator, str]:
@@ -3444,7 +3460,7 @@ class FakerField(FieldType):
             values = [call() for _ in range(TRIALS)]
             scope.rng.setstate(state)
             again = [call() for _ in range(TRIALS)]
-        except Exception as error:  # whatever Faker makes of the arguments
+        except Exception as error:  # noqa: BLE001  # whatever Faker makes of the arguments
             raise scope.refuse(str(error) or type(error).__name__, *["args"][: len(self.args)]) from None
         kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
         if None in kinds or not kinds:
@@ -4704,7 +4720,7 @@ class InTurn:
         try:
             if block and self._error is None:
                 self._work(block)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the next to put something in gets it
             self._error = error
         with self._state:
             self._running = False
@@ -4826,7 +4842,7 @@ class AtomicFile:
         return StoredFile(path=path, filename=filename, content_type=content_type, bytes=self.bytes,
                           sha256=self.sha256)
 
-    def __enter__(self) -> AtomicFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -6135,7 +6151,8 @@ class RecordReader:
         if (name := inner if self._packed else suffix) not in INGEST_FORMATS:
             raise BadRequest(f"no records can be read from {filename!r}; they can from {', '.join(INGEST_FORMATS)}, "
                              "and .gz of these", [FieldProblem("file", "has a type that holds no records")])
-        self._format, self._options, self._limit = INGEST_FORMATS[name], options or IngestOptions(), limit
+        self._format, self._limit = INGEST_FORMATS[name], limit
+        self._options = options or IngestOptions.model_validate({})
         self.encoding = self._options.encoding or encoding
         self.names, self.counts = defaultdict[str, FieldNames](FieldNames), Counter[str]()
         self._fitting = defaultdict[str, dict[str, list[Kind]]](dict)
@@ -6221,7 +6238,7 @@ class JobRequest(ApiModel):
 
     needs_file: ClassVar[bool] = False
 
-    after: str | None = Field(None, description="A job that has to be completed before this one runs.")
+    after: str | None = Field(default=None, description="A job that has to be completed before this one runs.")
 
     def with_defaults(self, settings: Settings, clock: Clock) -> Self:
         """The request with its defaults filled in, after checks that need settings; raises BadRequest."""
@@ -6265,7 +6282,7 @@ def error_message(error: BaseException) -> str:
     """What people are told of an exception, whatever its class makes of its text."""
     try:
         text = str(error)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # a class of somebody's own
         text = "(its text cannot be told)"
     if not isinstance(error, TaskError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -6445,7 +6462,7 @@ class GenerateRequest(JobRequest):
         if self.count is None:
             raise BadRequest.of("count", "is required")
         if self.schema_ is not None:
-            return {record_type: RecordSpec(count=self.count, schema_=self.schema_)}
+            return {record_type: RecordSpec(count=self.count, schema=self.schema_)}
         return preset_records(record_type, self.count)
 
 
@@ -6543,7 +6560,7 @@ class ExportRequest(JobRequest):
 
     format: Annotated[str, AfterValidator(_export_format)] = Field(
         json_schema_extra={"enum": [*EXPORT_FORMATS]}, description="What kind of file.")
-    filters: Filters = Filters()
+    filters: Filters = Filters.model_validate({})
     fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Which fields, in which order; default: all.")
     order_by: str | None = Field(None, min_length=1, description="A field; with - before it, descending.")
@@ -7327,7 +7344,7 @@ class JobQueue:
         try:
             while context := self._next(run):
                 self._work(context)
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # the others go on
             _LOG.exception("a worker met a bug outside of any job")
         finally:
             with self._state:
@@ -7376,7 +7393,7 @@ class JobQueue:
             done = self._run_function(context)
             write_down: Callable[[], Job] = partial(self.jobs.finish, context.job, JobStatus.COMPLETED,
                                                     result=done.result, file=done.file)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # it ends the job, and nothing else
             write_down = self._meaning(context, error)
         try:
             self._record_outcome(context, write_down)
@@ -7549,7 +7566,7 @@ class Housekeeping:
                 if isinstance(error, DiskFull):
                     with suppress(StorageError):
                         self._database.shrink()  # gives back what deleted records took
-            except Exception:
+            except Exception:  # noqa: BLE001  # it is tried again
                 _LOG.exception("housekeeping met a bug")
             if said and said != self._said.get(task):
                 _LOG.warning("%s", said)
@@ -8392,7 +8409,7 @@ class Middleware:
             response = self._checked(call, query, handler, **arguments)
         except TaskError as error:
             response = error_reply(reported(error, f"{call.method} {call.path}"))
-        except Exception:
+        except Exception:  # noqa: BLE001  # no traceback reaches a client
             response = error_reply(bug_report(f"{call.method} {call.path}"))
         finally:
             call.flight.close()
@@ -10259,7 +10276,7 @@ class Service(Engine):
         super().__init__(settings, clock, make_id, runner)
         self.app = build_app(self).wsgi  # not the Bottle itself: another Bottle's `mount` would take it apart
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -10374,7 +10391,7 @@ def _app_transport(app: Callable[..., Iterable[bytes]]) -> Transport:
 def _http_transport(url: str) -> Transport:
     """Sends requests to a server, each on a connection of its own; StartupError if it does not answer."""
     host = urlsplit(url).hostname or ""
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compares, binds nothing
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     gone = StartupError(f"the server at {url} does not answer; has it just been stopped? Try again")
 
     def blocks(connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> Iterator[bytes]:

@@ -51,18 +51,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 from symtable import SymbolTable, symtable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import bottle
 import click
 import faker
-import hypothesis.stateful as stateful
 import hypothesis.strategies as st
 import pytest
 import sqlite_utils
 import webtest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, stateful
 from pydantic import Field
 from pydantic.alias_generators import to_camel
 
@@ -369,7 +368,7 @@ class Live:
         self.process.stdout.close()
         return code
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -445,8 +444,8 @@ WRONG_REQUESTS = {
     "JSON that is no object": (400, "POST", "/generate", "[1]", JSON),
     "bytes that are not UTF-8": (400, "POST", "/generate", b'{"recordType": "\xff", "count": 1}', JSON),
     "NaN": (400, "POST", "/export", '{"format": "csv", "filters": {"where": {"a": {"gt": NaN}}}}', JSON),
-    "a number that is infinite": (400, "POST", "/generate", '{"count": 1, "schema": {"a": {"type": "const", "value": '
-                                  '1e999}}}', JSON),
+    "a number that is infinite": (400, "POST", "/generate", ('{"count": 1, "schema": {"a": {"type": "const", "value": '
+                                  '1e999}}}'), JSON),
     "a lone surrogate": (400, "POST", "/export", r'{"format": "csv", "orderBy": "\ud800"}', JSON),
     "deep nesting": (400, "POST", "/generate", '{"schema":' * 50_000, JSON),
     "an unknown field": (400, "POST", "/generate", {**PERSONS, "sead": 1}, None, "sead", "seed"),
@@ -3383,8 +3382,8 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     # JSON
     "an object with a list": ("a.json", '{"total": 2, "users": [{"a": 1}, {"a": 2}], "tags": ["x"]}', {},
         [{"a": 1}, {"a": 2}]),
-    "GeoJSON": ("a.json", '{"type": "FeatureCollection", "crs": {"type": "name"}, "features": [{"type": "Feature", '
-                          '"properties": {"n": 1}, "geometry": null}]}', {}, [
+    "GeoJSON": ("a.json", ('{"type": "FeatureCollection", "crs": {"type": "name"}, "features": [{"type": "Feature", '
+                          '"properties": {"n": 1}, "geometry": null}]}'), {}, [
         {"type": "Feature", "properties": '{"n":1}', "geometry": None}]),
     "objects by key": ("a.json", '{"u1": {"a": 1}, "u2": {"a": 2}}', {},
         [{"key": "u1", "a": 1}, {"key": "u2", "a": 2}]),
@@ -7242,8 +7241,8 @@ def test_one_list_of_packages_stands_in_three_places() -> None:
 @pytest.mark.parametrize("how", [["-c", "import taskapi"], [taskapi.__file__, "jobs"]])
 @pytest.mark.parametrize(("found", "told"), [
     ({"Faker": "25.9"}, "taskapi needs Faker >= 30, found 25.9: pip install -U Faker\n"),
-    ({"pydantic": "2.5.3", "sqlite_utils": "3.37"}, "taskapi needs pydantic >= 2.11, found 2.5.3; sqlite-utils >= "
-                                                    "3.38, found 3.37: pip install -U pydantic sqlite-utils\n"),
+    ({"pydantic": "2.5.3", "sqlite_utils": "3.37"}, ("taskapi needs pydantic >= 2.11, found 2.5.3; sqlite-utils >= "
+                                                    "3.38, found 3.37: pip install -U pydantic sqlite-utils\n")),
     (None, "taskapi needs bottle, click, Faker, multipart, pydantic, sqlite-utils, tabulate, waitress: pip install " +
      " ".join(f'"{name}>={least}"' for name, least in taskapi.PACKAGES.items()) + "\n")])
 def test_missing_and_older_packages_are_told_in_one_line(
@@ -7259,6 +7258,15 @@ def test_missing_and_older_packages_are_told_in_one_line(
     assert ended.stderr == told if how[0] != "-c" else ended.stderr.endswith(f"\nImportError: {told}")
 
 
+@pytest.mark.parametrize("tool", [["ruff", "check", "--isolated", "--no-cache"],
+                                  ["mypy", "--strict", "--config-file=", "--cache-dir=.mypy_cache/host"]])
+def test_a_copy_passes_a_hosts_checks_as_it_is(tool: list[str]) -> None:
+    """By the defaults of ruff, and by mypy without the plugin of pydantic."""
+    ended = subprocess.run([sys.executable, "-m", *tool, taskapi.__file__], cwd=HERE, capture_output=True, text=True,
+                           check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 def test_importing_does_nothing_but_define(tmp_path: Path) -> None:
     """No file, thread, log handler, descriptor or changed setting of the process."""
     probe = """if True:
@@ -7270,7 +7278,7 @@ def test_importing_does_nothing_but_define(tmp_path: Path) -> None:
         before = state()
         import taskapi
         assert state() == before, (before, state())
-        assert not {"pytest", "faker", "sqlite_utils", "pandas", "numpy"} & sys.modules.keys()  # they are slow to import
+        assert not {"pytest", "faker", "sqlite_utils", "pandas", "numpy"} & sys.modules.keys()  # slow ones
         assert not logging.getLogger("taskapi").handlers"""
     ended = subprocess.run([sys.executable, "-B", "-W", "error", "-c", probe], cwd=tmp_path, text=True, check=False,
                            env=os.environ | {"PYTHONPATH": str(Path(taskapi.__file__).parent)}, capture_output=True)
@@ -7476,8 +7484,9 @@ def through_mimesis(folder: Path, count: int) -> int:
     with closing(sqlite3.connect(folder)) as connection:
         connection.execute("CREATE TABLE seven(name, email, address, company, job, phone, date)")
         connection.executemany("INSERT INTO seven VALUES (?, ?, ?, ?, ?, ?, ?)", (
-            (person.full_name(), person.email(), f"{address.address()}\n{address.city()}, "
-             f"{address.state(abbr=True)} {address.postal_code()}", finance.company(), person.occupation(),
+            (person.full_name(), person.email(),
+             f"{address.address()}\n{address.city()}, {address.state(abbr=True)} {address.postal_code()}",
+             finance.company(), person.occupation(),
              person.telephone(), day.date().isoformat()) for _ in range(count)))
         connection.commit()
     return count
