@@ -834,6 +834,24 @@ def first_tables(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
+@migration
+def fair_claims(connection: sqlite3.Connection) -> None:
+    """Claims in an order of their own, without the jobs that have to wait; attempts that get further are told apart."""
+    for statement in (
+            "ALTER TABLE jobs ADD COLUMN claim_order INTEGER NOT NULL DEFAULT 0",
+            "UPDATE jobs SET claim_order = 1000 * CAST(strftime('%s', created_at) AS INTEGER) "
+            "WHERE status IN ('pending', 'in-progress')",
+            # By `after`, until that job is completed. Those that are free by now are found at the start.
+            "ALTER TABLE jobs ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0",
+            "UPDATE jobs SET blocked = 1 WHERE status = 'pending' AND after IS NOT NULL",
+            "CREATE INDEX jobs_ready ON jobs(claim_order, id) WHERE status = 'pending' AND blocked = 0",
+            "DROP INDEX jobs_after",
+            "CREATE INDEX jobs_blocked ON jobs(after) WHERE status = 'pending' AND blocked = 1",
+            # The attempt that last saved another checkpoint than it began from.
+            "ALTER TABLE _progress ADD COLUMN moved_in INTEGER NOT NULL DEFAULT 0"):
+        connection.execute(statement)
+
+
 def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
     """The columns of every table."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -1428,6 +1446,7 @@ def sqlite_check() -> str:
 _JOB_COLUMNS = ("id, type, status, created_at, started_at, finished_at, attempt, request, result, error, after, "
                 "interruptions, record_type, cancel_requested, file")  # as _job takes them, and then done and total
 _JOB_QUERY = f"SELECT {_JOB_COLUMNS}, done, total, done_before FROM jobs LEFT JOIN _progress ON job = id"
+_BRIEF_QUERY = _JOB_QUERY.replace("request,", "'{}',")  # for many jobs at once: a request may have a megabyte
 
 
 def _job(job_id: str, job_type: str, status: str, created_at: str, started_at: str | None, finished_at: str | None,
@@ -1454,6 +1473,13 @@ def _eta(job: Job, done_before: int, now: str) -> float | None:
     return round(max(0.0, elapsed.total_seconds()) / made * (total - job.progress.done), 1)
 
 
+def _job_now(row: Sequence[Any], now: str) -> Job:
+    """A row of _JOB_QUERY, with how long the job will take as it looks now."""
+    job = _job(*row[:-1])
+    eta = _eta(job, row[-1] or 0, now)
+    return job if eta is None else job.model_copy(update={"eta": eta})
+
+
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -1478,8 +1504,17 @@ class Claim(NamedTuple):
 
 
 _CANCELED = "canceled by a client"
-_TO_FAIL = ("FROM jobs WHERE status = 'pending' AND after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before "
-           "WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))")
+_STEP_JOBS = 500  # that one transaction changes
+_PAGE_CHARACTERS = 2**22  # of jobs, after which a page ends early
+_MS_PER_DOUBLING = 10_000  # see `claim`
+# Blocked jobs whose predecessor will not be completed any more, and those that follow them.
+_DOOMED = """
+    WITH RECURSIVE doomed(id) AS (
+        SELECT id FROM jobs WHERE status = 'pending' AND blocked = 1 AND NOT EXISTS (SELECT 1 FROM jobs AS before
+            WHERE before.id = jobs.after AND before.status IN ('pending', 'in-progress', 'completed'))
+        UNION SELECT jobs.id FROM doomed JOIN jobs ON jobs.after = doomed.id
+            WHERE jobs.status = 'pending' AND jobs.blocked = 1
+        LIMIT ?)"""
 
 
 class JobStore:
@@ -1491,56 +1526,67 @@ class JobStore:
         with database.read() as connection:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._make_id = make_id or JobIds(clock, last)
-        self._pending_at_most: tuple[sqlite3.Connection | None, int] = None, 0  # counted on that connection
+        self._room = 0  # jobs that may become pending before they have to be counted again
 
     def _now(self) -> str:
         return instant(self._clock())
 
     def _jobs(self, connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> list[Job]:
         """What a query that begins with _JOB_QUERY finds."""
-        jobs, now = [], self._now()
-        for *row, done_before in connection.execute(query, parameters).fetchall():
-            job = _job(*row)
-            eta = _eta(job, done_before or 0, now)
-            jobs.append(job if eta is None else job.model_copy(update={"eta": eta}))
-        return jobs
+        now = self._now()
+        return [_job_now(row, now) for row in connection.execute(query, parameters)]
 
     def insert(self, job_type: str, request: Mapping[str, Json], *, record_type: str | None = None,
                after: str | None = None, key: str | None = None, key_hash: str | None = None,
-               max_pending: int | None = None, job_id: str | None = None,
-               file: StoredFile | None = None) -> tuple[Job, bool]:
+               max_pending: int | None = None, job_id: str | None = None, file: StoredFile | None = None,
+               weight: int = 1) -> tuple[Job, bool]:
         """Adds a pending job and answers (job, True), durably; or (the job made with this key before, False).
 
-        `after` is a job that has to be completed first. Raises BadRequest if there is none, Conflict if the key was
-        used for another request, Unavailable if `max_pending` jobs wait already.
+        `after` is a job that has to be completed first, `weight` the number of records that are expected of this one;
+        see `claim`. Raises BadRequest if there is no job `after`, Conflict if the key was used for another request,
+        Unavailable if `max_pending` jobs wait already.
         """
+        job = Job(job_id=job_id or self._make_id(), type=job_type, status=JobStatus.PENDING, created_at=self._now(),
+                  request=dict(request), after=after, record_type=record_type, file=file)
+
         def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
             earlier = self._by_key(connection, key, key_hash)
             if earlier:
                 return earlier, False
             if max_pending is not None:
                 self._check_room(connection, max_pending)
-            if after is not None and not connection.execute("SELECT 1 FROM jobs WHERE id = ?", (after,)).fetchone():
-                raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
-            job = Job(job_id=job_id or self._make_id(), type=job_type, status=JobStatus.PENDING, created_at=self._now(),
-                      request=dict(request), after=after, record_type=record_type, file=file)
             connection.execute(
                 "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
-                "idempotency_hash, file) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)",
+                "idempotency_hash, file, claim_order, blocked) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (job.job_id, job_type, job.created_at, record_type, _json_text(request), after, key, key_hash,
-                 _file_text(file)))
+                 _file_text(file), self._claim_order(job.job_id, weight), self._has_to_wait(connection, after)))
             return job, True
 
         return self._database.write(work, durable=True)
 
     def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
         """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
-        counted_on, at_most = self._pending_at_most
-        if counted_on is not connection or at_most >= max_pending:
-            at_most = self._count(connection, JobStatus.PENDING)
-        if at_most >= max_pending:
+        if self._room <= 0:
+            self._room = max_pending - self._count(connection, JobStatus.PENDING)
+        if self._room <= 0:
             raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
-        self._pending_at_most = connection, at_most + 1
+        self._room -= 1
+
+    def _claim_order(self, job_id: str, weight: int) -> int:
+        """When the job was made, in milliseconds, and ten seconds more for each doubling of its records."""
+        try:
+            made = UUID(job_id).int >> 80  # goes on even where the clock is set back
+        except ValueError:
+            made = int(self._clock().timestamp() * 1000)
+        return made + _MS_PER_DOUBLING * (max(weight, 1).bit_length() - 1)
+
+    def _has_to_wait(self, connection: sqlite3.Connection, after: str | None) -> bool:
+        if after is None:
+            return False
+        before = connection.execute("SELECT status FROM jobs WHERE id = ?", (after,)).fetchone()
+        if not before:
+            raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
+        return bool(before[0] != JobStatus.COMPLETED)
 
     def insert_completed(self, job_id: str, job_type: str, request: Mapping[str, Json], result: Mapping[str, Json],
                          file: StoredFile, key: str | None = None, key_hash: str | None = None) -> tuple[Job, bool]:
@@ -1583,15 +1629,25 @@ class JobStore:
             return self._get(connection, job_id)
 
     def page(self, status: str | None, job_type: str | None, limit: int, after: str | None) -> tuple[list[Job], bool]:
-        """Up to `limit` jobs, newest first, older than the id `after`; and whether there are more."""
+        """Up to `limit` jobs, newest first, older than the id `after`; fewer when these are very long.
+
+        And whether there are more.
+        """
         conditions = {"type = ?": job_type, "id < ?": after}
         used = {sql: value for sql, value in conditions.items() if value is not None}
         # A status is written out, here and below, so that SQLite can use the partial index.
         literal = [f"status = '{JobStatus(status)}'"] if status else []
         where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
+        jobs: list[Job] = []
+        characters, now = 0, self._now()
         with self._database.read() as connection:
-            jobs = self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?", (*used.values(), limit + 1))
-        return jobs[:limit], len(jobs) > limit
+            for row in connection.execute(f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?",
+                                          (*used.values(), limit + 1)):
+                if len(jobs) == limit or characters > _PAGE_CHARACTERS:
+                    return jobs, True
+                jobs.append(_job_now(row, now))
+                characters += sum(len(value) for value in row if isinstance(value, str))
+        return jobs, False
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
         row = connection.execute(f"SELECT count(*) FROM jobs WHERE status = '{status}'").fetchone()
@@ -1603,7 +1659,10 @@ class JobStore:
             return self._count(connection, JobStatus.PENDING), self._count(connection, JobStatus.IN_PROGRESS)
 
     def claim(self) -> Claim | None:
-        """Takes the oldest pending job that may run, and counts the attempt; None if none may.
+        """Takes a pending job that may run, and counts the attempt; None if none may.
+
+        Jobs go in the order in which they were made, but one of many records lets those of fewer pass that were made
+        up to ten seconds later for each time that its number of records is double theirs.
 
         Jobs that were interrupted before run one at a time, so that one that kills the process cannot use up its
         neighbours' attempts.
@@ -1613,12 +1672,11 @@ class JobStore:
     def _claim(self, connection: sqlite3.Connection) -> Claim | None:
         claimed = connection.execute(
             "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
-            "(SELECT id FROM jobs WHERE status = 'pending' AND (attempt = 0 OR NOT EXISTS "
-            "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) AND "
-            "(after IS NULL OR EXISTS (SELECT 1 FROM jobs AS before WHERE before.id = jobs.after AND "
-            f"before.status = 'completed')) ORDER BY id LIMIT 1) RETURNING {_JOB_COLUMNS}, "
+            "(SELECT id FROM jobs WHERE status = 'pending' AND blocked = 0 AND (attempt = 0 OR NOT EXISTS "
+            "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) "
+            f"ORDER BY claim_order, id LIMIT 1) RETURNING {_JOB_COLUMNS}, "
             "(SELECT done FROM _progress WHERE job = id), (SELECT total FROM _progress WHERE job = id), "
-            "EXISTS (SELECT 1 FROM jobs AS later WHERE later.status = 'pending' AND later.id > jobs.id)",
+            "EXISTS (SELECT 1 FROM jobs AS other WHERE status = 'pending' AND blocked = 0 AND other.id <> jobs.id)",
             (self._now(),)).fetchall()
         if not claimed:
             return None
@@ -1632,21 +1690,25 @@ class JobStore:
     def any_dependents_to_fail(self) -> bool:
         """Whether a pending job is to follow one that was not completed."""
         with self._database.read() as connection:
-            return bool(connection.execute(f"SELECT EXISTS (SELECT 1 {_TO_FAIL})").fetchone()[0])
+            return bool(connection.execute(f"{_DOOMED} SELECT EXISTS (SELECT 1 FROM doomed)", (1,)).fetchone()[0])
 
-    def fail_dependents(self) -> list[Job]:
-        """Fails pending jobs that were to follow a job that has failed, was canceled or is gone; returns them."""
-        def work(connection: sqlite3.Connection) -> list[Job]:
-            ended = []
-            while rows := connection.execute(f"SELECT id, after {_TO_FAIL}").fetchall():  # failing one may doom others
-                for job_id, before in rows:
-                    connection.execute(
-                        "UPDATE jobs SET status = 'failed', file = NULL, finished_at = ?, error = ? WHERE id = ?",
-                        (self._now(), f"job {before}, which this one was to follow, was not completed", job_id))
-                    ended.append(self._get(connection, job_id))
-            return ended
+    def fail_dependents(self) -> Iterator[Job]:
+        """Fails pending jobs that were to follow a job that has failed, was canceled or is gone, in steps.
 
-        return self._database.write(work, durable=True)
+        Yields them without their requests, and with the files that they do not have any more.
+        """
+        while ended := self._database.write(self._fail_some_dependents, durable=True):
+            yield from ended
+
+    def _fail_some_dependents(self, connection: sqlite3.Connection) -> list[Job]:
+        doomed = self._jobs(connection, f"{_DOOMED} {_BRIEF_QUERY} WHERE id IN (SELECT id FROM doomed)", (_STEP_JOBS,))
+        reason, now = "job {}, which this one was to follow, was not completed", self._now()
+        connection.execute(
+            "UPDATE jobs SET status = 'failed', blocked = 0, file = NULL, finished_at = ?, "
+            "error = replace(?, '{}', after) WHERE id IN (SELECT value FROM json_each(?))",
+            (now, reason, json.dumps([job.job_id for job in doomed])))
+        return [job.model_copy(update={"status": JobStatus.FAILED, "finished_at": now,
+                                       "error": reason.format(job.after)}) for job in doomed]
 
     def oldest_pending(self) -> str | None:
         """When the job that waits longest was made."""
@@ -1667,21 +1729,45 @@ class JobStore:
         if not ours:
             raise LeaseLost
         connection.execute(
-            "INSERT INTO _progress(job, done, total, checkpoint) VALUES (?1, ?2, ?3, ?4) "
-            "ON CONFLICT(job) DO UPDATE SET done = ?2, total = ?3, checkpoint = ?4",
-            (job.job_id, progress.done, progress.total, _json_text(checkpoint)))
+            "INSERT INTO _progress(job, done, total, checkpoint, moved_in) VALUES (:job, :done, :total, :checkpoint, "
+            "iif(:checkpoint IS NULL, 0, :attempt)) ON CONFLICT(job) DO UPDATE SET done = :done, total = :total, "
+            "moved_in = iif(:checkpoint IS NULL OR :checkpoint = checkpoint, moved_in, :attempt), "
+            "checkpoint = :checkpoint",
+            {"job": job.job_id, "attempt": job.attempt, "done": progress.done, "total": progress.total,
+             "checkpoint": _json_text(checkpoint)})
+
+    def futile_attempts(self, job: Job) -> int:
+        """How many attempts in a row, this one included, have saved no other checkpoint than they began from."""
+        with self._database.read() as connection:
+            moved = connection.execute("SELECT moved_in FROM _progress WHERE job = ?", (job.job_id,)).fetchone()
+        return max(0, job.attempt - (moved[0] if moved else 0))
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
                file: StoredFile | None = None) -> Job:
-        """Ends a running job, durably. Raises LeaseLost if it is not this attempt's any more."""
-        return self._database.write(lambda connection: self._finish(connection, job, status, result, error, file),
-                                    durable=True)
+        """Ends a running job, durably; those that follow it may run when it is completed.
+
+        Raises LeaseLost if it is not this attempt's any more.
+        """
+        def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
+            ended = self._finish(connection, job, status, result, error, file)
+            return ended, status is JobStatus.COMPLETED and self._unblock(connection, job.job_id)
+
+        ended, more = self._database.write(work, durable=True)
+        while more:
+            more = self._database.write(partial(self._unblock, job_id=job.job_id))
+        return ended
+
+    def _unblock(self, connection: sqlite3.Connection, job_id: str) -> bool:
+        """Lets some jobs that follow this one run; True if there may be more of them."""
+        return connection.execute(
+            "UPDATE jobs SET blocked = 0 WHERE id IN (SELECT id FROM jobs WHERE after = ? AND status = 'pending' "
+            "AND blocked = 1 LIMIT ?)", (job_id, _STEP_JOBS)).rowcount == _STEP_JOBS
 
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
         now = self._now()
         self._transition(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
-                   (now, _json_text(result), error, _file_text(file)))
+                         (now, _json_text(result), error, _file_text(file)))
         connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
         return job.model_copy(update={
             "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
@@ -1689,9 +1775,9 @@ class JobStore:
     def release(self, job: Job, reason: str, *, charged: bool) -> Job:
         """Puts a running job back to pending, and notes why; an attempt that is not `charged` is not counted."""
         def work(connection: sqlite3.Connection) -> Job:
-            self._pending_at_most = None, 0
+            self._room = 0
             self._transition(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
-                       (0 if charged else 1, self._interruptions(job, reason)))
+                             (0 if charged else 1, self._interruptions(job, reason)))
             return self._get(connection, job.job_id)
 
         return self._database.write(work)
@@ -1702,7 +1788,7 @@ class JobStore:
         return _json_text([past.model_dump(by_alias=False) for past in (*job.interruptions, entry)][-20:])
 
     def _transition(self, connection: sqlite3.Connection, job: Job, status: JobStatus, assignments: str,
-              values: Sequence[Json]) -> None:
+                    values: Sequence[Json]) -> None:
         """The one way out of in-progress, fenced by id, attempt and status."""
         assert status in MOVES[JobStatus.IN_PROGRESS]
         moved = connection.execute(
@@ -1712,23 +1798,41 @@ class JobStore:
             raise LeaseLost
 
     def recover(self, max_attempts: int) -> list[Job]:
-        """At start: whatever was in progress when the last process ended goes on, or has been tried often enough."""
-        def work(connection: sqlite3.Connection) -> list[Job]:
-            jobs = self._jobs(connection, f"{_JOB_QUERY} WHERE status = 'in-progress' ORDER BY id")
-            for job in jobs:
-                status, error = JobStatus.PENDING, None
-                if job.cancel_requested:
-                    status, error = JobStatus.CANCELED, _CANCELED
-                elif job.attempt >= max_attempts:
-                    times = "once" if job.attempt == 1 else f"{job.attempt} times"
-                    status, error = JobStatus.FAILED, f"interrupted {times}: the server ended while the job ran"
-                self._transition(connection, job, status,
-                                 "error = ?, finished_at = ?, file = iif(?2 IS NULL, file, NULL), interruptions = ?",
-                                 (error, self._now() if status.finished else None,
-                                  self._interruptions(job, "the server ended while the job ran")))
-            return [self._get(connection, job.job_id) for job in jobs]
+        """At start: whatever was in progress when the last process ended goes on, or has been tried often enough.
 
-        return self._database.write(work, durable=True)
+        Answers these jobs, without their requests.
+        """
+        recovered: list[Job] = []
+        while some := self._database.write(partial(self._recover_some, max_attempts=max_attempts), durable=True):
+            recovered += some
+        while self._database.write(self._unblock_some, durable=True) == _STEP_JOBS:
+            pass
+        return recovered
+
+    def _recover_some(self, connection: sqlite3.Connection, max_attempts: int) -> list[Job]:
+        brief = _BRIEF_QUERY.replace("SELECT ", "SELECT moved_in, ", 1)
+        rows = connection.execute(f"{brief} WHERE status = 'in-progress' ORDER BY id LIMIT ?", (_STEP_JOBS,)).fetchall()
+        jobs, reason, now = [], "the server ended while the job ran", self._now()
+        for moved_in, *row in rows:
+            job, status, error = _job_now(row, now), JobStatus.PENDING, None
+            tried = job.attempt - (moved_in or 0)
+            if job.cancel_requested:
+                status, error = JobStatus.CANCELED, _CANCELED
+            elif tried >= max_attempts:
+                status, error = JobStatus.FAILED, f"interrupted {'once' if tried == 1 else f'{tried} times'}: {reason}"
+            finished_at, file = (now, None) if status.finished else (None, job.file)
+            self._transition(connection, job, status, "error = ?, finished_at = ?, file = ?, interruptions = ?",
+                             (error, finished_at, _file_text(file), self._interruptions(job, reason)))
+            jobs.append(job.model_copy(update={"status": status, "error": error, "finished_at": finished_at,
+                                               "file": file, "eta": None}))
+        return jobs
+
+    def _unblock_some(self, connection: sqlite3.Connection) -> int:
+        """Lets jobs run whose predecessor was completed; how many."""
+        return connection.execute(
+            "UPDATE jobs SET blocked = 0 WHERE id IN (SELECT jobs.id FROM jobs JOIN jobs AS before ON "
+            "before.id = jobs.after WHERE jobs.status = 'pending' AND jobs.blocked = 1 AND before.status = 'completed' "
+            "LIMIT ?)", (_STEP_JOBS,)).rowcount
 
     def cancel(self, job_id: str) -> Job:
         """Cancels a pending job at once, asks a running one to stop; Conflict if it is finished."""
@@ -1737,8 +1841,8 @@ class JobStore:
             if job.status.finished:
                 raise Conflict(f"the job is {job.status} already")
             if job.status is JobStatus.PENDING:
-                connection.execute("UPDATE jobs SET status = 'canceled', finished_at = ?, error = ?, file = NULL "
-                                   "WHERE id = ?", (self._now(), _CANCELED, job_id))
+                connection.execute("UPDATE jobs SET status = 'canceled', blocked = 0, finished_at = ?, error = ?, "
+                                   "file = NULL WHERE id = ?", (self._now(), _CANCELED, job_id))
             else:
                 connection.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ?", (job_id,))
             return self._get(connection, job_id)
@@ -1751,11 +1855,12 @@ class JobStore:
             job = self._get(connection, job_id)
             if JobStatus.PENDING not in MOVES[job.status] or not job.status.finished:
                 raise Conflict(f"only a failed or canceled job can be retried; this one is {job.status}")
-            self._pending_at_most = None, 0
+            self._room = 0
             connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
             connection.execute(
-                "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, "
-                "error = NULL, cancel_requested = 0 WHERE id = ?", (job_id,))
+                "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, error = NULL, "
+                "cancel_requested = 0, blocked = after IS NOT NULL AND NOT EXISTS (SELECT 1 FROM jobs AS before WHERE "
+                "before.id = jobs.after AND before.status = 'completed') WHERE id = ?", (job_id,))
             return self._get(connection, job_id)
 
         return self._database.write(work, durable=True)
