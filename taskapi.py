@@ -991,9 +991,43 @@ class _Piece(NamedTuple):
     future: Future[Any]
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def _log_of(path: Path) -> tuple[Path, Path]:
+    """The log of a database, where its commits are until a checkpoint, and the log's index."""
+    real = path.resolve()  # SQLite follows a link, and so does the log
+    return real.with_name(f"{real.name}-wal"), real.with_name(f"{real.name}-shm")
+
+
+def _identity(path: Path) -> list[int] | None:
+    """What tells a file from another one at its path; None if there is none to be seen."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_dev, status.st_ino]
+
+
+def check_database_files(path: Path, last: Mapping[str, Json]) -> None:
+    """Before a database is opened: StorageError for a log of another one, which SQLite would copy into it.
+
+    `last` are the identities that its files had when they were open the last time, as far as known.
+    """
+    log, index = _log_of(path)
+    if log.exists() and log.stat().st_size:
+        if not path.exists() or not path.stat().st_size:
+            raise StorageError(f"the database {path} is {'empty' if path.exists() else 'missing'}, but its log {log} "
+                               f"is there: put that database back, or a copy of it once you have removed {log} and "
+                               f"{index}; nothing was changed")
+        if last.get("log") == _identity(log) and last.get("database") != _identity(path):
+            raise StorageError(f"the database {path} was replaced, but {log} is the log of the one before: remove it "
+                               f"and {index} to use the new one, or put the old one back; nothing was changed")
+    for file in (path, log, index):
+        if file.exists() and not os.access(file, os.W_OK):
+            try:
+                if file == path:
+                    raise PermissionError
+                file.chmod(path.stat().st_mode)  # a start without rights to the database leaves files with as few
+            except OSError:
+                raise StorageError(f"{file} cannot be written to by this user") from None
 
 
 class _OpenFiles:
@@ -1004,13 +1038,13 @@ class _OpenFiles:
     before SQLite's own.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.log = path, path.with_name(f"{path.name}-wal")
-        self._index_path = path.with_name(f"{path.name}-shm")
+    def __init__(self, path: Path, on_overwritten: Callable[[], object]):
+        self._on_overwritten = on_overwritten
+        self.path, (self.log, self._index_path) = path, _log_of(path)
         self.identities = {file: _identity(file) for file in (path, self.log, self._index_path)}
         self._index = os.open(self._index_path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._seen = self._state()
-        self._overwritten = False
+        self.overwritten = False
 
     def _state(self) -> tuple[tuple[int, int], tuple[int, int]]:
         status = os.stat(self.path)
@@ -1026,24 +1060,19 @@ class _OpenFiles:
     def check(self) -> None:
         """Raises StorageError unless the files at our paths are those that were opened."""
         for file, identity in self.identities.items():
-            try:
-                found = _identity(file)
-            except OSError as error:
-                raise self._refusal(f"{file} is gone ({error.strerror})") from None
+            found = _identity(file)
             if found != identity:
-                raise self._refusal(f"{file} was replaced")
-        if self._overwritten:
+                raise self._refusal(f"{file} was {'replaced' if found else 'taken away'}")
+        if self.overwritten:
             raise self._refusal(f"{self.path} was overwritten")
 
     def check_content(self) -> None:
         """On the writer thread: `check`, and notices a database that was overwritten where it is."""
         self.check()
-        try:
-            stamp, frames = self._state()
-        except OSError as error:
-            raise self._refusal(f"{self.path} is gone ({error.strerror})") from None
+        stamp, frames = self._state()
         if stamp != self._seen[0] and frames == self._seen[1]:
-            self._overwritten = True
+            self.overwritten = True
+            self._on_overwritten()
             self.check()
         self._seen = stamp, frames
 
@@ -1058,14 +1087,14 @@ class _OpenFiles:
     @property
     def may_checkpoint(self) -> bool:
         """Whether what a checkpoint would change is ours, wherever it is by now, and still of use to somebody."""
-        with suppress(OSError):
-            return _identity(self.path) != self.identities[self.path] or (
-                not self._overwritten and self._state()[0] == self._seen[0])
-        return False
+        found = _identity(self.path)
+        if found == self.identities[self.path]:
+            return not self.overwritten and self._state()[0] == self._seen[0]
+        return found is not None
 
     def _refusal(self, what: str) -> StorageError:
-        return StorageError(f"{what} while the server was running, which writes no more: restart it. To restore "
-                            f"a copy, stop the server, remove {self.log} and {self._index_path}, put it in place")
+        return StorageError(f"{what} while the server was running, which writes no more: restart it (to restore a "
+                            f"copy: stop it, remove {self.log} and {self._index_path}, put the copy there, start it)")
 
     def close(self) -> None:
         """After SQLite has closed its files."""
@@ -1080,7 +1109,8 @@ class Database:
     of it would drop SQLite's locks.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, on_overwritten: Callable[[], object] = lambda: None):
+        """Opens or makes it. `on_overwritten` is called when another program is found to have changed its file."""
         self.path = path
         self._readers: list[sqlite3.Connection] = []
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
@@ -1094,7 +1124,7 @@ class Database:
         with self._storage_errors(), ExitStack() as undo:
             self._writer = undo.enter_context(closing(self._connect("rwc")))
             self._set_up()
-            self._files = _OpenFiles(path)
+            self._files = _OpenFiles(path, on_overwritten)
             undo.callback(self._files.close)
             self._anchor = self._open_reader()
             undo.pop_all()
@@ -1122,6 +1152,7 @@ class Database:
                 migrate(self._writer)
             self._writer.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
             self._writer.execute("COMMIT")
+        self._writer.execute("PRAGMA schema_version").fetchone()  # the log is there once something was read
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -1143,6 +1174,11 @@ class Database:
             if name in ("SQLITE_ERROR", ""):
                 raise
             raise StorageError(f"the database cannot be used: {error}") from error
+
+    @property
+    def identities(self) -> dict[str, Json]:
+        """Of the files, for `check_database_files`."""
+        return {"database": self._files.identities[self.path], "log": self._files.identities[self._files.log]}
 
     # Writing
 
@@ -1229,13 +1265,17 @@ class Database:
         for piece, result, raised in written:
             self._settle(piece, result, raised)
 
-    def _begin(self, durable: bool) -> None:
+    def _check_files(self) -> None:
+        """Raises StorageError if the files are not ours any more."""
         try:
             self._files.check_content()
         except StorageError:
             if self._files.may_checkpoint:  # then the log, which nobody else can use, goes where it belongs
                 self._empty_log()
             raise
+
+    def _begin(self, durable: bool) -> None:
+        self._check_files()
         self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self._writer.execute("BEGIN IMMEDIATE")
 
@@ -1260,7 +1300,7 @@ class Database:
         """Copies the log into the database when it is long, or its room is wanted."""
         committed, copied = self._files.frames()
         if committed - copied >= _LOG_PAGES or self._log_is_to_go:
-            self._files.check_content()
+            self._check_files()
             emptied, self._log_is_to_go = self._log_is_to_go, False
             try:
                 self._empty_log() if emptied else self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
@@ -1377,7 +1417,7 @@ class Database:
         self._thread.join()
         readers = [*self._readers, self._anchor]
         try:
-            self._files.check_content()
+            self._check_files()
             connections = [*readers, self._writer]  # as the last one it checkpoints, and removes the log
         except StorageError:
             connections = [self._writer, *readers]  # as the last one the anchor, which only reads, does neither
@@ -1398,8 +1438,10 @@ class FolderLock:
         self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            self.unclean = self._path.exists() and not self._about().get("clean")  # the last one did not let go
-            self.describe(clean=False)
+            last = self._about()
+            self.unclean = self._path.exists() and not last.get("clean")  # the last one did not let go
+            self.files: dict[str, Json] = last.get("files") or {}
+            self.describe(clean=not self.unclean, files=self.files)
         except (sqlite3.Error, OSError) as error:
             refusal = self._refusal(what, error)
             self._connection.close()
@@ -1428,10 +1470,10 @@ class FolderLock:
             file.flush()
             os.fsync(file.fileno())
 
-    def release(self) -> None:
+    def release(self, clean: bool = True) -> None:
         """Lets the next process in."""
         with suppress(OSError):
-            self.describe(clean=True, url=None)
+            self.describe(clean=clean, url=None)
         self._connection.close()
 
 
@@ -4732,6 +4774,8 @@ _BLOCK = 256 * 1024
 _LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see AtomicFile
 AHEAD = 2**23  # bytes that may wait in memory for the disk: those of one draft, or of all uploads together
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
+_JOB_FILE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.[a-z0-9.]+")  # names of kept files; see JobIds
+_DRAFT = re.compile(r"tmp[a-z0-9_]{8}.*")  # as `tempfile` names them
 _NETWORK_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs"}
 MULTIPART_OVERHEAD = 64 * 1024  # what the parts' headers and boundaries may add to the file
 
@@ -4990,13 +5034,19 @@ class DataFolder:
         for folder in (self.tmp, self.root / "uploads", self.root / "exports"):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def _own(self, folder: str, name: re.Pattern[str]) -> list[Path]:
+        """The files with such names; nothing of what a link leads to."""
+        place = self.root / folder
+        return [] if place.is_symlink() else [Path(entry.path) for entry in os.scandir(place) if name.fullmatch(
+            entry.name) and entry.is_file(follow_symlinks=False)]
+
     def kept(self) -> list[Path]:
-        """The finished files."""
-        return [path for folder in ("uploads", "exports") for path in (self.root / folder).iterdir()]
+        """The finished files of jobs; what else somebody has put beside them is not ours."""
+        return [*self._own("uploads", _JOB_FILE), *self._own("exports", _JOB_FILE)]
 
     def sweep(self, known: Container[str]) -> int:
-        """Removes drafts of an earlier process, and files that no job knows; returns how many."""
-        stray = [*self.tmp.iterdir(),
+        """Removes drafts of an earlier process, and files of jobs that are not known; returns how many."""
+        stray = [*self._own("tmp", _DRAFT),
                  *(path for path in self.kept() if f"{path.parent.name}/{path.name}" not in known)]
         for path in stray:
             with suppress(OSError):
@@ -7725,16 +7775,23 @@ class Engine:
                 self._locks: list[FolderLock] = []
                 for path, what in sorted(locks.items()):
                     self._locks.append(FolderLock(path, what, self._holder))
-                    undo.callback(self._locks[-1].release)
+                    undo.callback(self._locks[-1].release, clean=not self._locks[-1].unclean)
+                    check_database_files(settings.database_path, self._locks[-1].files)
                 self._refuse_to_begin_anew()
-                self._database = Database(settings.database_path)
+                self._database = Database(settings.database_path, lambda: self._note_database(database=None))
                 undo.callback(self._database.close)
+                self._note_database()
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
                 self.housekeeping = Housekeeping(self.queue, self._database, self.folder, settings, clock)
                 self._start(threads=runner is None)
             except (OSError, StorageError) as error:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
             undo.pop_all()
+
+    def _note_database(self, **other: Json) -> None:
+        """Leaves word for the next start, however this process ends, which database the log belongs to."""
+        for lock in self._locks:
+            lock.describe(clean=False, files=self._database.identities | other)
 
     def _refuse_to_begin_anew(self) -> None:
         """Files without a database belong to one that was lost: a new one would have them removed as strays."""

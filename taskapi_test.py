@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import random
@@ -30,6 +31,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import textwrap
 import threading
@@ -814,6 +816,168 @@ def test_every_job_is_claimed_once_and_the_oldest_first(jobs: taskapi.JobStore) 
     assert sorted(claimed) == ids
     assert all([job.job_id for job in some] == sorted(job.job_id for job in some) for some in taken)
     assert {(job.attempt, job.status) for some in taken for job in some} == {(1, "in-progress")}
+
+
+def test_jobs_of_few_records_go_first_and_those_of_many_wait_no_longer_than_is_said(
+        database: taskapi.Database) -> None:
+    """Ten seconds for each doubling of the records, whatever the clock then does."""
+    clock = FakeClock()
+    jobs = taskapi.JobStore(database, clock)
+
+    def made(weight: int, after: float = 0) -> str:
+        clock.forward(after)
+        return jobs.insert("script", {}, weight=weight)[0].job_id
+
+    few, many, most = made(4), made(1000), made(2**40)
+    passes, comes_late, same = made(1, 69), made(1, 25), made(1000)
+    clock.forward(-10**6)
+    last = made(1)
+    assert [claim.job.job_id for claim in iter(jobs.claim, None)] == [
+        few, passes, many, comes_late, last, same, most]
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_claim_costs_the_same_however_many_jobs_wait(
+        database: taskapi.Database, jobs: taskapi.JobStore, blocked: bool) -> None:
+    """Counted in steps of SQLite's machine."""
+    def steps() -> int:
+        count = 0
+
+        def step() -> int:
+            nonlocal count
+            count += 1
+            return 0
+
+        database.write(lambda connection: connection.set_progress_handler(step, 1))
+        assert jobs.claim()
+        database.write(lambda connection: connection.set_progress_handler(None, 0))
+        return count
+
+    def more(count: int) -> None:
+        head = jobs.insert("script", {})[0].job_id
+        database.write(lambda connection: connection.execute(
+            "INSERT INTO jobs(id, type, status, created_at, request, claim_order, after, blocked) "
+            "SELECT ? || value, 'script', 'pending', 'x', '{}', value % 97, ?, ? FROM json_each(?)",
+            (head, head if blocked else None, blocked, json.dumps([*range(count)]))))
+
+    more(10)
+    few = steps()
+    more(10_000)
+    assert steps() < 1.5 * few
+
+
+def changes(database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each piece of work changes from now on."""
+    counts: list[int] = []
+    submit = database.submit
+
+    def counted(work: Callable[[sqlite3.Connection], Any], durable: bool = True) -> Any:
+        def piece(connection: sqlite3.Connection) -> Any:
+            before = connection.total_changes
+            try:
+                return work(connection)
+            finally:
+                counts.append(connection.total_changes - before)
+
+        return submit(piece, durable)
+
+    monkeypatch.setattr(database, "submit", counted)
+    return counts
+
+
+def followers(database: taskapi.Database, head: str, count: int, chain: bool) -> list[str]:
+    """Puts in jobs that follow this one, or each the one before it."""
+    ids = [f"{head}{number:05}" for number in range(count)]
+    before = [head, *ids] if chain else [head] * count
+    database.write(lambda connection: connection.executemany(
+        "INSERT INTO jobs(id, type, status, created_at, request, after, blocked) VALUES (?, 'script', 'pending', 'x', "
+        "?, ?, 1)", [(job_id, json.dumps({"script": "x" * 100}), after)
+                     for job_id, after in zip(ids, before, strict=False)]))
+    return ids
+
+
+@pytest.mark.parametrize("chain", [True, False])
+@pytest.mark.parametrize("move", ["cancel", "fail", "remove"])
+def test_those_that_follow_a_job_that_was_not_completed_fail_in_steps(
+        database: taskapi.Database, jobs: taskapi.JobStore, monkeypatch: pytest.MonkeyPatch, chain: bool,
+        move: str) -> None:
+    """9,900 of them, some hundreds a transaction."""
+    head = jobs.insert("script", {})[0].job_id
+    waiting = followers(database, head, 9900, chain)
+    assert not jobs.any_dependents_to_fail()
+    counts = changes(database, monkeypatch)
+    if move == "fail":
+        jobs.finish(jobs.claim().job, taskapi.JobStatus.FAILED, error="x")
+    else:
+        jobs.cancel(head)
+        if move == "remove":
+            jobs.remove(head)
+    assert jobs.any_dependents_to_fail()
+    failed = [(job.job_id, str(job.status), job.error) for job in jobs.fail_dependents()]
+    assert sorted(failed) == [
+        (job_id, "failed", f"job {before}, which this one was to follow, was not completed")
+        for job_id, before in zip(waiting, [head, *waiting] if chain else [head] * 9900, strict=False)]
+    assert max(counts) <= 500
+    assert jobs.counts() == (0, 0)
+    assert not jobs.any_dependents_to_fail()
+
+
+def test_those_that_follow_a_completed_job_are_let_go_in_steps(
+        database: taskapi.Database, jobs: taskapi.JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by the next start, if the process ends on the way."""
+    head = jobs.insert("script", {})[0].job_id
+    waiting = followers(database, head, 9900, chain=False)
+    claim = jobs.claim()
+    assert not claim.more
+    assert jobs.claim() is None
+    counts = changes(database, monkeypatch)
+    write = database.write
+
+    def crash(work: Any, durable: bool = False) -> Any:
+        if len(counts) == 3:
+            raise InterruptedError
+        return write(work, durable)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "write", crash)
+        with pytest.raises(InterruptedError):
+            jobs.finish(claim.job, taskapi.JobStatus.COMPLETED, result={})
+    assert jobs.recover(3) == []
+    assert max(counts) <= 502
+    assert {claim.job.job_id for claim in iter(jobs.claim, None)} == {*waiting}
+
+
+def test_attempts_count_from_the_last_checkpoint_that_moved(
+        database: taskapi.Database, jobs: taskapi.JobStore) -> None:
+    """A job that gets further each time is not poison; one that does not is, after as many attempts as are allowed."""
+    job_id = jobs.insert("script", {})[0].job_id
+
+    def attempt(checkpoint: Any) -> str:
+        job = jobs.claim().job
+        database.write(lambda connection: jobs.save_progress(connection, job, taskapi.Progress(done=1), checkpoint))
+        futile.append(jobs.futile_attempts(job))
+        return str(jobs.recover(3)[0].status)
+
+    futile: list[int] = []
+    assert [attempt({"at": number}) for number in range(9)] == ["pending"] * 9
+    assert [attempt({"at": 8}), attempt(None), attempt({"at": 8})] == ["pending"] * 3  # the last one moved again
+    assert [attempt({"at": 8}) for _ in range(3)] == ["pending", "pending", "failed"]
+    assert futile == [0] * 9 + [1, 2, 0, 1, 2, 3]
+    job = jobs.get(job_id)
+    assert (job.attempt, job.error) == (15, "interrupted 3 times: the server ended while the job ran")
+
+
+def test_a_page_of_jobs_ends_early_when_they_are_long(service: taskapi.Service, url: str) -> None:
+    """At four megabytes of text; `next` goes on from there."""
+    long = [service.queue.jobs.insert("script", {"script": "x" * 10**6})[0].job_id for _ in range(12)]
+    seen, after, pages = [], "", 0
+    while after is not None:
+        answer = ask(url, "GET", f"/jobs?limit=1000{after and '&after=' + after}")
+        assert len(answer.body) < 2**23
+        seen += [job["jobId"] for job in answer.json["items"]]
+        after, pages = answer.json["next"], pages + 1
+    assert seen == long[::-1]
+    assert pages == 3
 
 
 def test_finished_jobs_cost_claims_counts_and_lists_nothing(
@@ -4650,6 +4814,304 @@ def test_a_database_damaged_while_nobody_runs_is_left_alone_and_so_are_its_files
     with taskapi.open_service(path.parent, inline=True) as service:
         assert statuses(service) == ["completed"] * 2
     assert_sound(path.parent)
+
+
+def test_a_folder_that_version_1_wrote_opens_with_all_that_it_holds(tmp_path: Path) -> None:
+    """Jobs, records and files as they were; what was interrupted ends with the records that it would have had."""
+    packed = lzma.decompress(base64.b85decode("".join(VERSION_1.split())))
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    before = plain(tmp_path, "SELECT id, request, result, file, created_at FROM jobs ORDER BY id")
+    guests = plain(tmp_path, "SELECT * FROM guest ORDER BY _id")
+    made, uploaded, exported_, interrupted = (row[0] for row in before)
+    with taskapi.open_service(tmp_path, inline=True) as service:
+        get = service.queue.jobs.get
+        assert statuses(service) == ["completed"] * 4
+        assert plain(tmp_path, "SELECT id, request, result, file, created_at FROM jobs ORDER BY id")[:3] == before[:3]
+        assert plain(tmp_path, "SELECT * FROM guest ORDER BY _id LIMIT 5") == guests[:5]
+        assert (get(made).progress.done, get(interrupted).attempt, get(exported_).after) == (5, 2, made)
+        for job_id, content in ((uploaded, b"as they were\n"), (exported_, b'"recordType","id","name"')):
+            with service.folder.open(get(job_id).file) as file:
+                assert file.read().startswith(content)
+        again = service.enqueue("generate", get(interrupted).request)
+        rows = [[row[3:] for row in plain(tmp_path, "SELECT * FROM guest WHERE _job = ? ORDER BY _id", job_id)]
+                for job_id in (interrupted, again.job_id)]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 30
+        assert [row[3:] for row in guests[5:]] == rows[0][:20] or faker.VERSION != "40.63.0"
+    assert_sound(tmp_path)
+
+
+# A data folder of version 1.0.0, tar and xz: a generate job, an upload, an export after it, and a generate job that was
+# killed after 20 of its 30 records.
+VERSION_1 = """
+{Wp48S^xk9=GL@E0stWa8~^|S5YJf5;gA0q=Uo6Yo(e?Ds_M7!ci=yY(Y^&rkL1ZTk2zBMuM~7}!{1lRhu4XzOilDtwj+s=D0p&Vvc*X;JL_GoaS!O>a=y
+V&R3p1om2p4QX0MIxYL>)9lTNLpD4xlw;Ss1smc2eJp4+I3)){1#l43&JnPT4d4;KVJmC2^v_t~#D6&rIh;i>3S^q?FAq$~|c<HwsrL*i*lj4T#XiuXdzs
+4_<~Jh_xYgtS(27G}$zz_6S`_i^^=r}Juq-`!=Zu|L8-hmat{O*_LQQ%BM&aKdu-hBzuwMp^$UVE`PNsxs_llRbs}7T08#mvtI*5YHWWCz7C&cd@Iij-g*
+f;V2_)?1B>dh7nQvt*Qz;Tq2incn6)k^Zjnb(>QF=oU5j54H-J<YyOvdS#D2hkIf*T<Dbe#Ng*8q3>Lm=b%q?b6bZBf=2h7lZ0i+IX;NU$i<hhS(e8YI2z
+y}o1Pi2I9&BrTiCygS5Y13=?0ot(ajj?+;r9_D(f@ylm^@C(fOz<0^D)E}Lu1xZ5zJu7{1dycL1R24pEcpfAN8en;!usr!QE<9rn9NA8%&t#$|(}K16@%Q
+@G;x8071v@x35topwSR^wOZZdQqCDYOMjVi0_8m&bO(Aj8t8Jo1~Qw!Lh&S|S{1cq6h+q-e?Heb96jaEy^62xniV?bDE0as<-~wyr0X?*BmSW`a9j)sUaT
+Fg^?IHR{pQ9P$h_K1EoXvfyCL(NFu;(|+F49JT)!ZAhC56{s$z8_S7Ka6G=pRIWv934;>by0CfW0lKqwyNu6U*}^(pkZs4~mzgy)M{R$5zqg<dFzVA{OFm
+-#uhn}bW9w&=u>|0|4<POTf;Iwh36<)=kN={hK6^7H@$s}|(c2?C!!g{W$%H)@x<DQFSXBNg(~sS#~KX<ZA%iThPtu)?9rNu0s=B}si(u-J<S@-WJlTQro
+Bln#%<$t6K(W@rYFp~WhSiAuF7zCOb1NMfUBS_y?gb?$C_f8!lDvIcbIxvl*!$?-vG8$TWc|CX<qGU$rI4>CH6bU|P3(*@+#H^yJvUB#+Zc~_ibMJh~m6^
+ht^Y4evqLoJ^%3U(`_{g2ia(LL$h#F$!Adif=@>7jgk6?HWYR7c!sPmj#9?52vO%-vl*i<qc~K0yd6v09j%3~PmDM5d0`E+2x1o_RQ|6QZUyVH#>IA^&G$
+<O?}xZkNh(aL8*$k!vResnCdP@msnokFYM77(tU^<RrphNFYKmoZ=7-l97xt7zVlJQ0`n6YLyu4!hqCmC8fdyiIWTnhXSh(hdYx+CR@cgGB)lA%Ku;(&1!
+A9?3ZaT&7(h79y0DpSx8=}iWo(6Fp$GzxI8EovPDeA7>~WevK;s|J=E6WmFyM#XtYwRE=~z={9_P@m?e80m$9i!^o`!#geUEI<2;;5R!SPdxmEHVi1%nQa
+6HXGT3@{JEng5;pUnAK%otr<Xy5HvH)vC3lk7m8Z#PwUixrr)L!8-4w;Yd`p0bvKQHSjJP!rzlR&}>-$6RNbwUTv|%wXziQHiKrNwnH26(&b1s4Ti=dMYV
+-?5F$3D3UuRESOcKh##cxH7pp0iL_M%RyqTRj7yPoX@$Yi*n<R<%P-D$dv{mVI^FngGb(RsXFj<X7@l)4i8pyRbhU%0<vJvUk#h}3OdT27l!TCy%pIFDg-
+h3nq0uaD9i%DA<^K@?0O#3)AqU=R^9yP6uk6<3mNITvOug!^%TtfrK*h3PKhKQFyn%4%kld_=#ws1qE69AW3Yz`SDMGyQM48^JU2Y6Sv)h-aecxJh!m?ZS
+il5Orr8yQ|)Ydp16ZY+4)>UbA;*2>s#(txlz<)<H<G@1zs9yS(&;m6LgdFjUK<N~eVq({K1D8gWQ<j^Lns-`T`OX)G!7(h|x{VTzHV-x5Dh~Z>jE8*4keP
+MBgFMQCRZ%)OHwv|>%Kn@<PymfgHy|x4@^!W1883G;mK1XP_B^fiNgaO-_pI-aU53!mpePquFBIwdI4xqeo08SE;^~U?zIUM+*vT{C{yiRVppwV^(B&TDk
+0RQ>Q5m^21`BPT+(k*2bQicd^#7!7M*4zk^cG_%*XtQ|d&_&Jr42ZND`q&WMDDN)pLhl7sNkPSW{dQjAh7yXD9~nhBEK~6w^<e&BEI~7+4#;a&XAT$J|_o
+QE%MyEoJ4FFg18cUX)KFa3L#|ehtTOj&H4x>9wN^fZ2-<6Q#hbW+oppM41Coj`u)*1NExlpFCAZ&Qa2In^vEpJgWC3#m!<-3cy}+)=U<9onhBLtMjqiO(H
+>9WLx;qCjS3F3=Cyd8%~lzS=vKeq<tFZMH~%v?Z2{T6*GA@tW?YqYMTI0AF(y(9DhB0`9Pm<=f%Fp<SUhBG`KoZaSi1HHwCo7|1Uk1*7xeD~eK6}_5;Z^Z
+UO_|VM5kWP4Vkcj;&>ZcskOXrjn<!%jfzO0<A@cg@yB-=%cnx#+fYoMXYe%KoRSLad&?OgNs%q&Gqnru-up~=deO0!f@@m)L5&CuiR6NTYvg52l=Wq6GzR
+J#!|_MSiY%0F)UH7Lhj_&?@~*G0J^Q`f3e8)atVY-JSzm+)&*!4bNMe&(9yJSUb*U4`Lv}w<kW&ZHBd7GOJC%(!M2$v~@q`~0HOZvut~k0<=BNC|aBTpFw
+lr4msoZ~v0oEACaiWGNUv3@0Yu4ti!2fQ+5msJLacZNYFrm#f^IT_oSkyz@g-s3K8jkdYYmk)};Hyc9(RWpaE3m~4qP*YB|LZ%e$Hmi6P_dR0TjVCE)(Xb
+R{tfJZK6p+d7T}Fmb;R5Oopu{vvwP&Cwx2}wTklr21eNfPI3w)#rDPdmkqrN9?=l3d^sTC#CcU6KI7CMEK#gS>W~`GXH!SyA)s2>TW6H7}KO|Pn2{Ee%P&
+_=pZ>C+hRd8dXXl5oTbYa6u8(%7}{IQQiEl-1?fp2bq;T<l`ONN*|D0!_*9!3a3KBCH<n93K!&VqG2Q>!+V;Qv(<h4E`1h<#Bbfy9jHW)UdskY-Y<U7s7&
+nsg~_91$kT4q1e^%qU0xy^6eV{UxUkBp2DAcA;n91VK42E`@#d;Jt$WnKCCG6+K+t=UI>>f{*!@f$a(So3#@uEsOnNU9ti<MOX5!vxB=ZL`#C#wDZjfxkm
+@9y(`GjbTpUBK0l<lm=>^sb&5tHq-qbA1gjOqRHD2o3^D;whIeU<{>jn;tz4`tHk9XtEeA@JEn!eVv83`0)(tq+;Xq&IPnO;v%gsdEd9bFkVECo@XkXhyX
+a9pknIad5>u*o(8M{l@8Y?l8teMTm_dZ)T6rOgA^nqaB)d_S;K1%&PLdaevt)LV6`ebp!yvcSCn2B~ND>+_YB3t)|WUQUbIzI{o78<^-5?eG9%F`2MfGiM
+Oxq{W@+^s?-6DiIE5PX`5*17_`KcoB=qo7_Ae3ci8Io9O;(oCR~7e<4`>4FH|0Wzb~oJ}V+l^e^_#J`vw^j0{ujvk^CtB|&?(LTYn2*?=DS3?1MQ&AQOVP
+8&sNCxs@D++h$g;=-k6N>Gg(1<dXd7d`AFS~?`DyNyNf*3Abk*R%mEW7=JwE{{PEqh}U+g=$g|76-!w=%g><SUqF66=p1xi*T(vJ=MXd~|2wlkvPkx}+7T
+W!tXk`})pe@B-M;GLoha^r5KRwCL=5)tAJ{TTsXIG7e_4c!8SCuS^MCpQ1tzrs^f{Ow|Uq2p(5l4exn*xaF!zMZNE6`Vk3!z1RVgPU4mweu<71UwFTGO@_
+BE*PO!~0_Xos@#XTrY4AQ%ma;;+7uQ1O*=a3;psS3YXpWuc3fh8QJbq#>NX5rDzMOT|_w02$<Bob&0ob(HI~9p%a!TDoyS?{(N#W@t($w9Fl(~Rm&y&D5M
+((}!FJx#`2?+aZkl^lr{C6$R$usL}*<-WbYHh_~_H(TIYYKyYvaE7mIM3U+CmDZ>Dm@N`Wm)$KdAG;LSZLHTS?I1S7xPZC@NYt8mqyLvHCc}Jn)Zn$Y_B{
+h%HmbxsPU5`pv5&{0c+^tw;S;2_e4Z4{HX~k`F>=^fOB$_KM)P+Xu*LbN~jhYjCQ$pad^#jW#`ksJjb^>n}~7hz0#h+I2+Q(po3ga71FTu&7{(oxEF<+EH
+{bPFbdPX27Nd1X|ig?<ar0nV)b=IKaNAj`Q$H}VhBAoKF#aD3C1Ip3O7ly(}K-sFxOLF_;YLn5v^D9EQJ+euMVk|KkjlX#5vGuAzBlCFze#|H^K3J87>LS
+(Syd|Y=13&;PskRE4&-MEV!l*1g|aH`mQoPzgA^4VdDTbf~A^^Dkh~2`t*f7RGb_u<o%*h4JiFn$+Zn?aBAjwO~MkbqGW>y=f|r>!uT1Z^CzE-n0B7T!UI
+{@GVb~aGFbq(bSzs!xhB5z%2$f)Py#nn=>Dv;)B$3%r+GXVCvIZICyf%MRsf_^>y|1~q^SCa5;}_-XsZwYLu5*~5OXFZyvbX3gGHbNx@|!&tQP;o_o{g=I
+MM?^uT_28rzASGn$_#YsnsCxK06i;ZrhM3HxTx>_+cUI$+smZd`^aj1(o?+0_we2-7}|Wm%#1@s33$#1KmwX0-N%v?$)D6zq!Q>dsx@Tq4gy=j?7!jWt)j
+}ediqgirhLxgC**9UeYOQGZSj$m@l9gPK;5*z64<&LkxY#^5aWps3(Z=N<dapCu!9kP|jEdre*M%ld&8^XO&G1B)yXRu8}0Anl3d{!h-y?DHuB!!G5Og<e
+LrwR7^7&ct#rT9L<NZGMuG$-RLQziHvjDp|lx8Db9hE7~IrN{;z1(jlv+a*ieMz8p&%WDzRi?Z%X@@fWbm~oMn~1Vt2rH6ta=R9kZCK$qfk>c>3E(imaz{
+I7r55)2v7Mx8YrXpsC?ZU0c4yvb%{J@3dNBj-Z>2h`l2mEXj`N4@;%?E8sxbos3T;e0(6Kyk#;Xfs>BrxvF-C3q4uNu$}0pm)}Alb(^f;-ab+Wno`a;YLh
+qXc7;lSOa9c&o{!1~P%+IB&>Y`JWNKN0H<0ISie1FE?s_<pfMjZoo?t9*i^2Cu4&t6Nd@eL3e{u7b?C`AV3f~Dcg<Yk5R&c2jZ+Mtd<yo`*GKtluyS>Ar<
+5qzC6mYg8Z{?xquxV|&B40JlBWde@&z|PF4Y02$1koN_fC5HHUSX>*MEWfHb3oz;FbJTcdD_|b|F9M&lYR9<hDYmZ>DdVb^YibKWer%WQ^-MTEj^HEwm+u
+)pySfT<0Lnsh^!wd97Z9uM5%QW#_BuL?Op<G?;1NoYjB-74cEqAowT)Jiwu`3g$m@<^({KK7VBrOVIVPjl8MM`G-uv>tS`uDsUK-JEmBd{jLMU0tE0U>pu
+Zvw*X~syTX}>;VGrh9in<d9SU<*Vn(}jab(dTZALRG2*6=2wJ_FQo6><9A&hv(JF<n?X2}<JRk#sb+?)&pm0~2q^Y+|;(%MVyh@6GuPN`9di*nJICIFp$w
+4e$SGr6#nk!rnDpEZ|-Hr4orbqnH+ATm;(u*bCyx{0AInkfRCLH^R;-I0>*Bu~+`BVa4W;R5{!AE29U}0qI9}-+NG;B2LLrPr_8yiwYb7;*R;G2^d89nH=
+{4j+kYYu`^7V7TL8NOWh?GRuS2<xG-?G9h#iNZ65`9bvq^5w|_)j?gH^2SwQ(o=H)B?${zKJI49TERg3Zdb)+k1c5PTIks*bW%*l%nu9s9Ho3blTvVI+N!
+uY$pln82;o|29ZG<{Us8TSv)3n}r7Us(}aQA@Tg(77KVUeOwi9$&Kj9Wa%zDu3KXBgJ*o+$DE4XTfLwEl&m&flv_=ztyHWQ>N*g;@XOF?b1(ggA=kgS18`
+|hIpsK!Q7nXqwPe}-0we%2Pvg>E_=2l_&&}~W!EZj%mVnQ_!B}+jGZc_6(1Y?N2Kqn_`Ar@^UCM4cT8O<d3r+r={Qg8sa%7x8V%jxfZOlSN9G=wD~8&Y7&
+N)hXpU_ic0Qi9(<8q4!Ad>$ln~rhyI&aw_F22@+`HkHbzlZf1Ieh76@G2EGi~_p1u(1u0fFwy@5tou<Ze``n*hhtMQMlO2bOBJao4tkm2+T5#e1<gZQaBi
+YvrF?*7$TM*k5k9Qu7`bwjFMPCh^8VlQEP@<O}V2QCvH&d2Vw;7&u&?D7KVqRBG1*&2dH%XRo6+Jf#-A-?hzlAW=c^=Lk*CUS5{v{LYtZuO+sfu7N+grnG
+$Bj{<$?)e61rPBc3^cSYm9v2ErM0Xq?s+`$ZUXu5woyN~0qLLz@coEc4?GA*U#EucQ_KR!^y(MMe{5ad-ej&fyn2Ysn3`u~-9BJ!?*R<Cpd@fh)sx?|iG@
+?1e~cd{<?ndp)EIPNq+GtXz%Zh8d139vCw8Ou13NN$iAULjf%VyM(jaI>9Ufi~YM*eEd(JjXkIkOi}J##<nWI2MBV%({X&+*Zu_hX1G6qhJ`AO3YV<q((v
+ORnwb(I`WoyRRD;!lUU{6%b`MTthNI?rv;J5UZA_9P(S?;67o23fse@!nS!r`e5KP<?IiA}Zxxq9%LMH4HrS%4Cy*ob5?PCy)i!V*e)v5e)@BmWX&epY`D
+8NN*`^wgb6DpG^}(w!*MmL~?;%}J@Ks*LDXCX4EE1Da7{#G%w=hF<uqc!^Z{<QnxQeU4t5(bkFN8S9h17*QNhg<3x4sic5%Fs6%iS$~k%N|=AIE3-zlw39
+YZwvl3YMwbsdYloA(9OQapZIdq-2<vXcr%#MD`Wptgawn$V!3VZ=b%;@R5@d@ZpN^Z=!dmj&mu~`jTM9niCC*YE40LZD#{eBC-=9V>U_ez^UwXMoLGjV<y
+GX?eu}q5k@MKkh8tkNXVunR6}#ib-#6D;>*jDCyZchkI8c;uriA%!*qOR^u~d|4#bYz&z*Wx8n<IpIqC3Y5f#T=L_V4ZV4Aa{I<X69{f;O31m=_!n7mzWq
+&~&nRp}%NyaKW(wo#zUz%PTSHI%DVetQ*AinzOw*QT#~@RgyRkPh}sZ?zFJ^?7bk-_ZhP^FM^88-g2Rr5ElvD2YH28YNp!ED}XzrP<~LHt^H<S~v64H}}&
+<e;dhO)^m>%b=xq`rkry$F@RG|tkArO=?HotG|>Q&LsP0UXjpvJt^zA<kxmN#UaPpkGMFpMc)c9oV%C&?mlBCbVACbwal5nPeOf_;n&AWnUiFK0b|Hc#CV
+)?Myp9H)x`ZWpR_>$ZKbqUt4P^*ggAh2AcQ7vYf$^f=vj=rjzaeho7?se(jNN1Ehc*n8k@pz)N2=&^H}gDymfbG^iq0=al(Emv?D=*y&gw1AT^_DqN#a;x
+Ioi<;Ofsjidvc%0x){oEtJ6FbKn5byx9t}R3Sl)(T#xQ#lXR<HD;7UZ3(GwT+D`33+B_j!o;~3JzXR2T^oJ1ky)l0PW7xN!w-r*F0`AT~5YA4tA>z^6?pv
+2i^vafNI`S=Jz6TaYmXE0G3N0#O|FUY_)CVSWFG2Fe|9e<mLiJff5#7zdOYcNMGUri9b^x^?`xsHZI8J&<`=PjXGKQMsXzbqe?9s`c=2L_8sY_GuTD?4;-
+A3d-GC6SfJ|t>`P_`_{cISs&h&(0*2FEED;1Oiy#fFyBu>;$`!W0RG&G0PFBC*w}tA?Erjp51_sNhGcGT5{SJ4*FIf~hN(h}$hIsJbJ|W_CsQwjd9m>qF(
+v0f89kfizMJ7S~R*)@N9eTSHySVvn=YW`-G8^v|SuM}_2TaN`@tIwvutoScEv{>q+urB8%em15{oH$hR$v)6)!NSu7Rm$X$ru^QZv1xjn}Wkn!MT$^Tmm6
+k*tP^$SAsx{CgyYtv+iPR~|3ZnmIsHUYK4)}!1+8|tZzxr(?>zyg<&GLHryM*;_#Kp;37qJ>bnP?TczTSo?vrg=HX?FUkr@GIQ|1bgRKMVs^F>z^6fys(R
+lo__n99V)F)UwmBIsv&b3iA?PY_8+wj;bLpx=FnoRKrt<92yc)SlhZ)@GV1CPp_1+TetMnb#$YsBMe#=y8BY)roSigPhvBFM^q}nC;hS-$@~c`4jJ9JXlF
+$12+%E)J!?&d==SVl@E9ayf&mr2mr|vj%S+18Xw(pNEtJE=Wa2!+egx6nMiCvgYu$=$gD;p#h$(8)T*!`WYO|)1icQk@YmKtY7dU_Ja-K~`<Jb;cVl8z-D
+7#rKVgaJ-mjUx}Z25~M+%n2j7N;koQmhO?8#}9Rs6Pe>pJs7{S-A0zM;LOa*gfwC4>dPVGTcSs@5^L*a>C8w)AtA1l%m>SZ~K1boB#j-77zrz8O!DA00Dz
+CfS?8dkQM9VvBYQl0ssI200dcD
+"""
+
+
+def copied(folder: Path) -> Path:
+    """A whole copy of a database, made while it is in use."""
+    copy = folder.parent / "copy.db"
+    with closing(sqlite3.connect(folder / "taskapi.db")) as other:
+        other.execute("VACUUM INTO ?", (str(copy),))
+    return copy
+
+
+def put_in_place(folder: Path, how: str) -> None:
+    """Does to the files of a running server what somebody might who restores a copy, or who tidies up."""
+    database, log = folder / "taskapi.db", folder / "taskapi.db-wal"
+    if how == "log removed":
+        log.unlink()
+    elif how == "renamed":
+        copied(folder).replace(database)
+    elif how == "overwritten":
+        shutil.copyfile(copied(folder), database)
+    elif how == "restored":
+        copy = copied(folder)
+        log.unlink()
+        shutil.copyfile(copy, database)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="an open database cannot be replaced")
+@pytest.mark.parametrize(("how", "noticed", "end"), [
+    ("log removed", True, signal.SIGKILL), ("log removed", False, signal.SIGTERM), ("renamed", True, signal.SIGKILL),
+    ("renamed", False, signal.SIGTERM), ("renamed", False, signal.SIGKILL), ("overwritten", True, signal.SIGKILL),
+    ("overwritten", False, signal.SIGTERM), ("restored", True, signal.SIGTERM), ("restored", False, signal.SIGKILL)])
+def test_files_that_are_not_ours_any_more_are_never_written_to(
+        tmp_path: Path, how: str, noticed: bool, end: int) -> None:
+    """503 that says what to do; the next start goes on with what is there, or says which log is not its own."""
+    folder = tmp_path / "data"
+    with Live(folder) as live:
+        wide = {"recordType": "wide", "count": 3000, "schema": {"text": {"type": "const", "value": "x" * 2000}}}
+        assert live.job(live.make("/generate", wide), 30)["status"] == "completed"  # long enough for a checkpoint
+        before = [live.make("/generate", PERSONS) for _ in range(3)]
+        assert {live.job(job_id, 30)["status"] for job_id in before} == {"completed"}
+        put_in_place(folder, how)
+        content = (folder / "taskapi.db").read_bytes()
+        if noticed:
+            until(lambda: live.ask("GET", "/").status == 503)
+            error = " ".join(live.ask("GET", "/").json["errors"])
+            assert "restart" in error
+            assert "taskapi.db-wal" in error
+            refused(live.ask("POST", "/generate", PERSONS), 500, "restart")
+            refused(live.ask("GET", "/jobs"), 500, "restart")
+        live.end(end)
+    if how != "log removed":
+        assert (folder / "taskapi.db").read_bytes() == content
+    if how == "overwritten" or (how == "renamed" and end == signal.SIGKILL and not noticed):
+        with pytest.raises(AssertionError, match=r"(?m)ended with 1(.|\n)*^taskapi: .*was replaced.* remove it.*\n\Z"):
+            Live(folder)
+        for beside in ("taskapi.db-wal", "taskapi.db-shm"):
+            (folder / beside).unlink()
+    with Live(folder) as live:
+        assert {live.job(job_id)["status"] for job_id in before} == {"completed"}
+        assert_up(live.url)
+        assert live.end() == 0
+    assert_sound(folder)
+
+
+def test_another_program_may_checkpoint_and_write_a_table_of_its_own(tmp_path: Path) -> None:
+    """That is no reason to stop."""
+    with taskapi.open_service(tmp_path) as service, service.serving(port=0) as url:
+        for number, mode in enumerate(("PASSIVE", "TRUNCATE", "PASSIVE")):
+            with closing(sqlite3.connect(tmp_path / "taskapi.db")) as other:
+                other.execute(f"CREATE TABLE own{number}(x)")
+                other.execute(f"INSERT INTO own{number} SELECT randomblob(9999) FROM json_each('[1,2,3,4,5]')")
+                other.commit()
+                other.execute(f"PRAGMA wal_checkpoint({mode})")
+            assert_up(url)
+    assert_sound(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "replaced"])
+def test_a_log_beside_another_database_is_left_alone(tmp_path: Path, how: str) -> None:
+    """After a kill the log holds what was acknowledged: a start says so, twice, and touches neither."""
+    folder = tmp_path / "data"
+    with Live(folder) as live:
+        made = live.make("/generate", PERSONS)
+        assert live.job(made, 30)["status"] == "completed"
+        live.end(signal.SIGKILL)
+    database, log, away = folder / "taskapi.db", folder / "taskapi.db-wal", tmp_path / "away.db"
+    shutil.copy(database, tmp_path / "copy.db")
+    database.rename(away)
+    if how == "empty":
+        database.touch()
+    elif how == "replaced":
+        shutil.copy(away, database)
+    held = log.read_bytes()
+    for _ in range(2):
+        with pytest.raises(taskapi.StartupError, match=r"-wal.*nothing was changed"):
+            taskapi.open_service(folder, inline=True)
+    assert log.read_bytes() == held
+    away.replace(database)
+    with taskapi.open_service(folder, inline=True) as service:
+        assert service.checks["lastStop"] == "unclean"
+        assert service.queue.jobs.get(made).status == "completed"
+    assert_sound(folder)
+
+
+def test_a_folder_that_was_copied_with_its_log_opens(tmp_path: Path) -> None:
+    """Other files, but each belongs to the other."""
+    with Live(tmp_path / "data") as live:
+        made = live.make("/generate", PERSONS)
+        assert live.job(made, 30)["status"] == "completed"
+        live.end(signal.SIGKILL)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    with taskapi.open_service(tmp_path / "copy", inline=True) as service:
+        assert service.queue.jobs.get(made).status == "completed"
+    assert_sound(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ("PRAGMA user_version = 99", "later version"),
+    ("PRAGMA user_version = 0", "not one of taskapi's"),
+    ("ALTER TABLE jobs ADD COLUMN priority TEXT", "not one of taskapi's .its table 'jobs'"),
+    ("ALTER TABLE _spans RENAME COLUMN size TO extent", "not one of taskapi's .its table '_spans'"),
+    ("DROP TABLE _types", "not one of taskapi's .its table '_types'"),
+    ("PRAGMA user_version = 0; CREATE TABLE _sqlite_migrations AS SELECT 'taskapi' AS migration_set, 'x' AS name",
+     "later version")])
+def test_a_database_of_tomorrow_or_changed_by_somebody_is_refused_and_untouched(
+        tmp_path: Path, change: str, words: str) -> None:
+    """StartupError of one line."""
+    with taskapi.open_service(tmp_path, inline=True):
+        pass
+    with closing(sqlite3.connect(tmp_path / "taskapi.db")) as connection:
+        connection.executescript(change)
+    content = (tmp_path / "taskapi.db").read_bytes()
+    with pytest.raises(taskapi.StartupError, match=f"{words}.*; nothing was changed$"):
+        taskapi.open_service(tmp_path, inline=True)
+    assert (tmp_path / "taskapi.db").read_bytes() == content
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_a_database_of_somebody_else_is_refused_and_untouched(tmp_path: Path, mode: str) -> None:
+    """Exit 1 and one line, also where it has a table of jobs."""
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "taskapi.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode = {mode}")
+        connection.execute("CREATE TABLE jobs(id TEXT PRIMARY KEY, company TEXT)")
+    content = path.read_bytes()
+    with pytest.raises(AssertionError, match=r"ended with 1: taskapi: [^\n]*not one of taskapi's[^\n]*\n\Z"):
+        Live(tmp_path / "data")
+    assert path.read_bytes() == content
+
+
+def without_rights(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command without root's right to write where it may not; skips where that cannot be."""
+    wrap = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+    try:
+        subprocess.run([*wrap, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("this machine does not let us drop rights")
+    return subprocess.run([*wrap, *command], text=True, capture_output=True, timeout=60, check=False)
+
+
+def test_what_a_start_without_rights_has_left_is_mended(tmp_path: Path) -> None:
+    """It is told in one line; and a read-only index of the log, as other programs leave it, is made writable."""
+    with taskapi.open_service(tmp_path, inline=True) as service:
+        store(service, {"n": "int"}, [[1]])
+    path, index = tmp_path / "taskapi.db", tmp_path / "taskapi.db-shm"
+    start = (sys.executable, "-c", "import sys, taskapi; taskapi.open_service(sys.argv[1], inline=True).close()",
+             str(tmp_path))
+    path.chmod(0o444)
+    refusal = without_rights(*start).stderr.splitlines()[-1]
+    assert re.search("taskapi.db cannot be written to by this user", refusal), refusal
+    path.chmod(0o644)
+    index.touch()
+    index.chmod(0o444)
+    ran = without_rights(*start)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert_sound(tmp_path)
+
+
+def test_the_sweep_removes_only_what_bears_our_names(tmp_path: Path) -> None:
+    """At the start; a user's files, folders and links stay, and so does what links lead to."""
+    name = f"{taskapi.JobIds(taskapi.utc_now)()}.csv"
+    outside, data = tmp_path / "outside", tmp_path / "data"
+    outside.mkdir()
+    taskapi.open_service(data, inline=True).close()
+    for place in (outside / name, outside / "tmpabcdefgh", data / "exports" / name, data / "tmp" / "tmp_bcdefg1",
+                  data / "exports" / "report.csv", data / "uploads" / ".DS_Store", data / "tmp" / "notes.txt"):
+        place.write_text("x")
+    (data / "exports" / "folder").mkdir()
+    (data / "exports" / f"f{name[1:]}").symlink_to(outside / name)
+    (data / "uploads" / ".DS_Store").unlink()
+    (data / "uploads").rmdir()
+    (data / "uploads").symlink_to(outside)
+    with taskapi.open_service(data, inline=True) as service:
+        assert service.checks["strayFiles"] == "2 removed"
+    assert sorted(path.name for path in (data / "exports").iterdir()) == [f"f{name[1:]}", "folder", "report.csv"]
+    assert [path.name for path in (data / "tmp").iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in outside.iterdir()) == sorted([name, "tmpabcdefgh"])
 
 
 def test_a_clock_that_is_set_back_loses_no_order_and_no_job(tmp_path: Path) -> None:
