@@ -1441,7 +1441,7 @@ class FolderLock:
             last = self._about()
             self.unclean = self._path.exists() and not last.get("clean")  # the last one did not let go
             self.files: dict[str, Json] = last.get("files") or {}
-            self.describe(clean=not self.unclean, files=self.files)
+            self.describe(clean=False, files=self.files)
         except (sqlite3.Error, OSError) as error:
             refusal = self._refusal(what, error)
             self._connection.close()
@@ -7295,7 +7295,7 @@ class JobQueue:
                 undo.callback(self._folder.remove, file)
             job, new = self.jobs.insert(job_type_name, body, record_type=makes, after=request.after, key=key,
                                         key_hash=key_hash, max_pending=self._settings.max_pending, job_id=job_id,
-                                        file=file)
+                                        file=file, weight=weight)
             if new:
                 undo.pop_all()
         if new:
@@ -7585,8 +7585,10 @@ class JobQueue:
                 return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
             return partial(self.jobs.release, job, _STOPPED, charged=False)
         if isinstance(error, StorageError):
-            charged = self._storage_fault() is None  # the storage is well: it is the job's own
-            if not charged or job.attempt < self._settings.max_attempts:
+            charged, futile = self._storage_fault() is None, 0  # charged: the storage is well, so it is the job's own
+            with suppress(StorageError):
+                futile = self.jobs.futile_attempts(job)
+            if not charged or futile < self._settings.max_attempts:
                 _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
                 return partial(self.jobs.release, job, message, charged=charged)
         elif not isinstance(error, TaskError):
@@ -7651,7 +7653,9 @@ class JobQueue:
         """Fails the pending jobs that were to follow one that was not completed."""
         if self.jobs.any_dependents_to_fail():
             for job in self.jobs.fail_dependents():
-                self._ended(job)
+                if job.file:
+                    self._folder.remove(job.file)
+                self._ended(job.model_copy(update={"file": None}))
 
 
 def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None) -> JobSteps:
