@@ -9387,10 +9387,8 @@ async function refresh() {
   const running = [...cards.values()].filter(({job}) => job.status === "in-progress").length;
   showHealth(said, running);
   busy = said.inProgress + said.pending > 0 || running > 0;
-  for (const id of told.keys()) if (!cards.has(id)) await api("GET", `status/${id}`).then(tell, ({message, gone}) => {
-    if (gone && told.has(id)) told.get(id).textContent = message;
-    if (gone) told.delete(id);
-  });
+  for (const [id, said] of told) if (mine === turn && !cards.has(id)) await api("GET", `status/${id}`).then(tell,
+    error => { if (error.gone && told.delete(id)) said.textContent = error.message; });
 }
 async function watch() {
   for (;;) {
