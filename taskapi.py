@@ -8920,10 +8920,11 @@ section.shown { display: block; }
   main:not(.jobs) > #side { position: sticky; top: .8rem; display: flex; flex-direction: column; align-items: stretch;
     max-height: calc(100vh - 5rem); }
   main:not(.jobs) > #side > section { flex: 0 1 auto; min-height: 8rem; overflow: auto; }
-  .generate > #side > #view-jobs { flex: 1 1 8rem; }
+  main > #side > #view-jobs { flex-shrink: 1000; }
 }
 button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .45rem;
-  background: var(--card); padding: .3rem .55rem; max-width: 100%; min-height: 24px; box-sizing: border-box; }
+  background: var(--card); padding: .3rem .55rem; min-width: 0; max-width: 100%; min-height: 24px;
+  box-sizing: border-box; }
 input, select, textarea { background: var(--bg); }
 input[type=checkbox], input[type=radio] { accent-color: var(--accent); flex: none; vertical-align: middle; }
 button { cursor: pointer; } button:hover { background: var(--soft); } button:disabled { opacity: .5; cursor: default; }
@@ -8979,7 +8980,7 @@ rect { fill: var(--accent); } rect:hover { opacity: .75; }
 #drop { display: grid; place-items: center; gap: .5rem; padding: 2.5rem 1rem; border: 2px dashed var(--line);
   border-radius: .8rem; text-align: center; cursor: pointer; }
 .dragging #drop, #drop:hover { border-color: var(--accent); background: var(--soft); }
-::file-selector-button { font: inherit; } input[type=file] { min-width: 0; } #count { width: 6.5rem; }
+::file-selector-button { font: inherit; } #count { width: 6.5rem; }
 progress { display: block; width: 100%; height: .6rem; margin-top: .3rem; accent-color: var(--accent); }
 .bar progress { margin: 0; }
 ul { list-style: none; padding: 0; margin: 0; }
@@ -8994,7 +8995,7 @@ ul { list-style: none; padding: 0; margin: 0; }
 #jobs button { padding: .05rem .5rem; } #jobs details { font-size: .85rem; padding: 0; border: 0; margin: .2rem 0 0; }
 #jobs a { padding-block: .15rem; }
 @media (max-width: 40rem) {
-  section { padding: .8rem; } h1 { flex: 1; } .row > label { flex: 1 1 8rem; }
+  section { padding: .8rem; } h1 { flex: 1; } .form > .tick { padding: 0; } .row > label { flex: 1 1 8rem; }
   .row label input, .row label select { width: 100%; } .row .tick input { width: auto; }
   #health { margin: 0; flex: 0 1 auto; }
   nav { width: 100%; order: 1; gap: 0; justify-content: space-between; } nav a { padding: .3rem .2rem;
@@ -9022,8 +9023,8 @@ _UI_BODY = r"""
 <span class="dim">Reading the field types…</span></div>
 <form id="generate-form">
 <div class="row">
-<label><span>Record type</span><input id="record-type" required pattern="[a-z][a-z0-9_]{0,62}"
- title="small letters, digits and _" size="10" autocomplete="off"></label>
+<label><span>Record type</span><input id="recordType" required pattern="[a-z][a-z0-9_]{0,62}"
+ title="small letters, digits and _" size="8" autocomplete="off"></label>
 <label><span>How many</span><input id="count" type="number" min="1" step="1" required></label>
 <label><span>Seed</span><input id="seed" inputmode="numeric" pattern="[0-9]*" size="9" autocomplete="off"
  title="The same seed makes the same records"></label>
@@ -9220,7 +9221,8 @@ function form(schema, place, skip = []) {
   const controls = Object.entries(schema.properties).filter(([name]) => !["after", ...skip].includes(name))
     .map(([name, shape]) => ({name, ...control(plainly(shape, schema), schema.required?.includes(name))}));
   place.replaceChildren(...controls.map(({name, node, about}) => {
-    const text = name.replace(/[A-Z]/g, " $&").toLowerCase(), told = about && el("small", {}, about);
+    const words = name.replace(/[A-Z]/g, " $&").toLowerCase(), text = words[0].toUpperCase() + words.slice(1);
+    const told = about && el("small", {}, about);
     return node.type === "checkbox" ? el("label", {className: "tick"}, node, ` ${text}`, told)
       : el("label", {}, el("span", {}, text), node, told);
   }));
@@ -9298,11 +9300,10 @@ function jobLinks(job) {
     made && el("a", {href: `#records/${made}/${id}`}, "Look at the records")].filter(Boolean);
 }
 function useAgain({type, request}) {  // fills the form that makes such jobs
-  if (type === "generate") edit(request);
-  else if (type === "export") editExport(request);
-  else if (type in SHAPES.jobs) drawRun(type, request);
-  else editUpload(request, type);
-  location.hash = type === "generate" || type === "export" ? type : type in SHAPES.jobs ? `run/${type}` : "upload";
+  const [hash, fill] = {generate: ["generate", edit], export: ["export", editExport], upload: ["upload", editUpload],
+    ingest: ["upload", editUpload]}[type] ?? [`run/${type}`, drawRun];
+  fill(request, type);
+  location.hash = hash;
 }
 function jobActions(job, problem) {
   const act = (method, path) => async () => {
@@ -9322,13 +9323,13 @@ function jobActions(job, problem) {
     ended(job) && remove].filter(Boolean);
 }
 function newCard() {
-  const card = {node: el("li"), name: el("b"), status: el("span", {className: "status"}), bar: el("progress"),
-    said: el("div", {className: "dim"}), problem: el("p", {className: "problem"}), row: el("div", {className: "row"}),
-    raw: el("pre"), details: el("details", {}, el("summary", {}, "Details"))};
-  card.node.append(el("div", {className: "head"}, card.name, card.status), card.said, card.bar, card.problem, card.row,
-    card.details);
-  card.details.append(card.raw);
-  card.details.ontoggle = () => { card.raw.textContent = card.details.open ? pretty(card.job) : ""; };
+  const name = el("b"), status = el("span", {className: "status"}), said = el("div", {className: "dim"});
+  const row = el("div", {className: "row"}), problem = el("p", {className: "problem"}), bar = el("progress");
+  const raw = el("pre");
+  const details = el("details", {ontoggle: () => { raw.textContent = details.open ? pretty(card.job) : ""; }},
+    el("summary", {}, "Details"), raw);
+  const node = el("li", {}, el("div", {className: "head"}, name, status), said, bar, problem, row, details);
+  const card = {node, name, status, said, bar, problem, row, details, raw};
   return card;
 }
 function fillCard(card, job, text) {  // true if the job has ended since the card was filled last
@@ -9381,7 +9382,7 @@ async function refresh() {
   const mine = ++turn, query = new URLSearchParams({limit: listed});
   for (const name of ["type", "status"]) if ($(`by-${name}`).value) query.set(name, $(`by-${name}`).value);
   const [page, said] = await Promise.all([api("GET", `jobs?${query}`).catch(() => null),
-    api("GET", "./").catch(error => error)]);
+    api("GET", "health").catch(error => error)]);
   if (mine !== turn) return;
   if (page) showJobs(page);
   const running = [...cards.values()].filter(({job}) => job.status === "in-progress").length;
@@ -9470,9 +9471,9 @@ function travel(by) {
   changed();
 }
 function draw() {
-  for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"], ["locale", "locale"]])
-    if (document.activeElement !== $(id)) $(id).value = [request[name] ?? ""].flat().map(shown).join(",");
-  for (const id of ["record-type", "count"]) $(id).parentNode.hidden = $(id).disabled = Boolean(request.records);
+  for (const name of ["recordType", "count", "seed", "locale"])
+    if (document.activeElement !== $(name)) $(name).value = [request[name] ?? ""].flat().map(shown).join(",");
+  for (const name of ["recordType", "count"]) $(name).parentNode.hidden = $(name).disabled = Boolean(request.records);
   if ($("json").hidden) drawFields(); else if (document.activeElement !== $("json")) $("json").value = pretty(request);
   previewSoon();
 }
@@ -9500,16 +9501,17 @@ function drawFields(name, control = 0) {  // then that field's control has the f
   row.children[control].focus();
   if (control === 0) row.firstChild.select();
 }
-function aim(group) {
+function aim(group) {  // where the next field goes
   target = group;
-  $("add-to").textContent = group.name ? `Add a field to ${group.name}` : "Add a field";
+  $("add-to").textContent = joined(["Add a field", group.name], " to ");
 }
 function reshape(group, change, name, control) {  // fields are added, moved, copied, removed: [name, spec] pairs
   const entries = Object.entries(group.holder.schema ?? {});
   target = group;
   change(entries);
   group.holder.schema = Object.fromEntries(entries);
-  drawFields(name ?? entries[0]?.[0], control);
+  drawFields(name, control);
+  if (name === undefined) $("add-to").focus();
   changed();
 }
 function another(schema, name) {  // a name that is free
@@ -9653,14 +9655,13 @@ function table(items, label) {  // the numbers of a column with as many digits b
   const columns = [...new Set(items.flatMap(Object.keys))].map(name => {
     const values = items.map(item => item[name] ?? null), given = values.filter(value => value !== null).map(shown);
     const number = given.length > 0 && values.every(value => value === null || sort(value) === "number");
-    const places = number && given.every(text => /^-?\d+(\.\d{1,6})?$/.test(text))
-      ? given.reduce((most, text) => Math.max(most, text.split(".")[1]?.length ?? 0), 0) : 0;
-    const text = value => places ? joined([shown(value).split(".")[0], (shown(value).split(".")[1] ?? "")
-      .padEnd(places, "0")], ".") : shown(value);
-    return {name, className: number ? "number" : "", text};
+    const digits = text => text.split(".")[1]?.length ?? 0, most = number ? Math.max(...given.map(digits)) : 0;
+    const even = most > 0 && given.every(text => /^-?\d+(\.\d{1,6})?$/.test(text));
+    const told = text => even ? (digits(text) ? text : `${text}.`) + "0".repeat(most - digits(text)) : text;
+    return {name, className: number ? "number" : "", told};
   });
-  const cell = (value, {className, text}) => value === null ? el("td", {className: "dim"}, "null")
-    : el("td", {className, title: shown(value)}, text(value));
+  const cell = (value, {className, told}) => value === null ? el("td", {className: "dim"}, "null")
+    : el("td", {className, title: shown(value)}, told(shown(value)));
   return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
     el("thead", {}, el("tr", {}, columns.map(({name, className}) => el("th", {scope: "col", className}, name)))),
     el("tbody", {}, items.map(item => el("tr", {}, columns.map(column => cell(item[column.name] ?? null, column)))))));
@@ -9713,17 +9714,18 @@ function fromHeader(line) {
 }
 async function take(text, filename = "record") {  // whatever describes records
   const more = {recordType: recordTypeOf(filename), count: request.count ?? 1000, seed: shuffled()};
+  const plain = text.trim(), body = new FormData();
   $("keep-problem").textContent = "";
   try {
-    if (/^\s*\{/.test(text)) {
-      const data = JSON.parse(text, exact), of = key => typeof data[key] === "object" && !isJsonSchema(data);
-      if (of("schema") || of("records") || typeof data.count === "number") edit({seed: more.seed, ...data});
-      else edit({...more, ...data.title && {recordType: recordTypeOf(data.title)}, schema: data});
-    } else if (/\n./.test(text.trim()) || /^\s*\[/.test(text)) {
-      const body = new FormData(), suffix = /^\s*\[/.test(text) ? "json" : "csv";
-      body.append("file", new File([text], `${more.recordType}.${suffix}`));
+    if (plain[0] === "{") {
+      const data = JSON.parse(text, exact), request = typeof data.count === "number" ||
+        !isJsonSchema(data) && (typeof data.schema === "object" || typeof data.records === "object");
+      edit(request ? {seed: more.seed, ...data}
+        : {...more, ...data.title && {recordType: recordTypeOf(data.title)}, schema: data});
+    } else if (plain[0] === "[" || plain.includes("\n")) {
+      body.append("file", new File([text], `${more.recordType}.${plain[0] === "[" ? "json" : "csv"}`));
       edit({seed: more.seed, ...await send("infer", body, new XMLHttpRequest()), count: more.count});
-    } else edit({...more, schema: fromHeader(text.trim())});
+    } else edit({...more, schema: fromHeader(plain)});
   } catch (error) { $("keep-problem").textContent = error.message; }
 }
 
@@ -9767,10 +9769,9 @@ async function uploadAll(files) {
   $("upload-said").textContent = "";
   for (const file of [...files]) await upload(file);
 }
-function drawMode() { $("upload-more").hidden = $("upload-form").elements.mode.value === "keep"; }
 function editUpload(request, type) {
   $("upload-form").elements.mode.value = type === "ingest" ? "ingest" : "keep";
-  drawMode();
+  $("upload-form").onchange();
   reading.write(request);
   $("upload-how").open = Object.keys(reading.read()).length > 0;
   $("upload-type").value = request.recordType ?? "";
@@ -9956,7 +9957,7 @@ function bars(counts, total) {
 
 let running;
 
-function drawRun(type, request) {
+function drawRun(request, type) {
   const known = OWN.includes(type) ? type : OWN[0];
   $("run-types").replaceChildren(...OWN.map(name => el("a", {href: `#run/${name}`,
     ...name === known && {"aria-current": "page"}}, name)));
@@ -9979,7 +9980,7 @@ function navigate() {  // what is no view, such as the target of the skip link, 
   for (const link of document.querySelectorAll("nav a"))
     if (link.hash === `#${known}`) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   if (view === "records") drawRecords(...rest);
-  if (view === "run" && OWN.length) drawRun(...rest);
+  if (view === "run" && OWN.length) drawRun(undefined, ...rest);
 }
 function drags(event, on) {
   if (!event.dataTransfer?.types.includes("Files")) return false;
@@ -9999,9 +10000,11 @@ addEventListener("keydown", event => {  // within a text the browser itself undo
 });
 $("files").onchange = async event => { await uploadAll(event.target.files); event.target.value = ""; };
 $("upload-form").onsubmit = event => event.preventDefault();
-$("upload-form").onchange = drawMode;
-for (const [id, name] of [["record-type", "recordType"], ["count", "count"], ["seed", "seed"]])
-  $(id).oninput = ({target: input}) => { request[name] = parsed(input.value, name === "recordType"); changed(input); };
+$("upload-form").onchange = () => { $("upload-more").hidden = $("upload-form").elements.mode.value === "keep"; };
+for (const name of ["recordType", "count", "seed"]) $(name).oninput = ({target: input}) => {
+  request[name] = parsed(input.value, name === "recordType");
+  changed(input);
+};
 $("reseed").onclick = () => { request.seed = shuffled(); draw(); changed(); };
 $("locale").onchange = event => {
   const names = event.target.value.split(",").map(name => name.trim()).filter(Boolean);

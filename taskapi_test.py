@@ -5846,7 +5846,7 @@ def test_in_a_browser_nothing_hides_what_has_the_focus(at_work: tuple[taskapi.Se
         wide = size[0] > 1000
         assert (tab.js("document.querySelector('#fields').getBoundingClientRect().right < "
                        "document.querySelector('#preview').getBoundingClientRect().left") is wide)
-        tab.js("document.querySelector('#adding').open = true; document.querySelector('#record-type').focus()")
+        tab.js("document.querySelector('#adding').open = true; document.querySelector('#recordType').focus()")
         for _ in range(90):
             tab.press("Tab", 9)
             assert tab.js(COVERED) == "", size
