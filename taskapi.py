@@ -5176,6 +5176,7 @@ class TextEncoding:
 
     def feed(self, block: bytes, last: bool = False) -> None:
         """Takes a block in; UnicodeError says why it is no text in any of them."""
+        first = self._decoder is None
         if self._decoder is None:
             self._head += block
             if len(self._head) < 2 and not last:
@@ -5191,7 +5192,8 @@ class TextEncoding:
                 raise UnicodeError(f"it is not text in {self.name}") from error
             self.name, self._decoder = "windows-1252", codecs.getincrementaldecoder("windows-1252")("replace")
             text = self._decoder.decode(held + block, last)
-        self._unlikely = self._unlikely or bool(_UNLIKELY.search(text))
+        if first or self.name == "windows-1252":  # to look through all of a long text costs more than to decode it
+            self._unlikely = self._unlikely or bool(_UNLIKELY.search(text))
         if "\0" in text:
             raise UnicodeError("it has a NUL character, so it is not text")
         if self._unlikely and self.name == "windows-1252" != self._told:
@@ -10214,6 +10216,14 @@ class _Answer(waitress.task.Task):  # type: ignore[misc]  # Waitress has no type
         if self.has_body or self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close":
             super().set_close_on_finish()
 
+    def service(self) -> None:
+        """Makes the answer; the loop, which would wake up again and again for it, leaves it alone meanwhile."""
+        self.channel.answering = True
+        try:
+            super().service()
+        finally:
+            self.channel.answering = False
+
     def finish(self) -> None:
         """Sends what the client takes at once; the loop sends the rest."""
         super().finish()
@@ -10261,6 +10271,7 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
     _lingers_until: float | None = None  # after a refusal
     _deadline = math.inf  # for the client to take its answer
     _ended = False  # the client sends no more; it may still read, though
+    answering = False  # a thread makes an answer
     _held_back = False  # the next request on this connection: what was answered before has not been taken
 
     def __init__(self, engine: Engine, *args: Any, **kwargs: Any):
@@ -10274,8 +10285,8 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
         return self._lingers_until is not None or (not self._ended and bool(super().readable()))
 
     def writable(self) -> bool:
-        """While there is something to send, to begin, or to close."""
-        if self._lingers_until is not None:
+        """While there is something to send, to begin, or to close; a thread that makes an answer sends it itself."""
+        if self._lingers_until is not None or self.answering:
             return bool(self.will_close)
         return bool(super().writable() or self._held_back or (self._ended and not self.requests))
 
@@ -10390,7 +10401,7 @@ class HttpServer:
             raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
         self._server.adj.send_bytes = _BLOCK  # what is less waits until the answer is whole
         self._server.channel_class = partial(_Channel, engine)
-        self._server.maintenance = self._hurry
+        self._maintain, self._server.maintenance = self._server.maintenance, self._hurry
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.effective_port}"
         self._stop = threading.Event()
@@ -10416,8 +10427,9 @@ class HttpServer:
     def _turn(self, seconds: float) -> None:
         self._server.asyncore.loop(timeout=seconds, map=self._server._map, use_poll=True, count=1)
 
-    def _hurry(self, _: float) -> None:
+    def _hurry(self, at: float) -> None:
         """Every second: ends what takes a client too long; makes room for new ones among those that ask nothing."""
+        self._maintain(at)
         channels: list[_Channel] = list(self._server.active_channels.values())
         now = monotonic()
         for channel in channels:
