@@ -7265,6 +7265,7 @@ class JobQueue:
         self._looked = monotonic()  # when a run last looked for a job
         self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
         self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
+        self._closed = False  # no more jobs are taken in; requests in flight may still bring some after `stopping`
 
     # From outside
 
@@ -7282,7 +7283,7 @@ class JobQueue:
 
         `keep` puts the job's file in place under the job's id; it is removed again if no job comes of it.
         """
-        self._refuse_when_stopping()
+        self._refuse_when_closed()
         try:
             request = request.with_defaults(self._settings, self._clock)
             body, makes, weight = request.model_dump(mode="json", exclude_none=True), request.makes, request.weight
@@ -7310,7 +7311,7 @@ class JobQueue:
     def run_now(self, job_type_name: str, request: JobRequest, key: str | None = None,
                 key_hash: str | None = None) -> tuple[Job, bool]:
         """Does a quick job at once, in this thread, and adds it as completed; otherwise like `enqueue`."""
-        self._refuse_when_stopping()
+        self._refuse_when_closed()
         body = request.model_dump(mode="json", exclude_none=True)
         job = Job(job_id=self.jobs.new_id(), type=job_type_name, status=JobStatus.IN_PROGRESS,
                   created_at=instant(self._clock()), request=body)
@@ -7325,8 +7326,8 @@ class JobQueue:
             self._ended(job)
         return job, new
 
-    def _refuse_when_stopping(self) -> None:
-        if self.stopping.is_set():
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
             raise Unavailable("the server is stopping")
 
     def wait(self, job_id: str, seconds: float | None = None, gone: Callable[[], bool] = lambda: False) -> Job:
@@ -7422,6 +7423,7 @@ class JobQueue:
 
     def stop(self, seconds: float) -> bool:
         """Ends the work; False if a job's function does not come to a check in time, and so keeps its thread."""
+        self._closed = True
         self.halt()
         with self._state:
             ended = self._state.wait_for(lambda: not self._active and not self._abandoned, seconds)
