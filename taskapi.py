@@ -839,8 +839,8 @@ def fair_claims(connection: sqlite3.Connection) -> None:
     """Claims in an order of their own, without the jobs that have to wait; attempts that get further are told apart."""
     for statement in (
             "ALTER TABLE jobs ADD COLUMN claim_order INTEGER NOT NULL DEFAULT 0",
-            "UPDATE jobs SET claim_order = 1000 * CAST(strftime('%s', created_at) AS INTEGER) "
-            "WHERE status IN ('pending', 'in-progress')",
+            ("UPDATE jobs SET claim_order = 1000 * CAST(strftime('%s', created_at) AS INTEGER) "
+             "WHERE status IN ('pending', 'in-progress')"),
             # By `after`, until that job is completed. Those that are free by now are found at the start.
             "ALTER TABLE jobs ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0",
             "UPDATE jobs SET blocked = 1 WHERE status = 'pending' AND after IS NOT NULL",
@@ -7079,7 +7079,6 @@ _CHECK_SECONDS = 0.1  # between looks of a job that waits for its turn whether i
 _TURN_SECONDS = 1.0  # a job that computes for longer without a check does not keep the others waiting any more
 _CALL_SECONDS = 1.0  # a run that was called and has not begun for longer is taken for lost
 _RETRY_SECONDS = (0.5, 8.0)  # first and longest pause between tries to write down how a job ended
-_IDLE_SECONDS = 5.0  # jobs that wait for longer beside idle workers are a fault of ours
 _MOST_THREADS = 1000  # of the workers, stuck ones included; how many runs there are is the queue's to say
 
 
@@ -7229,8 +7228,28 @@ class CpuGate:
             sleep(0.001)
 
 
-class JobQueue:
-    """Runs the jobs of the table. The table is the queue: a wake-up carries nothing, and a restart is a wake-up.
+def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None) -> JobSteps:
+    """A job's function, with its request read back; itself a generator, so that nothing fails before it runs."""
+    job = context.job
+    if kind is None:
+        raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
+    try:
+        request = request or kind.model.model_validate_json(json.dumps(job.request))
+    except ValidationError as error:
+        told = "; ".join(f"{field}: {text}" for field, text in field_problems(error))
+        raise JobFailed(f"the request is not understood any more: {told}") from None
+    run = kind.run(context, request)
+    returned = (yield from run) if isinstance(run, Generator) else run
+    try:
+        return checked_result(returned)
+    except BaseException:
+        if isinstance(file := getattr(returned, "file", None), StoredFile):
+            context.folder.remove(file)
+        raise
+
+
+class Workers:
+    """Take jobs from the table and work on them. The table is the queue: a wake-up carries nothing.
 
     A *run* is one call on the runner. It claims a job, works on it to its end, and goes on until no job is due.
     `_state` guards what is said here of runs and jobs; it is never held while the database or a job's function works.
@@ -7240,10 +7259,10 @@ class JobQueue:
       clears `_due` just before it claims, and leaves where it finds it cleared, in one step: so after each `wake`
       something claims. A call that is lost with its thread is made up for by the first `wake` a second later, and
       housekeeping wakes once a second.
-    - A job in progress here is a JobContext in `_active`, put there by its run. It ends once: whoever sets its `ended`
-      writes down how, and what its function does after that has no effect. That is its run, whatever the function
-      returns or raises; or, for a job that is stuck and canceled, `give_up`, which takes the run out of `_active` too,
-      so that another one may take its place.
+    - A job in progress here is a JobContext in `_active`, put there by its run, which writes down how it ended,
+      whatever its function returns or raises. Only for a job that is stuck and canceled `give_up` does: it marks it as
+      `ended`, so that nothing which its function does after that has an effect, and takes its run out of `_active`, so
+      that another one takes its place.
 
         pending --claim--> in-progress --> completed | failed | canceled
            ^-------------------'  stopped, or the storage failed: not charged, but for a fault that is the job's own
@@ -7252,22 +7271,277 @@ class JobQueue:
     def __init__(self, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
                  make_id: Callable[[], str] | None = None, runner: Runner | None = None):
         self.jobs, self.records = JobStore(database, clock, make_id), RecordStore(database)
-        self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
-        self._executor = cast(Runner, ThreadPoolExecutor(_MOST_THREADS, "taskapi-worker")) if runner is None else runner
         self.metrics, self.gate = Metrics(), CpuGate()
-        self._state = threading.Condition()  # guards all below but the last three
-        self._due = False  # a job may be ready that no claim has looked for
-        self._called = -math.inf  # when a run was called that has not begun
-        self._active: dict[object, JobContext | None] = {}  # by run: what it is at
-        self._abandoned: set[object] = set()  # runs whose job was given up and that have not come back
-        self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
-        self._waiters: dict[str, list[threading.Event]] = {}  # by job
-        self._looked = monotonic()  # when a run last looked for a job
-        self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
         self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
         self._closed = False  # no more jobs are taken in; requests in flight may still bring some after `stopping`
+        self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
+        self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
+        self._executor = cast(Runner, ThreadPoolExecutor(_MOST_THREADS, "taskapi-worker")) if runner is None else runner
+        self._state = threading.Condition()  # guards all below
+        self._due = False  # a job may be ready that no claim has looked for
+        self._called = -math.inf  # when a run was called that has not begun
+        self._looks = 0  # how often a run has looked for a job
+        self._active: dict[object, JobContext | None] = {}  # by run: what it is at
+        self._abandoned: set[object] = set()  # runs whose job was given up, and that have not come back
+        self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
+        self._waiters: dict[str, list[threading.Event]] = {}  # by job
 
-    # From outside
+    def wake(self) -> None:
+        """There may be work: calls a run, unless one is on its way, or enough are there."""
+        now = monotonic()
+        with self._state:
+            self._due = True
+            if self.stopping.is_set() or len(self._active) >= self._settings.workers or (
+                    now < self._called + _CALL_SECONDS):
+                return
+            self._called = now
+        try:
+            self._executor.submit(self._run)
+        except RuntimeError as error:  # no thread to be had, or it is being shut down
+            if not self.stopping.is_set():
+                _LOG.error("no worker can begin: %s", error)
+
+    def check(self, seconds: float = 1.0) -> None:
+        """Has a run look for a job, if a worker is free; raises Unavailable if none does so in time."""
+        if self.stopping.is_set():
+            raise Unavailable("the server is stopping")
+        stuck = self.stuck()
+        if len(stuck) >= self._settings.workers:
+            raise Unavailable(f"every worker is stuck; to cancel gives up: {', '.join(map(str, stuck))}")
+        looks = self._looks
+        self.wake()
+        with self._state:
+            if not self._state.wait_for(
+                    lambda: self._looks > looks or len(self._active) >= self._settings.workers, seconds):
+                raise Unavailable("no worker looks for jobs, though one is free")
+
+    def stuck(self, seconds: float | None = None) -> list[JobContext]:
+        """The jobs whose functions have not come to a check for so long (default: when that is too long)."""
+        since = monotonic() - (_STUCK_SECONDS if seconds is None else seconds)
+        with self._state:
+            return [context for context in self._active.values() if context and context.checked < since]
+
+    def give_up(self, context: JobContext) -> None:
+        """Cancels a stuck job: what its function still does has no effect, and another run takes its place."""
+        job, context.interruption = context.job, _CANCELED
+        with suppress(LeaseLost):  # it has just come to an end
+            job = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
+            self.records.discard(job.job_id)
+            if context.job.file:
+                self._folder.remove(context.job.file)
+            self._ended(job)
+        with self._state:
+            context.ended = True
+            for run in [run for run, other in self._active.items() if other is context]:
+                del self._active[run]
+                self._abandoned.add(run)
+        self.gate.pass_on(context)
+        self.wake()
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Waits until no run is active; False if that takes longer."""
+        with self._state:
+            return self._state.wait_for(lambda: not self._active, min(seconds, threading.TIMEOUT_MAX))
+
+    def interrupt(self) -> None:
+        """Running jobs go back to pending at their next check, and no more begin; a signal handler may call this."""
+        self.stopping.set()
+
+    def release_waiters(self) -> None:
+        """Answers everybody who waits for a job, as it is now."""
+        with self._state:
+            for finished in chain.from_iterable(self._waiters.values()):
+                finished.set()
+
+    def halt(self) -> None:
+        """Like `interrupt`, and answers everybody who waits for a job."""
+        self.interrupt()
+        self.release_waiters()
+
+    def stop(self, seconds: float) -> bool:
+        """Ends the work; False if a job's function does not come to a check in time, and so keeps its thread."""
+        self._closed = True
+        self.halt()
+        ended = self.wait_until_idle(seconds) and not self._abandoned
+        self._executor.shutdown(wait=ended, cancel_futures=True)
+        return ended
+
+    def probe(self) -> None:
+        """Really writes to the disk and the database; raises StorageError if they cannot be used."""
+        try:
+            self._folder.probe()
+            self._database.probe(instant(self._clock()))
+            self.fault = None
+        except StorageError as error:
+            self.fault = str(error)
+            raise
+
+    # On the workers
+
+    def _run(self) -> None:
+        """Works on one job after the other; ends when none is due."""
+        run = object()
+        with self._state:
+            self._called = -math.inf
+            if len(self._active) >= self._settings.workers:
+                return
+            self._active[run] = None
+        try:
+            while context := self._next(run):
+                self._work(context)
+        except StorageError as error:  # housekeeping wakes another run
+            if str(error) != self.fault:
+                _LOG.error("cannot take a job: %s", error)
+            self.fault = str(error)
+        except BaseException:  # noqa: BLE001  # the others go on
+            _LOG.exception("a worker met a bug outside of any job")
+        finally:
+            with self._state:
+                self._active.pop(run, None)
+                self._abandoned.discard(run)
+                self._state.notify_all()
+
+    def _next(self, run: object) -> JobContext | None:
+        """A claimed job; None if none is due, and then the run is not active any more."""
+        while True:
+            with self._state:
+                if not self._due or self.stopping.is_set() or run in self._abandoned:
+                    self._active.pop(run, None)
+                    return None
+                self._due, self._active[run] = False, None
+            try:
+                if self.fault is not None:
+                    self.probe()
+                if claim := self.jobs.claim():
+                    return self._begin(run, claim)
+                self.fail_dependents()
+            finally:
+                with self._state:
+                    self._looks += 1
+                    self._state.notify_all()
+
+    def fail_dependents(self) -> None:
+        """Fails the pending jobs that were to follow one that was not completed."""
+        if self.jobs.any_dependents_to_fail():
+            for job in self.jobs.fail_dependents():
+                if job.file:
+                    self._folder.remove(job.file)
+                self._ended(job.model_copy(update={"file": None}))
+
+    def _begin(self, run: object, claim: Claim) -> JobContext:
+        job, context = claim.job, self.context(claim.job, claim.checkpoint)
+        with self._state:
+            self._active[run] = context
+            if job.job_id in self._canceled:
+                context.interruption = _CANCELED
+        _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
+        if claim.more:
+            self.wake()  # others may be free for it
+        return context
+
+    def context(self, job: Job, checkpoint: Json, stopping: Callable[[], bool] | None = None) -> JobContext:
+        """What a job's function gets."""
+        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
+                          stopping or self.stopping.is_set)
+
+    def _work(self, context: JobContext) -> None:
+        """Runs a job to its end and writes down how it ended, whatever that is."""
+        try:
+            done = self._run_function(context)
+            write_down: Callable[[], Job] = partial(self.jobs.finish, context.job, JobStatus.COMPLETED,
+                                                    result=done.result, file=done.file)
+        except BaseException as error:  # noqa: BLE001  # it ends the job, and nothing else
+            write_down = self._meaning(context, error)
+        self._record_outcome(context, write_down)
+        if self.jobs.oldest_pending():  # and may have had to wait for this one
+            with self._state:
+                self._due = True
+
+    def _run_function(self, context: JobContext, request: JobRequest | None = None) -> JobResult:
+        """Runs a job's function from yield to yield; raises what it raises, and Interrupted where it is to stop."""
+        kind = JOB_TYPES.get(context.job.type)
+        try:
+            with closing(_steps(kind, context, request)) as steps:
+                while True:
+                    with self.gate.turn(context, context.check) if kind and kind.computes else nullcontext():
+                        context.check()
+                        try:
+                            next(steps)
+                        except StopIteration as end:
+                            return cast(JobResult, end.value)
+                        self.gate.step_aside()
+        finally:
+            context.checked = math.inf
+
+    def _meaning(self, context: JobContext, error: BaseException) -> Callable[[], Job]:
+        """How to write down what an exception out of a job's function comes to."""
+        job, message = context.job, error_message(error)
+        if isinstance(error, LeaseLost):  # if that is true, this raises it again, and what is there is another's
+            return partial(self.jobs.finish, job, JobStatus.FAILED, error=message)
+        if context.interrupted():
+            if not isinstance(error, Interrupted | StorageError):
+                _LOG.error("job %s %s did not end as it was asked to", job.job_id, job.type, exc_info=error)
+            if context.interruption:
+                return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
+            return partial(self.jobs.release, job, _STOPPED, charged=False)
+        if isinstance(error, StorageError):
+            with suppress(StorageError):
+                self.probe()
+            charged, futile = self.fault is None, 0  # charged: the storage is well, so that the fault is the job's own
+            with suppress(StorageError):
+                futile = self.jobs.futile_attempts(job)
+            if not charged or futile < self._settings.max_attempts:
+                _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
+                return partial(self.jobs.release, job, message, charged=charged)
+        elif not isinstance(error, TaskError):
+            _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
+        return partial(self._end_without_trace, job, JobStatus.FAILED, message)
+
+    def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
+        with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
+            self.records.discard(job.job_id)
+        ended = self.jobs.finish(job, status, error=error)
+        if job.file:  # after the row let go of it: a crash in between leaves a stray, which the next start sweeps
+            self._folder.remove(job.file)
+        return ended
+
+    def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
+        """Writes down how a job ended; tries until the storage takes it, or the process ends."""
+        job, (pause, longest) = context.job, _RETRY_SECONDS
+        with suppress(LeaseLost):
+            while not context.ended:
+                try:
+                    self._ended(write_down())
+                    return
+                except StorageError as error:
+                    _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
+                if self.stopping.wait(pause):
+                    return  # it is still in progress in the table, so the next start takes it up
+                pause = min(2 * pause, longest)
+
+    def _ended(self, job: Job) -> None:
+        """Tells all who want to know that a job has ended, or was put back."""
+        _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
+        with self._state:
+            if job.status.finished or self.stopping.is_set():
+                self._canceled.discard(job.job_id)
+                for finished in self._waiters.get(job.job_id, ()):
+                    finished.set()
+        if not job.status.finished:
+            return
+        self.metrics.add("jobs_total", type=job.type, status=job.status)
+        if job.started_at and job.finished_at:
+            took = datetime.fromisoformat(job.finished_at) - datetime.fromisoformat(job.started_at)
+            self.metrics.observe("job_seconds", max(0.0, took.total_seconds()), type=job.type)
+        records = (job.result or {}).get("records")
+        if job.record_type and type(records) is int:
+            self.metrics.add("records_total", max(0, records))
+        if job.file:
+            self.metrics.add("file_bytes_total", job.file.bytes)
+
+
+class JobQueue(Workers):
+    """What others may do with jobs: add, await, cancel, try again and delete them."""
 
     def recover(self) -> None:
         """Takes up what an earlier process left in progress."""
@@ -7398,342 +7672,47 @@ class JobQueue:
     def drain(self, seconds: float | None = None) -> bool:
         """Waits until no job is pending or running; False if that takes longer than `seconds`, or work is stopped."""
         until = math.inf if seconds is None else monotonic() + seconds
-        while self._active or self.jobs.counts() != (0, 0):
-            with self._state:
-                if monotonic() >= until or self.stopping.is_set():
-                    return False
-                # Jobs that wait for a worker are rarely without one: they need not be noticed at once.
-                self._state.wait(max(0.0, min(1.0 if self._active else 0.05, until - monotonic())))
+        while not self.wait_until_idle(until - monotonic()) or self.jobs.counts() != (0, 0):
+            if monotonic() >= until or self.stopping.wait(0.05):
+                return False
         return True
 
-    def interrupt(self) -> None:
-        """Running jobs go back to pending at their next check, and no more begin; a signal handler may call this."""
-        self.stopping.set()
 
-    def halt(self) -> None:
-        """Like `interrupt`, and answers everybody who waits for a job, as it is now."""
-        self.interrupt()
-        self.release_waiters()
-
-    def release_waiters(self) -> None:
-        """Answers everybody who waits for a job, as it is now."""
-        with self._state:
-            for finished in chain.from_iterable(self._waiters.values()):
-                finished.set()
-
-    def stop(self, seconds: float) -> bool:
-        """Ends the work; False if a job's function does not come to a check in time, and so keeps its thread."""
-        self._closed = True
-        self.halt()
-        with self._state:
-            ended = self._state.wait_for(lambda: not self._active and not self._abandoned, seconds)
-        self._executor.shutdown(wait=ended, cancel_futures=True)
-        return ended
-
-    def check(self, seconds: float = 1.0) -> None:
-        """Raises Unavailable if no worker takes a job: asks a free one, if one is free."""
-        if self.stopping.is_set():
-            raise Unavailable("the server is stopping")
-        stuck = self.stuck()
-        if len(stuck) >= self._settings.workers:
-            raise Unavailable(f"every worker is stuck; to cancel gives up: {', '.join(map(str, stuck))}")
-        if len(self._active) >= self._settings.workers:
-            return  # every worker has a job, and will take the next one after it
-        answered = threading.Event()
-        try:
-            self._executor.submit(answered.set)
-        except RuntimeError as error:
-            raise Unavailable(f"no worker can begin: {error}") from None
-        if not answered.wait(seconds):
-            raise Unavailable("no worker answers")
-        self.wake()
-        waiting, looked = self.jobs.counts()[0], monotonic() - self._looked
-        if waiting and looked > _IDLE_SECONDS and len(self._active) < self._settings.workers:
-            raise Unavailable(f"{waiting} jobs wait beside idle workers, which looked for one {looked:.0f} s ago")
-
-    def stuck(self, seconds: float | None = None) -> list[JobContext]:
-        """The jobs whose functions have not come to a check for so long (default: when that is too long)."""
-        since = monotonic() - (_STUCK_SECONDS if seconds is None else seconds)
-        with self._state:
-            return [context for context in self._active.values() if context and context.checked < since]
-
-    def give_up(self, context: JobContext) -> None:
-        """Cancels a stuck job: what its function still does has no effect, and another run takes its place."""
-        job, context.interruption = context.job, _CANCELED
-        with suppress(LeaseLost):  # it has just come to an end
-            job = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
-            self.records.discard(job.job_id)
-            if context.job.file:
-                self._folder.remove(context.job.file)
-            self._ended(job)
-        with self._state:
-            context.ended = True
-            run = next((run for run, other in self._active.items() if other is context), None)
-            if run:
-                del self._active[run]
-                self._abandoned.add(run)
-        self.gate.pass_on(context)
-        self.wake()
-
-    def wake(self) -> None:
-        """There may be work: calls a run, unless one is on its way, or enough are there."""
-        now = monotonic()
-        with self._state:
-            self._due = True
-            if self.stopping.is_set() or len(self._active) >= self._settings.workers or (
-                    now < self._called + _CALL_SECONDS):
-                return
-            self._called = now
-        try:
-            self._executor.submit(self._run)
-        except RuntimeError as error:  # no thread to be had, or it is being shut down
-            if not self.stopping.is_set():
-                _LOG.error("no worker can begin: %s", error)
-
-    # On the workers
-
-    def _run(self) -> None:
-        """Works on one job after the other; ends when none is due."""
-        run = object()
-        with self._state:
-            self._called = -math.inf
-            if len(self._active) >= self._settings.workers:
-                return
-            self._active[run] = None
-        try:
-            while context := self._next(run):
-                self._work(context)
-        except BaseException:  # noqa: BLE001  # the others go on
-            _LOG.exception("a worker met a bug outside of any job")
-        finally:
-            with self._state:
-                self._active.pop(run, None)
-                self._abandoned.discard(run)
-                self._state.notify_all()
-
-    def _next(self, run: object) -> JobContext | None:
-        """A claimed job; None if none is due, and then the run is not active any more."""
-        while True:
-            with self._state:
-                if not self._due or self.stopping.is_set() or run in self._abandoned:
-                    self._active.pop(run, None)
-                    return None
-                self._due, self._active[run] = False, None
-            try:
-                claim = self.jobs.claim() if self.fault is None or self._storage_fault() is None else None
-                if claim:
-                    return self._begin(run, claim)
-                self.fail_dependents()
-            except StorageError as error:
-                _LOG.error("cannot take a job: %s", error)  # housekeeping wakes us again
-                return None
-            finally:
-                self._looked = monotonic()
-
-    def _begin(self, run: object, claim: Claim) -> JobContext:
-        job, context = claim.job, self.context(claim.job, claim.checkpoint)
-        with self._state:
-            self._active[run] = context
-            if job.job_id in self._canceled:
-                context.interruption = _CANCELED
-        _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
-        if claim.more:
-            self.wake()  # others may be free for it
-        return context
-
-    def context(self, job: Job, checkpoint: Json, stopping: Callable[[], bool] | None = None) -> JobContext:
-        """What a job's function gets."""
-        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
-                          stopping or self.stopping.is_set)
-
-    def _work(self, context: JobContext) -> None:
-        """Runs a job to its end and writes down how it ended, whatever that is."""
-        try:
-            done = self._run_function(context)
-            write_down: Callable[[], Job] = partial(self.jobs.finish, context.job, JobStatus.COMPLETED,
-                                                    result=done.result, file=done.file)
-        except BaseException as error:  # noqa: BLE001  # it ends the job, and nothing else
-            write_down = self._meaning(context, error)
-        try:
-            self._record_outcome(context, write_down)
-        finally:
-            with self._state:
-                self._due = True  # jobs that had to wait for this one
-
-    def _run_function(self, context: JobContext, request: JobRequest | None = None) -> JobResult:
-        """Runs a job's function from yield to yield; raises what it raises, and Interrupted where it is to stop."""
-        kind = JOB_TYPES.get(context.job.type)
-        try:
-            with closing(_steps(kind, context, request)) as steps:
-                while True:
-                    with self.gate.turn(context, context.check) if kind and kind.computes else nullcontext():
-                        context.check()
-                        try:
-                            next(steps)
-                        except StopIteration as end:
-                            return cast(JobResult, end.value)
-                        self.gate.step_aside()
-        finally:
-            context.checked = math.inf
-
-    def _meaning(self, context: JobContext, error: BaseException) -> Callable[[], Job]:
-        """How to write down what an exception out of a job's function comes to."""
-        job, message = context.job, error_message(error)
-        failed = partial(self._end_without_trace, job, JobStatus.FAILED, message)
-        if isinstance(error, LeaseLost):  # if that is true, this raises it again, and what is there is another's
-            return partial(self.jobs.finish, job, JobStatus.FAILED, error=message)
-        if context.interrupted():
-            if not isinstance(error, Interrupted | StorageError):
-                _LOG.error("job %s %s did not end as it was asked to", job.job_id, job.type, exc_info=error)
-            if context.interruption:
-                return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
-            return partial(self.jobs.release, job, _STOPPED, charged=False)
-        if isinstance(error, StorageError):
-            charged, futile = self._storage_fault() is None, 0  # charged: the storage is well, so it is the job's own
-            with suppress(StorageError):
-                futile = self.jobs.futile_attempts(job)
-            if not charged or futile < self._settings.max_attempts:
-                _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
-                return partial(self.jobs.release, job, message, charged=charged)
-        elif not isinstance(error, TaskError):
-            _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
-        return failed
-
-    def _storage_fault(self) -> str | None:
-        """What is wrong with the storage, which is really written to; until it is well, no job is claimed."""
-        try:
-            self._folder.probe()
-            self._database.probe(instant(self._clock()))
-            self.fault = None
-        except StorageError as error:
-            self.fault = str(error)
-        return self.fault
-
-    def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
-        with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
-            self.records.discard(job.job_id)
-        ended = self.jobs.finish(job, status, error=error)
-        if job.file:  # after the row let go of it: a crash in between leaves a stray, which the next start sweeps
-            self._folder.remove(job.file)
-        return ended
-
-    def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
-        """Writes down how a job ended; tries until the storage takes it, or the process ends."""
-        job, (pause, longest) = context.job, _RETRY_SECONDS
-        while not context.ended:
-            try:
-                self._ended(write_down())
-                return
-            except LeaseLost:
-                return
-            except StorageError as error:
-                _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
-            if self.stopping.wait(pause):
-                return  # it is still in progress in the table, so the next start takes it up
-            pause = min(2 * pause, longest)
-
-    def _ended(self, job: Job) -> None:
-        """Tells all who want to know that a job has ended, or was put back."""
-        _LOG.info("job %s %s %s%s", job.job_id, job.type, job.status, f": {job.error}" if job.error else "")
-        with self._state:
-            if job.status.finished or self.stopping.is_set():
-                self._canceled.discard(job.job_id)
-                for finished in self._waiters.get(job.job_id, ()):
-                    finished.set()
-            self._state.notify_all()
-        if not job.status.finished:
-            return
-        self.metrics.add("jobs_total", type=job.type, status=job.status)
-        if job.started_at and job.finished_at:
-            took = datetime.fromisoformat(job.finished_at) - datetime.fromisoformat(job.started_at)
-            self.metrics.observe("job_seconds", max(0.0, took.total_seconds()), type=job.type)
-        records = (job.result or {}).get("records")
-        if job.record_type and type(records) is int:
-            self.metrics.add("records_total", max(0, records))
-        if job.file:
-            self.metrics.add("file_bytes_total", job.file.bytes)
-
-    def fail_dependents(self) -> None:
-        """Fails the pending jobs that were to follow one that was not completed."""
-        if self.jobs.any_dependents_to_fail():
-            for job in self.jobs.fail_dependents():
-                if job.file:
-                    self._folder.remove(job.file)
-                self._ended(job.model_copy(update={"file": None}))
-
-
-def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None) -> JobSteps:
-    """A job's function, with its request read back; itself a generator, so that nothing fails before it runs."""
-    job = context.job
-    if kind is None:
-        raise JobFailed(f"this program knows no job type {job.type!r}; retry the job with the one that does")
-    try:
-        request = request or kind.model.model_validate_json(json.dumps(job.request))
-    except ValidationError as error:
-        told = "; ".join(f"{field}: {text}" for field, text in field_problems(error))
-        raise JobFailed(f"the request is not understood any more: {told}") from None
-    run = kind.run(context, request)
-    returned = (yield from run) if isinstance(run, Generator) else run
-    try:
-        return checked_result(returned)
-    except BaseException:
-        if isinstance(file := getattr(returned, "file", None), StoredFile):
-            context.folder.remove(file)
-        raise
-
-
-class Housekeeping:
+class Housekeeping(threading.Thread):
     """What has to be done now and then: once a second, on a thread of its own, each task whatever the others meet."""
 
-    def __init__(self, queue: JobQueue, database: Database, folder: DataFolder, settings: Settings, clock: Clock):
+    def __init__(self, queue: JobQueue, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
+                 first: Callable[[], None]):
+        super().__init__(name="taskapi-housekeeping")
+        self.first = first  # what may take long at the start
         self._queue, self._database, self._folder = queue, database, folder
         self._settings, self._clock = settings, clock
-        self._thread: threading.Thread | None = None
         self._stuck: list[JobContext] = []
-        self._said: dict[object, str] = {}  # by task, so that what lasts is logged once
+        self._said: dict[str, str] = {}  # by task, so that what lasts is logged once
 
-    def start(self, first: Callable[[Callable[[], bool]], None], threads: bool) -> None:
-        """Begins with `first`, which is called with a function that says when it should give up.
-
-        Without `threads`, this does one round, and later ones are the caller's to do.
-        """
-        if threads:
-            self._thread = threading.Thread(target=self._go_round, args=[first], name="taskapi-housekeeping")
-            self._thread.start()
-        else:
-            first(self._queue.stopping.is_set)
-            self.round()
-
-    def _go_round(self, first: Callable[[Callable[[], bool]], None]) -> None:
+    def run(self) -> None:
+        """A round a second, until the queue is stopped."""
         self._queue.wake()
-        first(self._queue.stopping.is_set)
+        self.first()
         while True:
             self.round()
             if self._queue.stopping.wait(1.0):
                 return
 
-    def join(self, seconds: float) -> None:
-        """Waits for the thread, once the queue is stopped."""
-        if self._thread:
-            self._thread.join(seconds)
-
     def round(self) -> None:
         """All tasks, once."""
-        for task in (self.watch_jobs, self.discard_orphans, self.retire,
-                     self._queue.fail_dependents, self._folder.free_space, self._queue.wake):
+        for task in (self.watch_jobs, self.discard_orphans, self.retire, self._queue.fail_dependents, self.keep_room,
+                     self._queue.wake):
             said = ""
             try:
                 task()
             except StorageError as error:
                 said = f"housekeeping has to wait: {error}"
-                if isinstance(error, DiskFull):
-                    with suppress(StorageError):
-                        self._database.shrink()  # gives back what deleted records took
             except Exception:  # noqa: BLE001  # it is tried again
                 _LOG.exception("housekeeping met a bug")
-            if said and said != self._said.get(task):
+            if said and said != self._said.get(task.__name__):
                 _LOG.warning("%s", said)
-            self._said[task] = said
+            self._said[task.__name__] = said
 
     def watch_jobs(self) -> None:
         """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
@@ -7760,6 +7739,14 @@ class Housekeeping:
         """Deletes records whose job is gone or has made none."""
         for job_id in self._queue.records.orphans():
             self._queue.records.discard(job_id, orphaned=True)
+
+    def keep_room(self) -> None:
+        """Where the disk is nearly full, gives back what deleted records took."""
+        try:
+            self._folder.free_space()
+        except DiskFull:
+            self._database.shrink()
+            raise
 
 
 class Engine:
@@ -7790,7 +7777,6 @@ class Engine:
                 undo.callback(self._database.close)
                 self._note_database()
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
-                self.housekeeping = Housekeeping(self.queue, self._database, self.folder, settings, clock)
                 self._start(threads=runner is None)
             except (OSError, StorageError) as error:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
@@ -7821,12 +7807,18 @@ class Engine:
         for name, found in self.checks.items():
             wrong = "network" in found or found == "unclean"
             _LOG.log(logging.WARNING if wrong else logging.DEBUG, "check %s: %s", name, found)
-        self.housekeeping.start(self._check_integrity if unclean else lambda interrupted: None, threads)
+        self.housekeeping = Housekeeping(self.queue, self._database, self.folder, self.settings, self.clock,
+                                         self._check_integrity if unclean else lambda: None)
+        if threads:
+            self.housekeeping.start()
+        else:
+            self.housekeeping.first()
+            self.housekeeping.round()
 
-    def _check_integrity(self, interrupted: Callable[[], bool]) -> None:
+    def _check_integrity(self) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
         try:
-            self._database.quick_check(interrupted)
+            self._database.quick_check(self.queue.stopping.is_set)
             self.checks["integrity"] = "ok"
             _LOG.debug("check integrity: ok")
         except Interrupted:
@@ -7878,8 +7870,7 @@ class Engine:
         errors, database, queue = [], "ok", "ok"
         pending = in_progress = 0
         try:
-            self.folder.probe()
-            self._database.probe(instant(self.clock()))
+            self.queue.probe()
             pending, in_progress = self.queue.jobs.counts()
         except StorageError as error:
             database = "unavailable"
@@ -7909,7 +7900,8 @@ class Engine:
             return True
         self._closed = True
         ended = self.queue.stop(seconds)
-        self.housekeeping.join(seconds)
+        if self.housekeeping.is_alive():
+            self.housekeeping.join(seconds)
         self._database.close()
         for lock in self._locks:
             lock.release()

@@ -4309,23 +4309,26 @@ def test_an_interrupted_job_makes_no_further_chunk(tmp_path: Path, script: Any, 
 def test_a_wake_up_that_comes_while_a_run_finds_nothing_is_not_lost(tmp_path: Path, script: Any) -> None:
     """A job that is added just as the only worker has looked is taken by it, without housekeeping."""
     with held(tmp_path, workers=1) as (service, runner), pytest.MonkeyPatch.context() as patch:
-        claim, late = service.queue.jobs.claim, iter(range(3))
+        runner.run()
+        late = iter(range(3))
 
-        def looked() -> Any:
-            found = claim()
+        def and_then(look: Callable[[], Any]) -> Any:
+            found = look()
             if not found and next(late, None) is not None:
                 service.enqueue("script", {})
             return found
 
-        patch.setattr(service.queue.jobs, "claim", looked)
-        service.enqueue("script", {})
+        for name in ("claim", "oldest_pending"):
+            patch.setattr(service.queue.jobs, name, partial(and_then, getattr(service.queue.jobs, name)))
+        service.queue.wake()
         runner.step()
-        assert statuses(service) == ["completed"] * 4
+        assert not runner.calls
+        assert statuses(service) == ["completed"] * 3
 
 
 def test_a_run_that_was_called_and_never_began_is_made_up_for(
-        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a worker that cannot begin at all is said."""
+        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """And that jobs wait beside workers that are free is said, whatever keeps these from looking."""
     with held(tmp_path) as (service, runner):
         service.enqueue("script", {})
         runner.calls.clear()
@@ -4337,17 +4340,8 @@ def test_a_run_that_was_called_and_never_began_is_made_up_for(
         assert statuses(service) == ["completed"]
         monkeypatch.setattr(runner, "submit", raising(RuntimeError("can't start new thread")))
         assert service.enqueue("script", {}).status == "pending"
-        assert "can't start new thread" in service.health().errors[0]
-
-
-def test_jobs_that_wait_beside_idle_workers_are_told(
-        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever keeps the workers from looking."""
-    monkeypatch.setattr(taskapi, "_IDLE_SECONDS", 0)
-    with taskapi.open_service(tmp_path, inline=True) as service:
-        monkeypatch.setattr(service.queue, "_run", lambda: None)
-        service.enqueue("script", {})
-        assert "1 jobs wait beside idle workers" in service.health().errors[0]
+        assert "can't start new thread" in caplog.text
+        assert "no worker looks for jobs" in service.health().errors[0]
 
 
 def test_a_round_of_housekeeping_does_what_it_can(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch,
