@@ -3058,8 +3058,6 @@ def _unknown_locales(names: Iterable[str]) -> Iterator[FieldProblem]:
             yield FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, AVAILABLE_LOCALES)}")
 
 
-
-
 # ---- Rows: those made so far, and what refers to them ----
 
 
@@ -3190,8 +3188,6 @@ class ForeignRow:
             found = dict(zip(ordinals, rows.rows(self.target, self.fields, ordinals), strict=True))
             self.block = {o: found[at] for o, at in chosen.items()}
         self.row = self.block.get(ordinal)
-
-
 
 
 class RecipeType:
@@ -5552,6 +5548,9 @@ def _whole_lines(texts: Iterable[str]) -> Iterator[str]:
         yield held or "\n"
 
 
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
 def _without_lines(texts: Iterator[str], count: int) -> Iterator[str]:
     """The texts without their first lines."""
     for text in texts:
@@ -5573,6 +5572,13 @@ class ColumnBatch(NamedTuple):
     columns: Mapping[str, Sequence[Json]]
     length: int
     part: str = ""
+
+
+def _field_name(text: str, position: int) -> str:
+    """What a column is called by the text in its header."""
+    name = "".join(character if character.isprintable() else " " if character.isspace() else ""
+                   for character in re.sub(r"\s*[\r\n]\s*", " ", text)).strip()
+    return f"{name}_" if name.lower() in RESERVED_COLUMNS else name or f"column_{position}"
 
 
 class FieldNames:
@@ -5625,18 +5631,10 @@ class FieldNames:
         return names
 
 
-def _field_name(text: str, position: int) -> str:
-    """What a column is called by the text in its header."""
-    name = "".join(character if character.isprintable() else " " if character.isspace() else ""
-                   for character in re.sub(r"\s*[\r\n]\s*", " ", text)).strip()
-    return f"{name}_" if name.lower() in RESERVED_COLUMNS else name or f"column_{position}"
-
-
 # CSV. A cell stays as it is written while rows are told apart: the quotes around it tell "" from null, and text from
 # numbers.
 
 _DELIMITERS = ",;\t|"
-_LINE_END = re.compile(r"\r\n|\n|\r")
 _NUMERIC = re.compile(r"[-\d.,:]*")
 _DECIMAL_COMMA = re.compile(r" *[-+]?[\d.]*\d,\d+ *")
 
@@ -5687,6 +5685,10 @@ def _fits(row: Sequence[str], width: int) -> bool:
     return len(row) == width or (len(row) > width and not any(row[width:]))
 
 
+def _fields(count: int) -> str:
+    return f"{count} {'field' if count == 1 else 'fields'}"
+
+
 def _find_delimiter(samples: Mapping[str, list[list[str]]], line: int) -> str:
     """The delimiter that cuts the first records of a text into the same number of cells, the more the better.
 
@@ -5712,8 +5714,9 @@ def _find_delimiter(samples: Mapping[str, list[list[str]]], line: int) -> str:
     return best[0]
 
 
-def _fields(count: int) -> str:
-    return f"{count} {'field' if count == 1 else 'fields'}"
+def _end_of(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
+    match = pattern.match(text, start)
+    return match.end() if match else start
 
 
 def _check_rest(rest: str, delimiter: str, gap: re.Pattern[str], line: int, last: bool) -> None:
@@ -5730,17 +5733,29 @@ def _check_rest(rest: str, delimiter: str, gap: re.Pattern[str], line: int, last
         raise _bad_line(line, f"a record is longer than {_RECORD_LIMIT} characters; is a quote not closed?")
 
 
-def _end_of(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
-    match = pattern.match(text, start)
-    return match.end() if match else start
-
-
 def _row_pattern(delimiter: str, width: int, gap: str) -> re.Pattern[str]:
     """Groups of a row: its cells, or all of a row that has another number of them, or a text that is cut or wrong."""
     cell, comma = _cell_pattern(delimiter), re.escape(delimiter)
     end = r"[\r\n]++" if width > 1 else r"(?:\r\n|\n|\r)"  # with one field an empty line is a null
     row = comma.join([f"({cell})"] * width)
     return re.compile(rf"{gap}{row}(?:{comma})*+{end}|{gap}((?:{cell})(?:{comma}(?:{cell}))*+){end}|([\s\S]+)")
+
+
+def _padded(rows: Sequence[Sequence[str]], pattern: re.Pattern[str], text: str, delimiter: str, width: int, pad: bool,
+            line: int) -> Iterator[Sequence[str]]:
+    """The rows of a text, those with too few cells filled up; JobFailed if that is not wanted or one has too many."""
+    for number, row in enumerate(rows):
+        if not row[width]:
+            yield row[:width]
+            continue
+        cells, _ = _first_record(row[width], delimiter)
+        if len(cells) > width or not pad:
+            place = next(match for index, match in enumerate(pattern.finditer(text)) if index == number)
+            hint = ("ragged=pad ends short rows in nulls" if len(cells) < width else
+                    "skip or comment leaves out what stands above the header")
+            raise _bad_line(line + _lines_in(text[:place.start(width + 1)]),
+                            f"{_fields(len(cells))} instead of {width}; {hint}")
+        yield *cells, *[""] * (width - len(cells))
 
 
 def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[str], pad: bool,
@@ -5765,23 +5780,6 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
         _check_rest(rest, delimiter, between, line, last=not text)
         enough = 2 * len(rest)
     _check_rest(rest, delimiter, between, line, last=True)
-
-
-def _padded(rows: Sequence[Sequence[str]], pattern: re.Pattern[str], text: str, delimiter: str, width: int, pad: bool,
-            line: int) -> Iterator[Sequence[str]]:
-    """The rows of a text, those with too few cells filled up; JobFailed if that is not wanted or one has too many."""
-    for number, row in enumerate(rows):
-        if not row[width]:
-            yield row[:width]
-            continue
-        cells, _ = _first_record(row[width], delimiter)
-        if len(cells) > width or not pad:
-            place = next(match for index, match in enumerate(pattern.finditer(text)) if index == number)
-            hint = ("ragged=pad ends short rows in nulls" if len(cells) < width else
-                    "skip or comment leaves out what stands above the header")
-            raise _bad_line(line + _lines_in(text[:place.start(width + 1)]),
-                            f"{_fields(len(cells))} instead of {width}; {hint}")
-        yield *cells, *[""] * (width - len(cells))
 
 
 def _header(first: Sequence[str], told: str, line: int) -> tuple[list[str], bool]:
@@ -6037,51 +6035,10 @@ def _keyed(key: str, record: dict[str, Json]) -> dict[str, Json]:
     return {"key": key, **record}
 
 
-def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
-    """The records at a JSON Pointer."""
-    if not pointer:
-        yield from _value_records(text, options)
-        return
-    found = False
-    if text.peek() in ("{", "["):
-        for step in text.steps():
-            if step == pointer[0] and not found:
-                found = True
-                yield from _pointed(text, pointer[1:], options)
-            else:
-                text.skip()
-    if not found:
-        raise JobFailed(f"line 1: there is nothing at path {options.path!r}: no {pointer[0][:80]!r}")
-
-
-def _value_records(text: _JsonText, options: IngestOptions, lines: bool = False,
-                   alone: bool = True) -> Iterator[tuple[str, list[Json]]]:
-    """The records of the value that comes next, and the name of the list they are in where the file is split.
-
-    Objects one after another are records too, unless `alone`; of `lines` also the only one.
-    """
-    if text.peek() == "[":
-        yield from (("", batch) for batch in text.elements())
-    elif text.peek() != "{":
-        raise text.error("expected objects one after another, a JSON array of them, or an object that holds such an "
-                         "array")
-    else:
-        try:
-            first = text.value(limit=_RECORD_LIMIT if lines else _LIST_LENGTH)
-        except _TooLong:
-            if lines:
-                raise
-            first = None  # so it is rather a list of records than one of them
-        if first is None or (not lines and text.back(if_last=not alone)):
-            yield from _listed(text, first, options.split)
-        else:
-            yield "", [first]
-            if text.peek():
-                yield from (("", batch) for batch in text.values(lambda: not text.peek(), first))
+_LIST_LENGTH = 2**20  # characters of an object that has to be one with records in it, not the first of several records
 
 
 _HELD_MEMBERS = 1000  # objects in an object that are held until it shows whether they are the records
-_LIST_LENGTH = 2**20  # characters of an object that has to be one with records in it, not the first of several records
 
 
 def _listed(text: _JsonText, whole: Json, split: bool) -> Iterator[tuple[str, list[Json]]]:
@@ -6121,6 +6078,57 @@ def _listed(text: _JsonText, whole: Json, split: bool) -> Iterator[tuple[str, li
         yield "", [whole]
 
 
+def _value_records(text: _JsonText, options: IngestOptions, lines: bool = False,
+                   alone: bool = True) -> Iterator[tuple[str, list[Json]]]:
+    """The records of the value that comes next, and the name of the list they are in where the file is split.
+
+    Objects one after another are records too, unless `alone`; of `lines` also the only one.
+    """
+    if text.peek() == "[":
+        yield from (("", batch) for batch in text.elements())
+    elif text.peek() != "{":
+        raise text.error("expected objects one after another, a JSON array of them, or an object that holds such an "
+                         "array")
+    else:
+        try:
+            first = text.value(limit=_RECORD_LIMIT if lines else _LIST_LENGTH)
+        except _TooLong:
+            if lines:
+                raise
+            first = None  # so it is rather a list of records than one of them
+        if first is None or (not lines and text.back(if_last=not alone)):
+            yield from _listed(text, first, options.split)
+        else:
+            yield "", [first]
+            if text.peek():
+                yield from (("", batch) for batch in text.values(lambda: not text.peek(), first))
+
+
+def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
+    """The records at a JSON Pointer."""
+    if not pointer:
+        yield from _value_records(text, options)
+        return
+    found = False
+    if text.peek() in ("{", "["):
+        for step in text.steps():
+            if step == pointer[0] and not found:
+                found = True
+                yield from _pointed(text, pointer[1:], options)
+            else:
+                text.skip()
+    if not found:
+        raise JobFailed(f"line 1: there is nothing at path {options.path!r}: no {pointer[0][:80]!r}")
+
+
+def _json_header(first: Sequence[Json], told: str, line: int) -> tuple[list[str], bool]:
+    """The header that `told` means for a list of lists, and whether it is the first one."""
+    if told == "auto" and not all(isinstance(name, str) and not isinstance(name, _JsonNumber) for name in first):
+        raise _bad_line(line, "there is no header: the first list must name the fields; header=none, or names there, "
+                              "do without")
+    return _header([*map(str, first)], told, line)
+
+
 def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
                lines: bool) -> Iterator[ColumnBatch]:
     """Records of any JSON text that holds some; of `lines` each is one, also if there is only one."""
@@ -6143,14 +6151,6 @@ def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str,
             raise _bad_line(text.line, "a record must be a JSON object")
     if text.peek():
         raise text.error("there is text behind the records")
-
-
-def _json_header(first: Sequence[Json], told: str, line: int) -> tuple[list[str], bool]:
-    """The header that `told` means for a list of lists, and whether it is the first one."""
-    if told == "auto" and not all(isinstance(name, str) and not isinstance(name, _JsonNumber) for name in first):
-        raise _bad_line(line, "there is no header: the first list must name the fields; header=none, or names there, "
-                              "do without")
-    return _header([*map(str, first)], told, line)
 
 
 # Kinds: what a column holds, told without loss from all of its cells
@@ -6823,30 +6823,6 @@ class IngestRequest(JobRequest, IngestOptions):
         return _types_of_parts(reader.counts, self.filename) if self.split else {"": str(self.record_type)}
 
 
-@job_type("ingest", IngestRequest, posted=False)
-def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
-    """Makes records of an uploaded file: once over it for the kinds of the fields, once more for the records."""
-    file, state = context.job.file, context.checkpoint or {}
-    if file is None:
-        raise JobFailed("the uploaded file is gone; upload it again")
-    if "tables" not in state:  # one of an older version begins anew
-        state = yield from _surveyed(context, request, file)
-        tables = state["tables"].values()
-        context.records.open_job(context.job, {table["recordType"]: table["kinds"] for table in tables},
-                                 {table["recordType"]: max(table["records"], 1) for table in tables})
-        context.save(Progress(total=state["total"]), state)
-    yield from _load(context, request, file, state)
-    result = {"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "contentType": file.content_type,
-              "recordType": request.record_type, "records": state["total"]}
-    if request.split:
-        result["recordTypes"] = {table["recordType"]: table["records"] for table in state["tables"].values()}
-    if state["renamed"]:
-        result["renamed"] = state["renamed"]
-    if state["encoding"] not in ("utf-8", request.encoding):
-        result["encoding"] = state["encoding"]
-    return JobResult(result, file)
-
-
 def _surveyed(context: JobContext, request: IngestRequest, file: StoredFile) -> Generator[None, None, dict[str, Json]]:
     """What there is in a file: the first checkpoint of its job, which has all that a later attempt needs to go on."""
     reader = request.reader()
@@ -6880,6 +6856,30 @@ def _load(context: JobContext, request: IngestRequest, file: StoredFile, state: 
                 done = seen
                 context.save(Progress(done=done, total=state["total"]), {**state, "done": done}, add)
             yield
+
+
+@job_type("ingest", IngestRequest, posted=False)
+def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
+    """Makes records of an uploaded file: once over it for the kinds of the fields, once more for the records."""
+    file, state = context.job.file, context.checkpoint or {}
+    if file is None:
+        raise JobFailed("the uploaded file is gone; upload it again")
+    if "tables" not in state:  # one of an older version begins anew
+        state = yield from _surveyed(context, request, file)
+        tables = state["tables"].values()
+        context.records.open_job(context.job, {table["recordType"]: table["kinds"] for table in tables},
+                                 {table["recordType"]: max(table["records"], 1) for table in tables})
+        context.save(Progress(total=state["total"]), state)
+    yield from _load(context, request, file, state)
+    result = {"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "contentType": file.content_type,
+              "recordType": request.record_type, "records": state["total"]}
+    if request.split:
+        result["recordTypes"] = {table["recordType"]: table["records"] for table in state["tables"].values()}
+    if state["renamed"]:
+        result["renamed"] = state["renamed"]
+    if state["encoding"] not in ("utf-8", request.encoding):
+        result["encoding"] = state["encoding"]
+    return JobResult(result, file)
 
 
 SAMPLE, _SAMPLE_TEXT = 10_000, 2**22  # records, and characters, that a schema is inferred from
@@ -7042,6 +7042,11 @@ def _sample(reader: RecordReader, stream: BinaryIO) -> Iterator[ColumnBatch]:
             return
 
 
+def _inferred_schema(kinds: Mapping[str, Kind], rows: Sequence[tuple[Json, ...]]) -> dict[str, Json]:
+    return {field: inferred_field(field, kind, column)
+            for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
+
+
 def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json]:
     """A body for POST /generate that makes records like the first ones of a file; BadRequest if it has none."""
     reader = RecordReader(filename, options, limit=_SAMPLE_TEXT)
@@ -7061,11 +7066,6 @@ def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, 
     if options.split:
         return {"records": {record_type: specs[part] for part, record_type in _types_of_parts(specs, filename).items()}}
     return {"recordType": options.record_type or _type_named_like(filename), **specs[""]}
-
-
-def _inferred_schema(kinds: Mapping[str, Kind], rows: Sequence[tuple[Json, ...]]) -> dict[str, Json]:
-    return {field: inferred_field(field, kind, column)
-            for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
 
 
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====
@@ -8597,6 +8597,7 @@ class Middleware:
         if MOUNT.get() and not raw_path:  # relative links would miss the mount
             return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
         return handler(call, **arguments)
+
 
 def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
