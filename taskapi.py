@@ -6402,6 +6402,11 @@ class JobRequest(ApiModel):
         return self
 
     @property
+    def heavy(self) -> bool:
+        """Whether to check it may take so long that it waits for its turn to compute, as a job does."""
+        return False
+
+    @property
     def makes(self) -> str | None:
         """The record type that the job makes, if it makes one."""
         return None
@@ -6552,9 +6557,7 @@ class GenerateRequest(JobRequest):
         seeds = (self.seed, settings.seed, secrets.randbelow(2**31))
         filled = self.model_copy(update={
             "seed": next(seed for seed in seeds if seed is not None),
-            "now": instant(clock()) if self.now is None else self.now,
-            "locale": self.locale or "en_US",
-            "record_type": None if self.records else self.record_type or "person"})
+            "now": instant(clock()) if self.now is None else self.now, **self._defaults})
         recipe = filled.recipe()
         if recipe.total > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
@@ -6568,8 +6571,7 @@ class GenerateRequest(JobRequest):
         Checking takes many times as long as answering, and clients post the same recipe again and again, so the last
         ones are kept: of the large ones few.
         """
-        moment = self._moment() if self.now else utc_now()
-        text = self.model_dump_json(exclude={"seed", "after", "now"}, exclude_none=True)
+        moment, text = self._moment() if self.now else utc_now(), self._text
         with _RECIPES_LOCK:
             kept = _RECIPES if len(text) < 2**15 else _LARGE_RECIPES
             if text in kept:
@@ -6582,6 +6584,23 @@ class GenerateRequest(JobRequest):
             while len(_RECIPES) > 64 or len(_LARGE_RECIPES) > 4:
                 (_RECIPES if len(_RECIPES) > 64 else _LARGE_RECIPES).popitem(last=False)
         return recipe
+
+    @property
+    def _text(self) -> str:
+        """What a recipe depends on, with the defaults."""
+        return self.model_copy(update=self._defaults).model_dump_json(
+            exclude={"seed", "after", "now"}, exclude_none=True)
+
+    @property
+    def _defaults(self) -> dict[str, Json]:
+        return {"locale": self.locale or "en_US",
+                "record_type": None if self.records else self.record_type or "person"}
+
+    @property
+    def heavy(self) -> bool:
+        """Not if the same recipe was checked lately."""
+        text = self._text
+        return text not in _RECIPES and text not in _LARGE_RECIPES
 
     def plan(self) -> Plan:
         """The recipe made ready for this request's seed and instant; to be closed."""
@@ -8036,6 +8055,16 @@ class Request:
         return receive_upload(self.blocks(settings.max_upload_bytes + MULTIPART_OVERHEAD),
                               self.header("Content-Type") or "", settings, self.engine.folder, self.given)
 
+    def computing(self) -> AbstractContextManager[None]:
+        """While the request computes for long, in turn with the jobs; Unavailable if its turn does not come."""
+        until = monotonic() + _LONG_POLL_SECONDS
+
+        def check() -> None:
+            if monotonic() > until:
+                raise Unavailable("the processor is busy with other work")
+
+        return self.engine.queue.gate.turn(check=check)
+
     def wait_for(self, job: Job, seconds: float) -> Job:
         """The job as soon as it has finished, or as it is after so many seconds."""
         if job.status.finished or not seconds:
@@ -8199,7 +8228,7 @@ def post_infer(call: Request) -> bottle.HTTPResponse:
     call.query(InferQuery)
     with call.upload() as upload:
         options = validated(IngestOptions, lambda: IngestOptions.model_validate(upload.options))
-        with upload.file.open() as stream, call.engine.queue.gate.turn():
+        with upload.file.open() as stream, call.computing():
             return reply(infer(stream, upload.filename, options))
 
 
@@ -8395,6 +8424,9 @@ class FieldsQuery(ApiModel):
     q: str | None = Field(None, description="Words to look for in names and descriptions.", max_length=100)
 
 
+_LISTED: set[str] = set()  # locales whose catalogue is kept: the first look at one takes up to a second
+
+
 class FieldList(ApiModel):
     """What a schema may use."""
 
@@ -8406,7 +8438,9 @@ class FieldList(ApiModel):
 def get_fields(call: Request) -> bottle.HTTPResponse:
     """The types and Faker methods that a schema may use; without a search, the presets too."""
     query = call.query(FieldsQuery)
-    types = catalogue(query.locale, query.q)
+    with nullcontext() if query.locale in _LISTED else call.computing():
+        types = catalogue(query.locale, query.q)
+        _LISTED.add(query.locale)
     return reply({"items": types} | ({} if query.q else {"presets": PRESETS}))
 
 
@@ -8422,7 +8456,7 @@ def post_preview(call: Request) -> bottle.HTTPResponse:
     request = call.body(GenerateRequest)
     if (request.count or 0) > 100:
         raise BadRequest.of("count", "must be at most 100 in a preview")
-    with call.engine.queue.gate.turn():
+    with call.computing():
         return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
 
 
@@ -8605,6 +8639,10 @@ def all_routes() -> list[Route]:
         def post_job(call: Request) -> bottle.HTTPResponse:
             wait, request, key = call.query(WaitQuery).wait, call.body(kind.model), _idempotency_key(call)
             digest = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest() if key else ""
+            engine = call.engine
+            if request.heavy:
+                with call.computing():
+                    request.with_defaults(engine.settings, engine.clock)  # and is light from now on
             return _made(call, call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202, wait)
 
         post_job.__doc__ = kind.run.__doc__

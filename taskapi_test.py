@@ -44,6 +44,7 @@ import warnings
 import wsgiref.util
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -4683,6 +4684,27 @@ def test_at_most_half_of_the_threads_wait_for_jobs(tmp_path: Path) -> None:
         assert ask(url, "POST", "/generate?wait=30", PERSONS).json["status"] == "pending"
         runner.run()
         assert [parsed(rest(poll)).json["status"] for poll in polls] == ["completed"] * 2
+
+
+@pytest.mark.parametrize(("method", "path", "body", "headers"), [
+    ("POST", "/generate", {"count": 1, "schema": {"turn": "name"}}, {}), ("POST", "/preview", PERSONS, {}),
+    ("POST", "/infer", form(), FORM), ("GET", "/fields?locale=fi_FI", None, {})],
+    ids=lambda value: value if isinstance(value, str) else None)
+def test_what_computes_for_long_waits_for_its_turn_and_nothing_else_does(
+        service: taskapi.Service, url: str, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: Any,
+        headers: dict[str, str]) -> None:
+    """Beside a computing job; and not for ever, but until 503."""
+    monkeypatch.setattr(taskapi, "_LISTED", set())
+    assert ask(url, "POST", "/generate", PERSONS).status == 202
+    with ThreadPoolExecutor(1) as pool, service.queue.gate.turn():
+        with monkeypatch.context() as patch:
+            patch.setattr(taskapi, "_LONG_POLL_SECONDS", 0)
+            refused(ask(url, method, path, body, headers), 503, "busy")
+        waits = pool.submit(ask, url, method, path, body, headers)
+        until(lambda: len(service.queue.gate._line) == 2)
+        assert ask(url, "GET", "/jobs").status == 200
+        assert not waits.done()
+    assert waits.result(30).status in (200, 202)
 
 
 def test_links_hold_only_what_answers(tmp_path: Path) -> None:
