@@ -3357,10 +3357,13 @@ class Scope:
         """The error that names this field, or an option of it."""
         return BadRequest.of(self.at(*steps).path, message)
 
-    def tried(self, find: Callable[[], Any]) -> Any:
-        """What `find` finds by trying; that is done once, when the recipe is checked."""
-        key = self.locale, self.path
-        if self.build.trial:
+    def tried(self, find: Callable[[], Any], what: str = "") -> Any:
+        """What `find` finds by trying; that is done once, when the recipe is checked.
+
+        It is known by this field's path, or by `what` if it is the same for all fields of that description.
+        """
+        key = self.locale, what or self.path
+        if self.build.trial and not (what and key in self.build.found):
             self.build.found[key] = find()
         return self.build.found[key]
 
@@ -3371,12 +3374,15 @@ class Scope:
         except Exception as error:  # noqa: BLE001  # a field type's or Faker's; either way this request can not be made
             raise self.refuse(str(error) or type(error).__name__, *steps) from None
 
-    def find(self, name: str, among: Iterable[RecordGenerator]) -> tuple[RecordGenerator, str]:
+    def find(self, name: str, among: Collection[RecordGenerator]) -> tuple[RecordGenerator, str]:
         """The other record type and the field of it that a name such as "customer.id" stands for."""
-        names = {f"{g.name}.{column}": (g, column) for g in among for column in g.type.index if g is not self.generator}
-        if name not in names:
-            raise self.refuse(f"no such field {name!r}{did_you_mean(name, names)}")
-        return names[name]
+        record_type, _, column = name.partition(".")
+        others = [generator for generator in among if generator is not self.generator]
+        for generator in others:
+            if generator.name == record_type and column in generator.type.index:
+                return generator, column
+        names = [f"{generator.name}.{column}" for generator in others for column in generator.type.index]
+        raise self.refuse(f"no such field {name!r}{did_you_mean(name, names)}")
 
     def owner(self, name: str) -> tuple[RecordGenerator, str]:
         """Whose field a name stands for: "age" for one of this record, "customer.id" for one of a related record."""
@@ -3533,9 +3539,10 @@ class FakerField(FieldType):
         return self.holes().values()
 
     def work(self) -> int:
-        sizes = [value if type(value) in (int, float) else len(value) if isinstance(value, (str, list)) else 0
-                 for name, value in self.args.items() if not _VALUE_ARG.fullmatch(name)]
-        return 1 + sum(int(size) // 50 for size in sizes if 0 < size <= MAX_SIZE_ARG)
+        sizes = {name: value if type(value) in (int, float) else len(value) if isinstance(value, (str, list)) else 0
+                 for name, value in self.args.items() if not _VALUE_ARG.fullmatch(name)}
+        return 1 + sum(int(size) // (2 if name == "nb_sentences" else 50) for name, size in sizes.items()
+                       if 0 < size <= MAX_SIZE_ARG)
 
     def domain(self, scope: Scope) -> Domain | None:
         table = None if self.args or scope.several else scope.fast.table(self.type)
@@ -3546,7 +3553,8 @@ class FakerField(FieldType):
         if problem := scope.tried(lambda: self._problem(scope.fast)):
             raise scope.refuse(*problem)
         call = self._call(scope)
-        kind = scope.at("kind").tried(lambda: self._tried(scope, call))
+        alike = "" if self.holes() else f"{self.type} {self.args}"
+        kind = scope.at("kind").tried(lambda: self._tried(scope, call), alike)
         plain = kind == "text" and not self.args and scope.fast.signature(self.type).return_annotation is str
         return (call if plain else _mapped(call, partial(self._held, kind))), kind
 
@@ -3599,10 +3607,11 @@ class FakerField(FieldType):
         try:
             if len(str(call())) > MAX_TEXT:
                 raise ValueError(f"values are longer than {MAX_TEXT} characters")
+            trials = TRIALS if self.work() < 5 else 4
             scope.rng.setstate(state)
-            values = [call() for _ in range(TRIALS)]
+            values = [call() for _ in range(trials)]
             scope.rng.setstate(state)
-            again = [call() for _ in range(TRIALS)]
+            again = [call() for _ in range(trials)]
         except Exception as error:  # noqa: BLE001  # whatever Faker makes of the arguments
             raise scope.refuse(str(error) or type(error).__name__, *["args"][: len(self.args)]) from None
         kinds = {_SCALARS.get(type(value)) for value in values if value is not None}
@@ -4228,6 +4237,9 @@ class FirstOfField(_Container):
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
         return [(("of", number), raw) for number, raw in enumerate(self.of)]
 
+    def work(self) -> int:
+        return 1 + max(model.work() if model else 1 for model in self.models)
+
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         def first() -> int:
             for number in range(len(self.of)):
@@ -4321,9 +4333,11 @@ class _FieldCompiler:
         self.generator.siblings[:] = [tuple(self.generator.values)]
 
     def _compile(self, scope: Scope, name: str) -> None:
-        draw, kind = self.type.fields[name].draw(scope)
+        model = self.type.fields[name]
+        draw, kind = model.draw(scope)
         if scope.build.trial:
-            if (longest := scope.longest(draw)) > MAX_TEXT:
+            alike = "" if model.reads() else repr(model)
+            if (longest := scope.at("size").tried(lambda: scope.longest(draw), alike)) > MAX_TEXT:
                 raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
             self.type.size += longest
             self.generator.values[self.type.index[name]] = _mapped(draw, _STORE.get(kind))()
@@ -4392,6 +4406,8 @@ def _compiled(types: Mapping[str, RecipeType], locales_: Sequence[str], seed: in
     compilers = {name: _FieldCompiler(generator) for name, generator in build.generators.items()}
     problems: list[FieldProblem] = []
     for locale in locales_:
+        if problems:  # another locale would repeat them
+            break
         for _, tree in itertools.groupby(compilers.values(), key=lambda compiler: compiler.type.root):
             scopes = {}
             for compiler in tree:
