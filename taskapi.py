@@ -5175,7 +5175,7 @@ def _file_type(suffix: str) -> FileType:
 
 
 _UNSOUND = re.compile("[\0\ud800-\udfff]")  # what SQLite, or UTF-8, cannot hold
-_UNLIKELY = re.compile("[\0-\x08\x0e-\x1f\x7f\ufffd]")  # no text in windows-1252 has these
+_UNLIKELY = re.compile("[\0-\x08\x0e-\x1f\x7f]")  # no text in an encoding of single bytes has these
 
 
 class TextEncoding:

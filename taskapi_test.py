@@ -2777,7 +2777,7 @@ warnings.filterwarnings("ignore", message="fr_QC")
 
 GOOD_FILES = {
     "a.csv": b"a,b\r\n1,2\r\n", "bom.csv": b"\xef\xbb\xbfa\n1\n", "utf16.tsv": "a\tb\n\u2603".encode("utf-16"),
-    "empty.txt": b"", "latin.csv": b"caf\xe9\n", "a.json": b'{"a": 1}', "a.ndjson": b"{}\n{}\n", "a.xml": b"<a/>",
+    "empty.txt": b"", "latin.csv": b"caf\xe9\n", "gbk.txt": "\u4e02\u5740\n".encode("gbk"), "a.json": b'{"a": 1}', "a.ndjson": b"{}\n{}\n", "a.xml": b"<a/>",
     "a.CSV": b"a\n",
     "a.csv.gz": gzip.compress(b"a\n"), "a.zip": b"PK\x05\x06" + b"\0" * 18, "a.pdf": b"%PDF-1.7\n",
     "a.jpg": b"\xff\xd8\xff\xe0",
@@ -2785,7 +2785,7 @@ GOOD_FILES = {
     "a.parquet": b"PAR1 PAR1"}
 BAD_FILES = {
     "text.png": b"hello", "short.gz": b"\x1f", "empty.zip": b"", "zip.pdf": b"PK\x03\x04", "nul.csv": b"a\0b",
-    "control.csv": b"caf\xe9\x07\n", "undefined.csv": b"caf\xe9\x81\n", "odd.csv": "ab".encode("utf-16") + b"c",
+    "control.csv": b"caf\xe9\x07\n", "odd.csv": "ab".encode("utf-16") + b"c",
     "png.json": b"\x89PNG\r\n\x1a\n", "a.exe": b"MZ", "a.html": b"<p>", "noext": b"a", "a.": b"a", "a.csv.exe": b"a"}
 
 
@@ -3799,13 +3799,18 @@ KILLED = """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_an_ingest_killed_in_the_middle_goes_on_with_each_row_once(tmp_path):
-    """Killed inside its fourth chunk; the next start ends it."""
+@pytest.mark.parametrize("older", [False, True])
+def test_an_ingest_killed_in_the_middle_goes_on_with_each_row_once(tmp_path, older):
+    """Killed inside its fourth chunk; the next start ends it, also where an `older` version left its checkpoint."""
     source = tmp_path / "source.csv"
     source.write_text("n,t\n" + "".join(f"{n},some text {n}\n" for n in range(60_000)))
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "data"), str(source)],
                             check=False, cwd=Path(taskapi.__file__).parent)
     assert killed.returncode == -signal.SIGKILL
+    if older:
+        with closing(sqlite3.connect(tmp_path / "data" / "taskapi.db")) as db, db:
+            state = {"kinds": {"n": "int", "t": "text"}, "total": 60_000, "done": 1}
+            db.execute("UPDATE _progress SET checkpoint = ?", (json.dumps(state),))
     with taskapi.open_service(data_dir=tmp_path / "data", inline=True) as service:
         (job,) = webtest.TestApp(service.app).get("/jobs").json["items"]
         assert (job["status"], job["attempt"], job["result"]["records"]) == ("completed", 2, 60_000)
