@@ -2777,8 +2777,8 @@ warnings.filterwarnings("ignore", message="fr_QC")
 
 GOOD_FILES = {
     "a.csv": b"a,b\r\n1,2\r\n", "bom.csv": b"\xef\xbb\xbfa\n1\n", "utf16.tsv": "a\tb\n\u2603".encode("utf-16"),
-    "empty.txt": b"", "latin.csv": b"caf\xe9\n", "gbk.txt": "\u4e02\u5740\n".encode("gbk"), "a.json": b'{"a": 1}', "a.ndjson": b"{}\n{}\n", "a.xml": b"<a/>",
-    "a.CSV": b"a\n",
+    "empty.txt": b"", "latin.csv": b"caf\xe9\n", "gbk.txt": "\u4e02\u5740\n".encode("gbk"),
+    "a.json": b'{"a": 1}', "a.ndjson": b"{}\n{}\n", "a.xml": b"<a/>", "a.CSV": b"a\n",
     "a.csv.gz": gzip.compress(b"a\n"), "a.zip": b"PK\x05\x06" + b"\0" * 18, "a.pdf": b"%PDF-1.7\n",
     "a.jpg": b"\xff\xd8\xff\xe0",
     "a.jpeg": b"\xff\xd8\xff\xe0", "a.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.xlsx": b"PK\x03\x04" + b"\0" * 20,
