@@ -5744,7 +5744,8 @@ def _check_rest(rest: str, delimiter: str, gap: re.Pattern[str], line: int, last
         raise _bad_line(line, f"the quote that opens field {len(cells)} is never closed")
     if rest[end:end + 1] not in ("", "\r", "\n", '"'):
         line += _lines_in(rest[start:end])
-        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}")
+        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}; is it another "
+                              "delimiter?")
     if len(rest) > _RECORD_LIMIT:
         raise _bad_line(line, f"a record is longer than {_RECORD_LIMIT} characters; is a quote not closed?")
 
@@ -5967,26 +5968,26 @@ class _JsonText:
             except ValueError as error:
                 raise self.error(str(error)) from None
 
-    def _checked(self, *before: Json) -> Callable[[Json], None]:
-        """What refuses a value of a list that does not go with the first one."""
+    def _checked(self, *before: Json, rows: bool) -> Callable[[Json], None]:
+        """What refuses a value of a list that does not go with the first one; of `rows`, also by their length."""
         first = [*before]
 
         def check(value: Json) -> None:
             if not first:
                 first.append(value)
-            if type(value) is not type(first[0]):
+            if isinstance(first[0], (dict, list)) and type(value) is not type(first[0]):
                 raise ValueError(f"a record must be a JSON {'array' if isinstance(first[0], list) else 'object'}, "
                                  "as the first one is")
-            if isinstance(value, list) and (len(value) > len(first[0]) or (
+            if rows and isinstance(value, list) and (len(value) > len(first[0]) or (
                     len(value) < len(first[0]) and self._options.ragged != "pad")):
                 raise ValueError(f"{_fields(len(value))} instead of {len(first[0])}; ragged=pad ends short rows in "
                                  "nulls")
 
         return check
 
-    def values(self, ended: Callable[[], bool], *first: Json) -> Iterator[list[Json]]:
+    def values(self, ended: Callable[[], bool], *first: Json, rows: bool = False) -> Iterator[list[Json]]:
         """Values until they have ended, some at a time, of one kind with a first one."""
-        check, batch, refills = self._checked(*first), list[Json](), self._refills
+        check, batch, refills = self._checked(*first, rows=rows), list[Json](), self._refills
         while True:
             batch.append(self.value(check))
             end = ended()
@@ -5996,13 +5997,13 @@ class _JsonText:
             if end:
                 return
 
-    def elements(self) -> Iterator[list[Json]]:
-        """The elements of the array that comes next."""
+    def elements(self, *, rows: bool = False) -> Iterator[list[Json]]:
+        """The elements of the array that comes next, arrays only of one length if they are `rows`."""
         self._expect("[")
         if self.peek() == "]":
             self._place += 1
         else:
-            yield from self.values(lambda: self._expect(",]") == "]")
+            yield from self.values(lambda: self._expect(",]") == "]", rows=rows)
 
     def steps(self) -> Iterator[str]:
         """The keys of the object that comes next, or the indices of the array; each value is to be taken in between."""
@@ -6101,7 +6102,7 @@ def _value_records(text: _JsonText, options: IngestOptions, lines: bool = False,
     Objects one after another are records too, unless `alone`; of `lines` also the only one.
     """
     if text.peek() == "[":
-        yield from (("", batch) for batch in text.elements())
+        yield from (("", batch) for batch in text.elements(rows=True))
     elif text.peek() != "{":
         raise text.error("expected objects one after another, a JSON array of them, or an object that holds such an "
                          "array")
@@ -7006,6 +7007,13 @@ def _float_field(name: str, values: Sequence[float]) -> dict[str, Json]:
     return {"type": "float", "min": min(finite), "max": max(finite)} | ({"round": digits} if digits <= 12 else {})
 
 
+def _any_field(name: str, values: Sequence[Json]) -> dict[str, Json]:
+    """Numbers in different forms; or texts, with numbers among them."""
+    if any(isinstance(value, str) for value in values):
+        return _text_field(name, [*map(str, values)])
+    return _float_field(name, [*map(float, values)])
+
+
 def _decimal_field(name: str, texts: Sequence[str]) -> dict[str, Json]:
     values = [*map(Decimal, texts)]
     places = max(-int(value.as_tuple().exponent) for value in values)
@@ -7035,7 +7043,7 @@ def _json_field(texts: Sequence[str], nested: Callable[[str, Sequence[Json]], Js
 
 
 _FIELDS_BY_KIND: Mapping[Kind, Callable[[str, Sequence[Any]], dict[str, Json]]] = {
-    "int": _int_field, "float": _float_field, "decimal": _decimal_field, "text": _text_field,
+    "int": _int_field, "float": _float_field, "decimal": _decimal_field, "text": _text_field, "any": _any_field,
     "bool": lambda name, values: {"type": "bool", "true": round(sum(values) / len(values), 4)},
     "date": lambda name, texts: {"type": "date", "from": min(texts), "to": max(texts)}, "datetime": _datetime_field,
 }

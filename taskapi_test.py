@@ -3565,6 +3565,7 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "an array named .csv": ("a.csv", ' [ {"a": 1}]', {}, [{"a": 1}]),
     "one line": ("a.ndjson", '{"a": [{"b": 1}]}', {}, [{"a": '[{"b":1}]'}]),
     "one object": ("a.json", '{"a": 1, "b": {"c": 1}}', {}, [{"a": 1, "b": '{"c":1}'}]),
+    "lists of anything beside": ("a.json", '{"x": [1, 2.5, "a"], "grid": [[1], [1, 2]], "rows": [{"a": 1}]}', {}, [{"a": 1}]),
     "a MongoDB dump": ("a.json", '{"_id": {"$oid": "5f"}, "n": {"$numberLong": "1"}}\n{"_id": {"$oid": "60"}}\n', {}, [
         {"_id_": '{"$oid":"5f"}', "n": '{"$numberLong":"1"}'}, {"_id_": '{"$oid":"60"}', "n": None}]),
     "keys that differ by case": ("a.json", '[{"a": 1, "A": 2}]', {}, [{"a": 1, "A_2": 2}]),
@@ -3665,6 +3666,7 @@ def test_what_is_looked_at_of_a_bad_file_is_bounded(name: str, number: int) -> N
     ("Postcode\n01234\n90210", {"type": "pattern", "pattern": "#####", "unique": True}),
     ("zip\n11234\n90210", {"type": "pattern", "pattern": "#####", "unique": True}),
     ("phone\n030123456\n030123457", {"type": "pattern", "pattern": "#########", "unique": True}),
+    ('"x"\n1\n1.5e-07', {"type": "float", "min": 1.5e-07, "max": 1.0}),
     ("amount\n11234\n90210", {"type": "int", "min": 11234, "max": 90210}), ("city\nOslo", "city")])
 def test_a_column_is_inferred_by_its_name_and_its_values(column: str, field: Any) -> None:
     """Few numbers in a row are no sequence, few values that come again are a choice, and some digits are no number."""
