@@ -5574,7 +5574,8 @@ def _without_lines(texts: Iterator[str], count: int) -> Iterator[str]:
         while count and (end := _LINE_END.search(text, place)):
             place, count = end.end(), count - 1
         if not count:
-            yield text[place:]
+            if rest := text[place:]:
+                yield rest
             break
     yield from texts
 
@@ -5615,8 +5616,7 @@ class FieldNames:
     def of_header(self, header: Sequence[str], line: int) -> list[str]:
         """The names of all columns; JobFailed where there cannot be any."""
         names = self._add(header, line)
-        named = len("".join(header)) and max(place for place, name in enumerate(header, 1) if name.strip())
-        self.spare = names[named:]
+        self.spare = names[max((place for place, name in enumerate(header, 1) if name.strip()), default=0):]
         return names
 
     def of_keys(self, keys: Iterable[str], line: int) -> Mapping[str, str]:
@@ -5651,7 +5651,7 @@ class FieldNames:
 # numbers.
 
 _DELIMITERS = ",;\t|"
-_NUMERIC = re.compile(r"[-\d.,:]*")
+_NUMERIC = re.compile(r"[-\d.,: ]*")
 _DECIMAL_COMMA = re.compile(r" *[-+]?[\d.]*\d,\d+ *")
 
 
@@ -5975,6 +5975,8 @@ class _JsonText:
         def check(value: Json) -> None:
             if not first:
                 first.append(value)
+            if rows and not isinstance(first[0], (dict, list)):
+                raise ValueError("a record must be a JSON object")
             if isinstance(first[0], (dict, list)) and type(value) is not type(first[0]):
                 raise ValueError(f"a record must be a JSON {'array' if isinstance(first[0], list) else 'object'}, "
                                  "as the first one is")
@@ -6157,15 +6159,13 @@ def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str,
             fields = names[part].of_keys(chain.from_iterable(values), text.line)
             yield ColumnBatch({name: [record.get(key) for record in values] for key, name in fields.items()},
                               len(values), part)
-        elif isinstance(values[0], list):
+        else:
             rows = values
             if header is None:
                 told, is_first = _json_header(values[0], options.header, text.line)
                 header, rows = names[part].of_header(told, text.line), values[is_first:]
             cells = zip(*(row + [None] * (len(header) - len(row)) for row in rows), strict=True)
             yield ColumnBatch(dict(zip(header, cells, strict=True)) if rows else dict.fromkeys(header, ()), len(rows))
-        else:
-            raise _bad_line(text.line, "a record must be a JSON object")
     if text.peek():
         raise text.error("there is text behind the records")
 

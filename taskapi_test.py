@@ -3458,6 +3458,29 @@ def test_json_is_read_alike_however_it_is_laid_out_and_cut(records, indent, esca
     assert got == records
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(st.sampled_from(['a', '1', '"', '""', ",", "\n", "\r\n", " ", "#", '"q"', "é", "1,2\n", '"m\nn"']),
+                     max_size=40).map("".join), size=st.integers(1, 16),
+       options=st.sampled_from([{}, {"comment": "#"}, {"ragged": "pad"}, {"skip": 1}, {"header": "x,y"}]))
+def test_csv_is_read_alike_however_it_is_cut(text, size, options):
+    """Blocks end inside of cells, line ends, comments and characters; a refusal names the same line."""
+    class Slow(io.BytesIO):
+        def read(self, most: int = -1) -> bytes:
+            return super().read(min(most, size))
+
+    def outcome(stream: io.BytesIO) -> Any:
+        reader = taskapi.RecordReader("a.csv", taskapi.IngestOptions(delimiter=",", **options))
+        try:
+            batches = [*reader.read(stream)]
+        except taskapi.JobFailed as error:
+            return str(error).split(":")[0]
+        return reader.renamed(), [row for batch in batches if batch.length
+                                  for row in zip(*batch.columns.values(), strict=True)]
+
+    content = ("a,b\n" + text).encode()
+    assert outcome(Slow(content)) == outcome(io.BytesIO(content))
+
+
 NO_HEADER = "header=none"
 CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, content, options; records or words
     # headers
@@ -3521,6 +3544,7 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         [{"region": "North", "2023": "1,5", "2024": "2,5"}, {"region": "South", "2023": "3,5", "2024": "4,5"}]),
     "it too, as it came": ("a.csv", 'Table 1: people\n"Unit: 1,000"\n\nregion;2023\nNorth;1,5\nSouth;2,5\n', {},
         ["skip"]),
+    "spaces instead of names": ("a.csv", " , \n1,2\n", {}, [NO_HEADER]),
     "decimal commas": ("a.csv", "a,x;b,y\n1,5;2,5\n3,5;4,0\n", {}, [
         {"a,x": "1,5", "b,y": "2,5"}, {"a,x": "3,5", "b,y": "4,0"}]),
     "two delimiters alike": ("a.csv", "a;b,c\nx;y,z\n", {}, ["line 1", "delimiter decides"]),
