@@ -167,6 +167,7 @@ try:
         Field,
         SkipValidation,
         ValidationError,
+        WithJsonSchema,
         computed_field,
         model_serializer,
         model_validator,
@@ -579,7 +580,8 @@ class ApiModel(BaseModel):
     """Base of all that goes over the wire: camelCase keys, no unknown key, no silent conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, alias_generator=to_camel, defer_build=True,
-                              validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+                              validate_by_name=True, validate_by_alias=True, serialize_by_alias=True,
+                              json_schema_serialization_defaults_required=True)
 
 
 Q = TypeVar("Q", bound=ApiModel)
@@ -710,7 +712,8 @@ def _date_text(text: str) -> str:
     return text
 
 
-DateText = Annotated[str, AfterValidator(_date_text)]
+DateText = Annotated[str, AfterValidator(_date_text), WithJsonSchema(
+    {"anyOf": [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]})]
 Scalar = str | int | float | bool | None
 
 
@@ -749,6 +752,8 @@ class Filters(ApiModel):
 
 class Health(ApiModel):
     """What GET / tells."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
 
     service: str = "taskapi"
     version: str = __version__
@@ -6557,7 +6562,9 @@ _LARGE_RECIPES: OrderedDict[str, Recipe] = OrderedDict()
 class GenerateRequest(JobRequest):
     """Records to make: `recordType` and `count`, with a schema unless the type is a preset; or `records`."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"recordType": "person", "count": 1000, "seed": 42}]})
+    model_config = ConfigDict(json_schema_extra={
+        "examples": [{"recordType": "person", "count": 1000, "seed": 42}],
+        "oneOf": [{"required": ["count"]}, {"required": ["records"]}]})
 
     record_type: NewRecordType | None = Field(None, description="Table the records go to (default: person).")
     count: int | None = Field(None, ge=1, le=2**63 - 1, description="How many, up to TASKAPI_MAX_RECORDS.")
@@ -8144,7 +8151,8 @@ def route(method: str, path: str, answers: Mapping[int, Any], query: type[ApiMod
 class ErrorBody(ApiModel):
     """Every error."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [BadRequest.of("count", "is required").body()]})
+    model_config = ConfigDict(json_schema_serialization_defaults_required=False,
+                              json_schema_extra={"examples": [BadRequest.of("count", "is required").body()]})
 
     error: str = Field(description="A short message.")
     status: int
@@ -8273,7 +8281,7 @@ class JobsQuery(ApiModel):
     status: JobStatus | None = Field(None, description=f"One of {', '.join(JobStatus)}.")
     type: str | None = Field(None, description="What kind of job.")
     limit: int = Field(50, ge=1, le=1000, description="How many at most.")
-    after: str | None = Field(None, description="The `next` of the page before.")
+    after: str | None = Field(None, description="The `next` of the page before.", json_schema_extra={"format": "uuid"})
 
 
 class JobPage(ApiModel):
@@ -8453,6 +8461,8 @@ _LISTED: set[str] = set()  # locales whose catalogue is kept: the first look at 
 
 class FieldList(ApiModel):
     """What a schema may use."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
 
     items: list[dict[str, Json]]
     presets: dict[str, Json] | None = Field(None, description="Only where nothing was searched for.")
@@ -8742,11 +8752,22 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
     return operation
 
 
-def _defaults_told(properties: Iterable[dict[str, Json]]) -> None:
-    """Moves defaults into the descriptions: generators of clients take a property that has one to be required."""
-    for schema in properties:
-        if (default := schema.pop("default", None)) not in (None, [], {}):
-            schema["description"] = f"{schema.get('description', '')} Default: {json.dumps(default)}.".strip()
+def _told_to_clients(schema: dict[str, Json]) -> None:
+    """Says of what a client may send only what it needs: generators of clients take a property with a default to be
+    required, and null for one that may be left out says the same as leaving it out."""
+    for field in schema.get("properties", {}).values():
+        kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+        if "default" in field and len(kinds) == 1:
+            field.pop("anyOf")
+            field.update(kinds[0])
+        default = field.pop("default", None)
+        if default not in (None, [], {}):
+            field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
+
+
+def _named_in(shape: Json) -> set[str]:
+    """The names of the shapes that a JSON schema refers to."""
+    return set(re.findall(r"#/components/schemas/(\w+)", json.dumps(shape)))
 
 
 def openapi(routes: Iterable[Route]) -> dict[str, Json]:
@@ -8755,13 +8776,16 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
     shapes: set[type[ApiModel]] = {ErrorBody}
     shapes |= {shape for shape in used if isinstance(shape, type) and issubclass(shape, ApiModel)}
-    inputs = {entry.body for entry in routes} | {entry.query for entry in routes}
+    inputs = {shape for entry in routes for shape in (entry.body, entry.query) if shape}
     _, definitions = models_json_schema(
         [(shape, "validation" if shape in inputs else "serialization")
          for shape in sorted(shapes, key=lambda shape: shape.__name__)], ref_template="#/components/schemas/{model}")
     schemas = definitions["$defs"]
-    for schema in schemas.values():
-        _defaults_told(schema.get("properties", {}).values())
+    sent = {shape.__name__ for shape in inputs}
+    while more := set().union(*(_named_in(schemas[name]) for name in sent)) - sent:
+        sent |= more
+    for name in sent:
+        _told_to_clients(schemas[name])
     paths: dict[str, dict[str, Json]] = {}
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
