@@ -9550,6 +9550,7 @@ function changed(control) {  // after every edit: it can be undone, and is seen 
 function travel(by) {
   if (!(step + by in steps)) return;
   request = JSON.parse(steps[step += by], exact);
+  lastEdit = undefined;
   draw();
   changed();
 }
@@ -9621,7 +9622,7 @@ function fieldRow(group, name, open) {
     const told = Object.entries({...rest, ...args}).map(([key, value]) => `${key} ${shown(value)}`);
     more.textContent = joined(told) || "options";
   };
-  const problem = el("p", {className: "problem", id: `problem-${path}-${name}`});
+  const problem = el("p", {className: "problem", id: `problem-${rows.size}`});
   const naming = el("input", {value: name, "aria-label": "Name of the field", "aria-describedby": problem.id,
     oninput: () => {
       const fresh = naming.value, taken = fresh !== name && Object.hasOwn(holder.schema, fresh);
@@ -10110,13 +10111,16 @@ $("json").oninput = ({target: json}) => {
     showProblem(error);
   }
 };
+$("fields").onkeydown = event => {  // does not generate
+  if (event.key === "Enter" && event.target.matches("input")) event.preventDefault();
+};
 $("search").oninput = search;
 $("search").onkeydown = event => {
   if (event.key !== "Enter") return;
   event.preventDefault();
   $("palette").firstElementChild?.click();
 };
-$("as-fields").onclick = () => editAs(false);
+$("as-fields").onclick = () => editAs(isJsonSchema(request.schema));  // which has no fields of ours
 $("as-json").onclick = () => editAs(true);
 $("undo").onclick = () => travel(-1);
 $("redo").onclick = () => travel(1);

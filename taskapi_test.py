@@ -5644,8 +5644,9 @@ class Tab:
             raise AssertionError(f"{expression} has not come true in\n{self.text('body')}") from None
 
     def text(self, selector: str) -> str:
-        """All that a person can read there."""
-        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(n => n.innerText).join('\\n')")
+        """All that a person can read there, once what is new has been drawn."""
+        return self.js("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn))).then(() => "
+                       f"[...document.querySelectorAll({json.dumps(selector)})].map(n => n.innerText).join('\\n'))")
 
     def open(self, url: str) -> None:
         """Goes there, and waits for the first preview."""
@@ -5936,7 +5937,15 @@ def test_in_a_browser_a_schema_is_edited_undone_kept_and_opened(at_work: tuple[t
     tab.click("#undo")
     tab.click("#undo")
     assert tab.js(names) == start
-    tab.click("#redo")
+    for text in ("20", "30"):  # the keys typed into one field are one step, until that is undone
+        tab.type("#count", text)
+        tab.click("#undo")
+        tab.click("#redo")
+        assert tab.js("document.querySelector('#count').value") == text
+    tab.click("#undo")
+    tab.click("#undo")
+    tab.type("#fields .field:nth-child(2) > input", "renamed")
+    tab.press("Enter", 13, "\r")
     tab.js("document.querySelector('#keeping').open = true")
     tab.type("#keep-name", "mine")
     tab.click("#keep-form button", "Keep")
@@ -5963,6 +5972,7 @@ def test_in_a_browser_a_schema_is_edited_undone_kept_and_opened(at_work: tuple[t
     assert (shown["recordType"], shown["schema"]) == ("guest", schema)
     tab.click("#kept button", "✕")
     tab.until("!document.querySelector('#kept button')")
+    assert ask(url, "GET", "/jobs").json["items"] == []
 
 
 @browsing
