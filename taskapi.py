@@ -1213,34 +1213,21 @@ class Database:
             return future.result()
 
     def _write_batches(self) -> None:
-        """What the writer thread does."""
-        while batch := self._next_batch():
+        """What the writer thread does: all that waits, again and again, until nothing stands for the end."""
+        while True:
+            waiting = [self._queue.get()]
+            while not self._queue.empty():
+                waiting.append(self._queue.get())
+            batch = deque(filter(None, waiting))
             while batch:
                 self._write_batch(batch)
-
-    def _next_batch(self) -> deque[_Piece]:
-        """All that waits, at least one piece; nothing when the database is closed."""
-        waiting = [self._queue.get()]
-        while not self._queue.empty():
-            waiting.append(self._queue.get())
-        batch = deque(piece for piece in waiting if piece)
-        if len(batch) < len(waiting):
-            while batch:
-                self._settle(batch.popleft(), None, StorageError("the database is closed"))
-        return batch
-
-    def _settle(self, piece: _Piece, result: Any, error: BaseException | None) -> None:
-        if not piece.future.running() and not piece.future.set_running_or_notify_cancel():
-            return
-        if error is None:
-            piece.future.set_result(result)
-        else:
-            piece.future.set_exception(error)
+            if None in waiting:
+                return
 
     def _write_batch(self, batch: deque[_Piece]) -> None:
         """Takes pieces from the batch for one transaction, as long as it may last; tells what came of each."""
-        written: list[tuple[_Piece, Any, BaseException | None]] = []
         taken: list[_Piece] = []
+        outcomes: list[tuple[Any, BaseException | None]] = []
         try:
             with self._storage_errors():
                 self._begin(any(piece.durable for piece in batch))
@@ -1250,7 +1237,7 @@ class Database:
                         piece = batch.popleft()
                         if piece.future.set_running_or_notify_cancel():
                             taken.append(piece)
-                            written.append(self._write_piece(piece, alone))
+                            outcomes.append(self._write_piece(piece, alone))
                     self._writer.execute("COMMIT")
                     self._files.note_commit()
                 except BaseException:
@@ -1258,17 +1245,17 @@ class Database:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
                     raise
-        except BaseException as error:  # noqa: BLE001  # those who wait get it
+        except BaseException as error:  # noqa: BLE001  # those who wait are told, whatever it is
+            taken += [piece for piece in batch if piece.future.set_running_or_notify_cancel()]
+            batch.clear()
             if isinstance(error, OSError):
                 error = StorageError(f"the database cannot be used: {error.strerror}")
-            written = [(piece, None, error) for piece in (*taken, *batch)]
-            batch.clear()
-            if isinstance(error, DiskFull):
-                self._log_is_to_go = True  # there is room then for the next try
-        with suppress(StorageError, OSError, sqlite3.Error):
+            outcomes = [(None, error)] * len(taken)
+            self._log_is_to_go |= isinstance(error, DiskFull)  # there is room then for the next try
+        with suppress(Exception), self._storage_errors():
             self._checkpoint()  # before anybody who then looks whether there is room to go on
-        for piece, result, raised in written:
-            self._settle(piece, result, raised)
+        for piece, (result, raised) in zip(taken, outcomes, strict=True):
+            piece.future.set_exception(raised) if raised else piece.future.set_result(result)
 
     def _check_files(self) -> None:
         """Raises StorageError if the files are not ours any more."""
@@ -1280,26 +1267,28 @@ class Database:
             raise
 
     def _begin(self, durable: bool) -> None:
+        if self._closed:
+            raise StorageError("the database is closed")
         self._check_files()
         self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self._writer.execute("BEGIN IMMEDIATE")
 
-    def _write_piece(self, piece: _Piece, alone: bool) -> tuple[_Piece, Any, BaseException | None]:
+    def _write_piece(self, piece: _Piece, alone: bool) -> tuple[Any, BaseException | None]:
         """Runs one piece of a transaction; an error of one that is alone undoes the transaction as a whole."""
         if alone:
-            return piece, piece.work(self._writer), None
-        result, raised = None, None
+            return piece.work(self._writer), None
+        outcome: tuple[Any, BaseException | None]
         self._writer.execute("SAVEPOINT piece")
         try:
             with self._storage_errors():
-                result = piece.work(self._writer)
+                outcome = piece.work(self._writer), None
         except BaseException as error:
             if not self._writer.in_transaction:
                 raise
-            raised = error
+            outcome = None, error
             self._writer.execute("ROLLBACK TO piece")
         self._writer.execute("RELEASE piece")
-        return piece, result, raised
+        return outcome
 
     def _checkpoint(self) -> None:
         """Copies the log into the database when it is long, or its room is wanted."""
@@ -1804,11 +1793,13 @@ class JobStore:
             more = self._database.write(partial(self._unblock, job_id=job.job_id))
         return ended
 
-    def _unblock(self, connection: sqlite3.Connection, job_id: str) -> bool:
-        """Lets some jobs that follow this one run; True if there may be more of them."""
+    def _unblock(self, connection: sqlite3.Connection, job_id: str | None = None) -> bool:
+        """Lets some jobs run that follow this one, or any that is completed; True if there may be more of them."""
+        which, head = ("jobs.after = ?", [job_id]) if job_id else ("before.status = 'completed'", [])
         return connection.execute(
-            "UPDATE jobs SET blocked = 0 WHERE id IN (SELECT id FROM jobs WHERE after = ? AND status = 'pending' "
-            "AND blocked = 1 LIMIT ?)", (job_id, _STEP_JOBS)).rowcount == _STEP_JOBS
+            "UPDATE jobs SET blocked = 0 WHERE id IN (SELECT jobs.id FROM jobs JOIN jobs AS before ON before.id = "
+            f"jobs.after WHERE jobs.status = 'pending' AND jobs.blocked = 1 AND {which} LIMIT ?)",
+            (*head, _STEP_JOBS)).rowcount == _STEP_JOBS
 
     def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
                 file: StoredFile | None) -> Job:
@@ -1852,7 +1843,7 @@ class JobStore:
         recovered: list[Job] = []
         while some := self._database.write(partial(self._recover_some, max_attempts=max_attempts), durable=True):
             recovered += some
-        while self._database.write(self._unblock_some, durable=True) == _STEP_JOBS:
+        while self._database.write(self._unblock):
             pass
         return recovered
 
@@ -1873,13 +1864,6 @@ class JobStore:
             jobs.append(job.model_copy(update={"status": status, "error": error, "finished_at": finished_at,
                                                "file": file, "eta": None}))
         return jobs
-
-    def _unblock_some(self, connection: sqlite3.Connection) -> int:
-        """Lets jobs run whose predecessor was completed; how many."""
-        return connection.execute(
-            "UPDATE jobs SET blocked = 0 WHERE id IN (SELECT jobs.id FROM jobs JOIN jobs AS before ON "
-            "before.id = jobs.after WHERE jobs.status = 'pending' AND jobs.blocked = 1 AND before.status = 'completed' "
-            "LIMIT ?)", (_STEP_JOBS,)).rowcount
 
     def cancel(self, job_id: str) -> Job:
         """Cancels a pending job at once, asks a running one to stop; Conflict if it is finished."""
