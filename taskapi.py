@@ -52,6 +52,7 @@ import json
 import locale as locales
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -781,6 +782,7 @@ T = TypeVar("T")
 Style = Literal["csv", "json"]
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _BATCH_SECONDS = 0.05  # how long a transaction takes in further work: others hardly wait for it
+_LOOK_SECONDS = 0.2  # between looks whether the files are still ours
 _LOG_PAGES = 1000  # of the log are copied into the database at a time
 _BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
 _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
@@ -1038,63 +1040,76 @@ def check_database_files(path: Path, last: Mapping[str, Json]) -> None:
 class _OpenFiles:
     """The files of an open database as seen from outside, so that one which another program put in place is noticed.
 
-    Only our checkpoints change the database file, or those of another program: the index of the log, the -shm file,
-    counts both (sqlite.org/walformat.html, section 2). SQLite's locks would be lost if its descriptor were closed
-    before SQLite's own.
+    Only our checkpoints change the database file, or those of another program: the index of the log counts both
+    (sqlite.org/walformat.html, section 2). Its descriptor is closed after SQLite's own, whose locks would be lost.
     """
 
     def __init__(self, path: Path, on_overwritten: Callable[[], object]):
         self._on_overwritten = on_overwritten
         self.path, (self.log, self._index_path) = path, _log_of(path)
         self.identities = {file: _identity(file) for file in (path, self.log, self._index_path)}
-        self._index = os.open(self._index_path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._seen = self._state()
+        with self._index_path.open("rb", buffering=0) as file:
+            self._index = mmap.mmap(file.fileno(), 1024, access=mmap.ACCESS_READ)
+        self._look, self._look_inside = -math.inf, -math.inf  # when the next checks really look
+        self._others = False  # another program has changed the log, and so perhaps the database
         self.overwritten = False
+        self._seen, self._frames = self._stamp(), self.frames()
 
-    def _state(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _stamp(self) -> tuple[int, int]:
         status = os.stat(self.path)
-        # Windows notes the time of a change when it likes.
-        return (status.st_size, status.st_mtime_ns if os.name == "posix" else 0), self.frames()
+        return status.st_size, status.st_mtime_ns if os.name == "posix" else 0  # Windows notes that when it likes
 
     def frames(self) -> tuple[int, int]:
         """How many pages of the log are committed, and how many of these the database file has too."""
-        os.lseek(self._index, 0, os.SEEK_SET)
-        header = os.read(self._index, 100)
-        return struct.unpack_from("=I", header, 16)[0], struct.unpack_from("=I", header, 96)[0]
+        return struct.unpack_from("=I", self._index, 16)[0], struct.unpack_from("=I", self._index, 96)[0]
 
-    def check(self) -> None:
-        """Raises StorageError unless the files at our paths are those that were opened."""
+    def check(self, now: bool = False) -> None:
+        """Raises StorageError if the files at our paths are others than were opened; looks now and then, or `now`."""
+        if monotonic() < self._look and not now:
+            return  # each look is a chance for computing threads to keep us waiting
+        self._look = -math.inf
+        if now:
+            self._look_inside = -math.inf
         for file, identity in self.identities.items():
             found = _identity(file)
             if found != identity:
                 raise self._refusal(f"{file} was {'replaced' if found else 'taken away'}")
         if self.overwritten:
             raise self._refusal(f"{self.path} was overwritten")
+        self._look = monotonic() + _LOOK_SECONDS
 
-    def check_content(self) -> None:
+    def check_content(self, now: bool = False) -> None:
         """On the writer thread: `check`, and notices a database that was overwritten where it is."""
-        self.check()
-        stamp, frames = self._state()
-        if stamp != self._seen[0] and frames == self._seen[1]:
+        self._note_log(ours=False)
+        self.check(now)
+        if monotonic() < self._look_inside:
+            return
+        stamp = self._stamp()
+        if stamp != self._seen and not self._others:
             self.overwritten = True
             self._on_overwritten()
-            self.check()
-        self._seen = stamp, frames
+            self.check(now=True)
+        self._seen, self._others, self._look_inside = stamp, False, monotonic() + _LOOK_SECONDS
+
+    def _note_log(self, ours: bool) -> None:
+        frames = self.frames()
+        self._others |= (frames != self._frames and not ours) or frames[1] > self._frames[1]
+        self._frames = frames
 
     def note_commit(self) -> None:
         """Our commit has changed the log."""
-        self._seen = self._seen[0], self.frames()
+        self._note_log(ours=True)
 
     def note_checkpoint(self) -> None:
         """Our checkpoint has changed the database file."""
-        self._seen = self._state()
+        self._seen, self._frames = self._stamp(), self.frames()
 
     @property
     def may_checkpoint(self) -> bool:
         """Whether what a checkpoint would change is ours, wherever it is by now, and still of use to somebody."""
         found = _identity(self.path)
         if found == self.identities[self.path]:
-            return not self.overwritten and self._state()[0] == self._seen[0]
+            return not self.overwritten and self._stamp() == self._seen
         return found is not None
 
     def _refusal(self, what: str) -> StorageError:
@@ -1103,7 +1118,7 @@ class _OpenFiles:
 
     def close(self) -> None:
         """After SQLite has closed its files."""
-        os.close(self._index)
+        self._index.close()
 
 
 class Database:
@@ -1122,6 +1137,7 @@ class Database:
         self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
         self._submitting = threading.Lock()  # so that nothing enters the queue behind its end
         self._closed = False
+        self._durable = False  # whether a commit is fsynced
         self._log_is_to_go = False  # the next checkpoint gives the log's room back to the disk
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
@@ -1257,10 +1273,10 @@ class Database:
         for piece, (result, raised) in zip(taken, outcomes, strict=True):
             piece.future.set_exception(raised) if raised else piece.future.set_result(result)
 
-    def _check_files(self) -> None:
+    def _check_files(self, now: bool = False) -> None:
         """Raises StorageError if the files are not ours any more."""
         try:
-            self._files.check_content()
+            self._files.check_content(now)
         except StorageError:
             if self._files.may_checkpoint:  # then the log, which nobody else can use, goes where it belongs
                 self._empty_log()
@@ -1270,7 +1286,9 @@ class Database:
         if self._closed:
             raise StorageError("the database is closed")
         self._check_files()
-        self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        if durable != self._durable:
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
         self._writer.execute("BEGIN IMMEDIATE")
 
     def _write_piece(self, piece: _Piece, alone: bool) -> tuple[Any, BaseException | None]:
@@ -1294,7 +1312,7 @@ class Database:
         """Copies the log into the database when it is long, or its room is wanted."""
         committed, copied = self._files.frames()
         if committed - copied >= _LOG_PAGES or self._log_is_to_go:
-            self._check_files()
+            self._check_files(now=True)
             emptied, self._log_is_to_go = self._log_is_to_go, False
             try:
                 self._empty_log() if emptied else self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
@@ -1338,7 +1356,7 @@ class Database:
         connection = self._connect("ro")  # SQLite itself keeps it from writing
         try:
             connection.execute("PRAGMA schema_version").fetchone()  # opens the log too
-            self._files.check()
+            self._files.check(now=True)
         except BaseException:
             connection.close()
             raise
@@ -1371,6 +1389,7 @@ class Database:
 
     def probe(self, at: str) -> None:
         """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
+        self._files.check(now=True)
         self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (1, ?)", (at,)))
         with self.read() as connection:
             connection.execute("SELECT at FROM _heartbeat").fetchone()
@@ -1411,7 +1430,7 @@ class Database:
         self._thread.join()
         readers = [*self._readers, self._anchor]
         try:
-            self._check_files()
+            self._check_files(now=True)
             connections = [*readers, self._writer]  # as the last one it checkpoints, and removes the log
         except StorageError:
             connections = [self._writer, *readers]  # as the last one the anchor, which only reads, does neither
