@@ -424,7 +424,7 @@ class Settings(BaseModel):
     max_records: int = Field(default=10_000_000, ge=1, le=2**48, description="Most records that one job may generate.")
     max_pending: int = Field(default=10_000, ge=1, le=10**9, description="Most jobs that may wait; then 503.")
     max_attempts: int = Field(default=3, ge=1, le=100,
-                              description="Times a job is started before it fails as interrupted.")
+                              description="Attempts in a row without progress after which a job fails.")
     retention_days: float = Field(default=0, ge=0, le=36500, description="Days to keep finished jobs; 0 keeps them.")
     seed: int | None = Field(
         default=None, ge=0, le=2**63 - 1,
