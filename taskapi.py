@@ -3489,9 +3489,12 @@ _MOST = {"depth": 64, "levels": 16, "nb_sentences": 500, "nb_words": 1000, "deep
          "left_digits": 1000, "right_digits": 1000}
 
 
-def _dated(name: str, value: Any) -> Any:
+_ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+def _dated(name: str, value: str) -> Any:
     """Faker takes a date as an object: an ISO text becomes one where a date is due."""
-    if isinstance(value, str) and _DATE_ARG.fullmatch(name) and re.match(r"\d{4}-\d\d-\d\d", value):
+    if _ISO_DATE.match(value) and _DATE_ARG.fullmatch(name):
         return date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
     return value
 
@@ -3508,12 +3511,14 @@ def _argument(name: str, value: Any, longest: int = MAX_SIZE_ARG) -> Any:
         # Faker wants weights in an OrderedDict
         return OrderedDict((inner(k), inner(v)) for k, v in value.items()) if isinstance(value, dict) else [
             *map(inner, value)]
-    if isinstance(value, str) and ("{" in value or len(value) > longest):
-        raise ValueError(f"a text here has no braces and at most {longest} characters")
+    if isinstance(value, str):
+        if "{" in value or len(value) > longest:
+            raise ValueError(f"a text here has no braces and at most {longest} characters")
+        return _dated(name, value)
     limit = MAX_INT if _VALUE_ARG.fullmatch(name) else _MOST.get(name, MAX_SIZE_ARG)
     if isinstance(value, (int, float)) and abs(value) > limit:
         raise ValueError(f"should be at most {limit}")
-    return _dated(name, value)
+    return value
 
 
 def _read_argument(name: str, value: Any) -> Any:
@@ -3563,7 +3568,7 @@ class FakerField(FieldType):
         call = self._call(scope)
         alike = "" if self.holes() else f"{self.type} {self.args}"
         kind = scope.at("kind").tried(lambda: self._tried(scope, call), alike)
-        plain = kind == "text" and not self.args and scope.fast.signature(self.type).return_annotation is str
+        plain = kind == "text" and not self.holes() and scope.fast.signature(self.type).return_annotation is str
         return (call if plain else _mapped(call, partial(self._held, kind))), kind
 
     def _problem(self, fast: FastFaker) -> tuple[str, ...] | None:
