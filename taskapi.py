@@ -2853,38 +2853,33 @@ def _drawn_table(cls: Any, name: str) -> tuple[Any, bool] | None:
     Found by trying: it must give back each element of the table, or what `parse` makes of it, when that is drawn.
     """
     asked: list[Any] = []
-    drawn: Any = object()
-    parsed: Any = None
+    given: list[Any] = []  # what is drawn next, once
 
     def random_element(elements: Any) -> Any:
         asked.append(elements)
-        if len(asked) > 1:
-            raise LookupError("draws twice")
-        return drawn
+        return given.pop()
 
-    def parse(text: Any) -> Any:
-        nonlocal parsed
-        parsed = object() if text is drawn and parsed is None else None
-        return parsed
+    def given_back(element: Any) -> Any:
+        """The table that is asked for an element, and whether that comes back parsed; whatever else it does raises."""
+        asked.clear()
+        given.append(element)
+        value = method()
+        (table,) = asked
+        if value is not element and value != ("parsed", element):
+            raise LookupError(name)
+        return table, value is not element
 
     provider = cls.__new__(cls)
-    vars(provider).update(random_element=random_element, generator=types.SimpleNamespace(parse=parse))
+    parse = types.SimpleNamespace(parse=lambda text: ("parsed", text))
+    vars(provider).update(random_element=random_element, generator=parse)
     try:
         method = getattr(provider, name)
-        if inspect.signature(method).parameters:
-            return None
-        value, patterns, (table,) = method(), parsed is not None, asked
-        if type(table) not in (OrderedDict, tuple, list) or not table or value is not (parsed if patterns else drawn):
-            return None
-        for drawn in table:
-            asked.clear()
-            parsed = None
-            value = method()
-            if asked[0] is not table or value is not (parsed if patterns else drawn):
-                return None
+        table, patterns = given_back("")
+        known = type(table) in (OrderedDict, tuple, list) and table and not inspect.signature(method).parameters
+        same = known and all(other is table and parsed is patterns for other, parsed in map(given_back, table))
     except Exception:  # noqa: BLE001  # whatever it does with what it is given here
         return None
-    return table, patterns
+    return (table, patterns) if same else None
 
 
 def _quick_date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> Callable[..., str]:
@@ -4539,18 +4534,12 @@ class Chunk(NamedTuple):
     done: int
     total: int
     whole: bool
-    state: Callable[[], Json]
-
-    @property
-    def checkpoint(self) -> Json:
-        """From where to go on after a whole chunk, JSON-able; to be had until the next chunk is asked for."""
-        return self.state()
 
 
 class Plan:
     """One use of a recipe: `seed` and `now` settle all that is drawn. BadRequest if dates do not fit that instant.
 
-    To be closed after its use, or used as a context manager, so that others need not build what it was made with.
+    To be closed after its use, so that others need not build what it was made with.
     """
 
     def __init__(self, recipe: Recipe, seed: int, now: datetime) -> None:
@@ -4565,12 +4554,6 @@ class Plan:
         for generator in self.generators.values():
             generator.chance.give_back()
         self.generators = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def expected(self) -> int:
         """How many rows there will be: those made, and the mean of what is to come."""
@@ -4595,13 +4578,14 @@ class Plan:
         for root in [generator for generator in generators if not generator.parent]:
             try:
                 for whole in self._pauses(root, rows, size):
-                    yield Chunk(sum(generator.done for generator in generators), self.expected(), whole, self._state)
+                    yield Chunk(sum(generator.done for generator in generators), self.expected(), whole)
             except TaskError:
                 raise
             except Exception as error:
                 raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
 
-    def _state(self) -> Json:
+    def state(self) -> Json:
+        """From where to go on after a whole chunk, JSON-able."""
         return {name: generator.state() for name, generator in self.generators.items()}
 
     def _start(self, checkpoint: Json | None, rows: RowSource) -> None:
@@ -4750,7 +4734,7 @@ def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, An
             raise
         return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
     rows = RowSource(recipe.columns)
-    with Plan(recipe, 1, now) as plan:
+    with closing(Plan(recipe, 1, now)) as plan:
         next(plan.chunks(rows))
     kinds, row = recipe.columns["sample"], rows.fresh["sample"][0]
     values = dict(zip(kinds, row, strict=True))
@@ -6684,7 +6668,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
     versions = {"taskapi": __version__, **library_versions()}
     job, records = context.job, context.records
-    with request.plan() as plan:
+    with closing(request.plan()) as plan:
         columns, state = plan.recipe.columns, context.checkpoint
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
             records.open_job(job, columns, plan.recipe.bounds)
@@ -6703,7 +6687,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
             if size > MAX_FAMILY_BYTES:
                 raise JobFailed(f"a record and those made per it take more than {MAX_FAMILY_BYTES // 2**20} MiB")
             if chunk.whole and (done - saved >= _SAVE_ROWS or size >= _SAVE_BYTES or done == chunk.total):
-                context.save(Progress(done=done, total=chunk.total), {"versions": versions, "plan": chunk.checkpoint},
+                context.save(Progress(done=done, total=chunk.total), {"versions": versions, "plan": plan.state()},
                              append)
                 rows.committed()
                 saved = done
@@ -6738,7 +6722,7 @@ def preview(request: GenerateRequest) -> str:
     if recipe.total > _PREVIEW_MOST:
         raise BadRequest.of("records", f"make {recipe.total} records together, of at most {_PREVIEW_MOST} in a preview")
     rows, columns, size = RowSource(recipe.columns), recipe.columns, 0
-    with request.plan() as plan:
+    with closing(request.plan()) as plan:
         for _ in plan.chunks(rows):
             _check_preview(rows.size())
     lists: dict[str, list[str]] = {record_type: [] for record_type in columns}

@@ -1675,7 +1675,7 @@ def related(records: Mapping[str, Any], seed: int = 1, now: datetime = NOW, **op
 def rows(a_plan: Plan, size: int = 500) -> dict[str, list[tuple[Any, ...]]]:
     """All rows of a plan, whose only use it is."""
     made = RowSource(a_plan.recipe.columns)
-    with a_plan:
+    with closing(a_plan):
         for _ in a_plan.chunks(made, size=size):
             pass
     return made.fresh
@@ -2304,11 +2304,11 @@ def test_resuming_at_any_checkpoint_makes_exactly_the_rest(data: st.DataObject) 
     checkpoint: Any = None
     for lives in [*data.draw(st.lists(st.integers(1, 4), max_size=10)), None]:
         source = part.source()
-        chunks = related(SHOP).chunks(source, checkpoint, data.draw(st.integers(1, 120)))
-        for chunk in itertools.islice(chunks, lives):
+        a_plan = related(SHOP)
+        for chunk in itertools.islice(a_plan.chunks(source, checkpoint, data.draw(st.integers(1, 120))), lives):
             if chunk.whole:
                 part.commit(source)
-                checkpoint = json.loads(json.dumps(chunk.checkpoint))
+                checkpoint = json.loads(json.dumps(a_plan.state()))
     assert part.dump() == whole.dump()
 
 
@@ -2321,10 +2321,10 @@ def test_unique_values_survive_a_restart(exact: bool, monkeypatch: pytest.Monkey
     a_plan = plan(schema, 600)
     past = SqliteRows(a_plan)
     source = past.source()
-    first = next(a_plan.chunks(source, size=250))
+    next(a_plan.chunks(source, size=250))
     past.commit(source)
     source = past.source()
-    for _ in plan(schema, 600).chunks(source, first.checkpoint, 70):
+    for _ in plan(schema, 600).chunks(source, a_plan.state(), 70):
         past.commit(source)
     stored = past.db.execute("select x, y from thing order by _id").fetchall()
     assert stored == rows(plan(schema, 600))["thing"]
@@ -2355,7 +2355,7 @@ def test_chunks_are_about_as_large_as_asked_and_checkpoints_small() -> None:
     a_plan, before = related(SHOP), 0
     for chunk in a_plan.chunks(RowSource(a_plan.recipe.columns), size=10):
         assert chunk.done - before <= 10 + 1 + 4 + 12 + 1
-        assert len(json.dumps(chunk.checkpoint)) < 4000 * len(SHOP)
+        assert len(json.dumps(a_plan.state())) < 4000 * len(SHOP)
         before = chunk.done
     assert chunk.done == chunk.total
 
