@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import ast
 import base64
+import concurrent.futures.thread
 import contextlib
 import csv
-import ctypes
 import datetime as dt
 import gzip
 import hashlib
@@ -4395,25 +4395,24 @@ def test_a_round_of_housekeeping_does_what_it_can(tmp_path: Path, script: Any, m
         assert sorted(said) == ["housekeeping has to wait: is away", *["housekeeping met a bug"] * 2]
 
 
-def test_worker_threads_that_die_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them at once, as only the interpreter can have it, and the next job is done as ever."""
+def test_worker_threads_that_die_are_replaced(
+        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, as only the interpreter can have it: at rest, with a call they took; the job is done as ever."""
+    worker, dying = concurrent.futures.thread._worker, iter(range(2))
+
+    def dies(reference: Any, *rest: Any) -> None:
+        if next(dying, None) is None:
+            worker(reference, *rest)
+        else:
+            reference()._idle_semaphore.release()
+            next(each for each in rest if hasattr(each, "get")).get()
+
+    monkeypatch.setattr(concurrent.futures.thread, "_worker", dies)
     monkeypatch.setattr(taskapi, "_CALL_SECONDS", 0)
     with taskapi.open_service(tmp_path) as service:
-        together, pool = threading.Barrier(3), service.queue._executor
-        for _ in range(2):
-            pool.submit(together.wait)
-        together.wait(20)  # so that two threads are there
-        died = [*pool._threads]
-        assert len(died) >= 2
-
-        def dead(thread: threading.Thread) -> bool:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-            pool.submit(int)  # wakes one of them; one that had not come to rest yet only loses its work
-            return not thread.is_alive()
-
-        for thread in died:
-            until(partial(dead, thread))
-        assert service.wait(service.enqueue("generate", PERSONS).job_id, 60).status == "completed"
+        job_id = service.enqueue("script", {}).job_id
+        until(lambda: service.queue.wake() or service.queue.jobs.get(job_id).status == "completed")
+        assert_at_work(service)
 
 
 def test_a_job_of_a_type_that_is_gone_fails_by_name(
@@ -6932,6 +6931,30 @@ def test_a_search_that_finds_no_type_says_so(run: Callable[..., Ran]) -> None:
     assert run("fields", "zzzqq") == (1, "", "taskapi: no type has 'zzzqq' in its name or its text\n")
     ran = run("generate", "persn")
     assert (ran.code, "did you mean 'person'" in ran.err) == (2, True)
+
+
+def test_an_interrupted_command_makes_no_further_chunk(tmp_path: Path) -> None:
+    """The signal ends the work at the next yield; the job waits, uncharged."""
+    own = tmp_path / "own.py"
+    own.write_text(textwrap.dedent("""
+        import itertools, os, pathlib, signal, sys, taskapi
+        class Request(taskapi.JobRequest): pass
+        @taskapi.job_type("endless", Request)
+        def run(context, request):
+            for number in itertools.count(1):
+                context.save(taskapi.Progress(done=number), number)
+                if number == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    while not context.interrupted():
+                        pass
+                yield
+        sys.exit(taskapi.main())
+        """))
+    ran = subprocess.run([sys.executable, own, "endless", "--data-dir", tmp_path / "data"], capture_output=True,
+                         text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": str(HERE)}, cwd=tmp_path)
+    assert (ran.returncode, "interrupted; job" in ran.stderr) == (1, True), ran.stderr
+    assert plain(tmp_path / "data", "SELECT status, attempt, done FROM jobs JOIN _progress ON job = id") == [
+        ("pending", 0, 3)]
 
 
 def test_who_stops_waiting_for_a_server_is_told_that_it_goes_on(
