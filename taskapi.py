@@ -3052,13 +3052,18 @@ class Chance:
         return self.fakers[name]
 
 
-def _unknown_locales(names: Iterable[str]) -> Iterator[FieldProblem]:
-    """Those that Faker does not have, told without building it."""
+def known_locales() -> list[str]:
+    """Those that Faker has, told without building it."""
     from faker.config import AVAILABLE_LOCALES
 
+    return sorted(AVAILABLE_LOCALES)
+
+
+def _unknown_locales(names: Iterable[str]) -> Iterator[FieldProblem]:
+    known = known_locales()
     for name in names:
-        if _plain_locale(name) not in AVAILABLE_LOCALES:
-            yield FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, AVAILABLE_LOCALES)}")
+        if _plain_locale(name) not in known:
+            yield FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, known)}")
 
 
 # ---- Rows: those made so far, and what refers to them ----
@@ -5289,6 +5294,7 @@ class Upload:
         self._settings = settings
         self._check: _ContentCheck | None = None
         self._name, self._text = "", b""  # of the part that is being read
+        self._names: set[str] = set()  # of the parts so far, which win over the query
 
     def begin(self, filename: str, declared: str) -> None:
         """The file's name, and the media type that the client declares, if any."""
@@ -5346,8 +5352,9 @@ class Upload:
         elif name not in INGEST_OPTIONS:
             hint = did_you_mean(name, INGEST_OPTIONS) or f"; known are: file, {', '.join(INGEST_OPTIONS)}"
             raise BadRequest.of(name, f"is not known here{hint}")
-        elif name in self.options:
+        elif name in self._names:
             raise BadRequest.of(name, "is given twice")
+        self._names.add(name)
 
     def end(self) -> None:
         """All of the body is here; raises BadRequest if no file was in it."""
@@ -5494,11 +5501,11 @@ def _lines_in(text: str) -> int:
     return text.count("\n") or text.count("\r")
 
 
-class _BadGzip(Exception):
+class BadGzip(Exception):
     """Compressed data that cannot be read on."""
 
 
-def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """What is in a gzip file of one or more members, in pieces that are not empty."""
     member, taken, given = zlib.decompressobj(31), 0, 0
     for block in blocks:
@@ -5508,17 +5515,17 @@ def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
             try:
                 piece = member.decompress(block, _PIECE)
             except zlib.error:
-                raise _BadGzip(f"the gzip data is broken, within the {taken} bytes up to here") from None
+                raise BadGzip(f"the gzip data is broken, within the {taken} bytes up to here") from None
             block = member.unconsumed_tail or member.unused_data
             given += len(piece)
             if given > min(_UNPACKED_LIMIT, _UNPACKED_FREE + _UNPACKED_RATIO * taken):
-                raise _BadGzip(f"the gzip data unpacks to too much: over {given} bytes out of {taken}")
+                raise BadGzip(f"the gzip data unpacks to too much: over {given} bytes out of {taken}")
             if piece:
                 yield piece
     if piece := member.flush():
         yield piece
     if not member.eof:
-        raise _BadGzip(f"the gzip data is cut off after {taken} bytes")
+        raise BadGzip(f"the gzip data is cut off after {taken} bytes")
 
 
 def _decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
@@ -5545,7 +5552,7 @@ def _decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
             if text:
                 yield text.removeprefix(mark)
                 mark = ""
-    except _BadGzip as error:
+    except BadGzip as error:
         raise _bad_line(line, str(error)) from None
 
 
@@ -6350,11 +6357,11 @@ class RecordReader:
 
     def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
         blocks = iter(lambda: stream.read(_PIECE), b"")
-        return _unpacked(blocks) if self._packed else blocks
+        return unpacked(blocks) if self._packed else blocks
 
     def _find_encoding(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
         check, seen = TextEncoding(None), 0
-        with suppress(UnicodeError, _BadGzip):  # reading says where
+        with suppress(UnicodeError, BadGzip):  # reading says where
             for block in self._blocks(stream):
                 check.feed(block)
                 seen += len(block)
@@ -6551,12 +6558,16 @@ _RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text
 _LARGE_RECIPES: OrderedDict[str, Recipe] = OrderedDict()
 
 
+_COUNT_OR_RECORDS: Json = [  # for who reads the schema
+    {"required": ["count"], "properties": {"count": {"type": "integer"}}},
+    {"required": ["records"], "properties": {"records": {"type": "object", "additionalProperties": True}}}]
+
+
 class GenerateRequest(JobRequest):
     """Records to make: `recordType` and `count`, with a schema unless the type is a preset; or `records`."""
 
     model_config = ConfigDict(json_schema_extra={
-        "examples": [{"recordType": "person", "count": 1000, "seed": 42}],
-        "oneOf": [{"required": ["count"]}, {"required": ["records"]}]})
+        "examples": [{"recordType": "person", "count": 1000, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
 
     record_type: NewRecordType | None = Field(None, description="Table the records go to (default: person).")
     count: int | None = Field(None, ge=1, le=2**63 - 1, description="How many, up to TASKAPI_MAX_RECORDS.")
@@ -8055,12 +8066,12 @@ class Request:
         """The body, block by block, without its Content-Encoding; refused where it is more than `most` bytes."""
         total, blocks = 0, self._declared()
         try:
-            for block in _unpacked(blocks) if is_packed(self.header("Content-Encoding")) else blocks:
+            for block in unpacked(blocks) if is_packed(self.header("Content-Encoding")) else blocks:
                 total += len(block)
                 if total > most:
                     raise body_too_large(self.path, self.engine.settings)
                 yield block
-        except JobFailed as error:
+        except BadGzip as error:
             raise BadRequest(f"the body is not as its Content-Encoding says: {error}") from None
 
     def body(self, model: type[Q]) -> Q:
@@ -8287,7 +8298,7 @@ class JobPage(ApiModel):
 def get_jobs(call: Request) -> bottle.HTTPResponse:
     """Jobs, newest first, a page at a time."""
     query = call.query(JobsQuery)
-    if query.after and not re.fullmatch(r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}", query.after, re.ASCII):
+    if query.after is not None and not re.fullmatch(r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}", query.after, re.ASCII):
         raise BadRequest.of("after", "is not the `next` of a page")
     jobs, more = call.engine.queue.jobs.page(query.status, query.type, query.limit, query.after)
     return reply(JobPage(items=jobs, next=jobs[-1].job_id if more else None))
@@ -8476,12 +8487,19 @@ class Preview(ApiModel):
     records: list[dict[str, Json]] | dict[str, list[dict[str, Json]]]
 
 
-@route("POST", "/preview", {200: Preview}, body=GenerateRequest)
+class PreviewRequest(GenerateRequest):
+    """As for /generate, up to 100 records."""
+
+    model_config = ConfigDict(json_schema_extra={
+        "examples": [{"recordType": "person", "count": 3, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
+
+    count: int | None = Field(None, ge=1, le=100, description="How many, up to 100.")
+
+
+@route("POST", "/preview", {200: Preview}, body=PreviewRequest)
 def post_preview(call: Request) -> bottle.HTTPResponse:
     """What /generate would make, up to 100 records, at once; nothing is stored."""
-    request = call.body(GenerateRequest)
-    if (request.count or 0) > 100:
-        raise BadRequest.of("count", "must be at most 100 in a preview")
+    request = call.body(PreviewRequest)
     with call.computing():
         return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
 
@@ -8744,16 +8762,15 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
     return operation
 
 
-def _told_to_clients(schema: dict[str, Json]) -> None:
-    """Says of what a client may send only what it needs: generators of clients take a property with a default to be
-    required, and null for one that may be left out says the same as leaving it out."""
+def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
+    """Says of what a client may send what generators of clients need: one takes a property with a default to be
+    required. `texts`: a query or a form, which has no null."""
     for field in schema.get("properties", {}).values():
-        kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
-        if "default" in field and len(kinds) == 1:
-            field.pop("anyOf")
-            field.update(kinds[0])
-        default = field.pop("default", None)
-        if default not in (None, [], {}):
+        default, kinds = field.pop("default", None), [*field.pop("anyOf", ())]
+        if texts:
+            kinds = [kind for kind in kinds if kind != {"type": "null"}]
+        field.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
+        if isinstance(default, str | int | float):
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
@@ -8773,11 +8790,13 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
         [(shape, "validation" if shape in inputs else "serialization")
          for shape in sorted(shapes, key=lambda shape: shape.__name__)], ref_template="#/components/schemas/{model}")
     schemas = definitions["$defs"]
+    texts = {shape.__name__ for entry in routes for shape in (entry.query, UploadForm) if shape}
     sent = {shape.__name__ for shape in inputs}
     while more := set().union(*(_named_in(schemas[name]) for name in sent)) - sent:
         sent |= more
     for name in sent:
-        _told_to_clients(schemas[name])
+        _told_to_clients(schemas[name], name in texts)
+    schemas["FieldsQuery"]["properties"]["locale"]["enum"] = known_locales()
     paths: dict[str, dict[str, Json]] = {}
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
