@@ -185,7 +185,6 @@ if _amiss := packages_amiss():
     raise (SystemExit if __name__ == "__main__" or Path(sys.argv[0]).stem == "taskapi" else ImportError)(_amiss)
 
 if TYPE_CHECKING:
-    import sqlite_utils
     from faker.generator import Generator as FakerGenerator
     from faker.providers import BaseProvider
 
@@ -502,7 +501,7 @@ def refuse_unknown_settings(environ: Mapping[str, str], file: Mapping[str, Json]
 
 # ==== 3 Models: the shapes that go over the wire, and the moves a job may make ====
 
-Kind = Literal["int", "float", "decimal", "bool", "text", "date", "datetime", "json", "any"]
+Kind = Literal["int", "float", "decimal", "bool", "text", "date", "datetime", "json", "any", "none"]
 Clock = Callable[[], datetime]
 
 
@@ -694,22 +693,26 @@ class Job(ApiModel):
         return links
 
 
-def date_bound(text: str, last: bool) -> str:
-    """A date or instant of a filter in the normal form; a date alone means its first or its last millisecond."""
+def date_bounds(text: str) -> tuple[str, str]:
+    """The first and the last instant that a date or instant of a filter means, in UTC with microseconds.
+
+    They are the same but for a date alone, which means its whole day. ValueError if it is no date.
+    """
     try:
         if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
             date.fromisoformat(text)
-            return text + ("T23:59:59.999Z" if last else "T00:00:00.000Z")
+            return f"{text}T00:00:00.000000", f"{text}T23:59:59.999999"
         if not re.match(r"\d{4}-\d\d-\d\d[T ]", text, re.ASCII):
             raise ValueError(text)
         moment = datetime.fromisoformat(text)
-        return instant(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+        moment = moment.astimezone(UTC) if moment.tzinfo else moment
+        return (moment.replace(tzinfo=None).isoformat(timespec="microseconds"),) * 2
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is not a date such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
 
 
 def _date_text(text: str) -> str:
-    date_bound(text, last=False)
+    date_bounds(text)
     return text
 
 
@@ -779,20 +782,22 @@ LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "expor
 # ==== 4 Store: the only SQL: the job table and the record tables ====
 
 T = TypeVar("T")
-Style = Literal["csv", "json"]
 _BUSY_SECONDS = 4.0  # how long a statement waits for another process's lock
 _BATCH_SECONDS = 0.05  # how long a transaction takes in further work: others hardly wait for it
 _LOOK_SECONDS = 0.2  # between looks whether the files are still ours
 _LOG_PAGES = 1000  # of the log are copied into the database at a time
-_BLOCK_RECORDS, _BLOCK_BYTES = 2_000, 2**20  # about so many records, and so much of their text, are made at a time
+_BLOCK_RECORDS, _BLOCK_BYTES = 10_000, 2**20  # about so many records, and so much of their text, are made at a time
 _BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
-_LAST_ID, _NO_LIMIT = 2**62, 2**31 - 1
-_MOST_LONG = 600  # fields of a record type whose long floats leave as numbers: SQLite gives up to 2,000 columns
-_READERS = 2  # connections that make text at once; more of them wait for each other in SQLite's allocator
+_PAGE_BYTES = 2**22  # likewise of a page of several records
+_LONGEST, _NO_LIMIT = 2**31 - 1, 2**62  # bytes of a text; records
+_RUN_IDS = 20_000  # ranges of ids are put together until they have about so many
+_MOST_SELECTS = 400  # SQLite joins up to 500 to one statement
+_MOST_COLUMNS = 1_993  # of a record table; SQLite gives up to 2,000
 _KEPT_READERS = 8  # connections for reading that stay open for the next time
 _COPY_STEP = 20_000  # records that one statement copies into an exported database
 _STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, until it asks whether to go on
-_DELETE_STEP = 5_000  # rows that one transaction deletes: short enough that others hardly wait
+_DELETE_STEP, _DELETE_SECONDS = 5_000, 0.03  # rows that one transaction deletes at most, and about how long it takes
+_RANGES_STEP = 10_000  # ranges of ids that one transaction marks as deleted
 
 
 def _quote(name: str) -> str:
@@ -859,6 +864,41 @@ def fair_claims(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
+@migration
+def layouts_of_ranges(connection: sqlite3.Connection) -> None:
+    """What a job wrote is read by the kinds that it wrote it with; no index has a name that a record type can have."""
+    for statement in (
+            "ALTER TABLE _spans RENAME TO _id_ranges", "ALTER TABLE _id_ranges ADD COLUMN layout INTEGER",
+            # A layout is the fields of a record type with their kinds, as some jobs wrote them: a JSON object.
+            "CREATE TABLE _layouts(id INTEGER PRIMARY KEY, record_type TEXT, kinds TEXT) STRICT"):
+        connection.execute(statement)
+    used = {row[0] for row in connection.execute("SELECT DISTINCT record_type FROM _id_ranges")}
+    for record_type, in connection.execute("SELECT record_type FROM _types").fetchall():
+        if record_type in used:
+            kinds = connection.execute("SELECT field, kind FROM _fields WHERE record_type = ? ORDER BY position",
+                                       (record_type,))
+            connection.execute("INSERT INTO _layouts(record_type, kinds) VALUES (?, ?)",
+                               (record_type, json.dumps(dict(kinds.fetchall()), ensure_ascii=False)))
+        else:
+            connection.execute(f"DROP TABLE {_quote(record_type)}")
+            connection.execute("DELETE FROM _types WHERE record_type = ?", (record_type,))
+    for statement in (
+            ("UPDATE _id_ranges SET layout = (SELECT l.id FROM _layouts AS l "
+             "WHERE l.record_type = _id_ranges.record_type)"),
+            "DROP TABLE _fields", "CREATE INDEX _layouts_type ON _layouts(record_type)",
+            "CREATE INDEX _id_ranges_layout ON _id_ranges(layout)",
+            # CROSS keeps the order of the loops: ranges by their first id, then the job of each.
+            ("CREATE VIEW _readable_ranges AS SELECT g.record_type, g.first, g.size, g.rows, g.job, g.layout, "
+             "jobs.created_at FROM _id_ranges AS g CROSS JOIN jobs ON jobs.id = g.job "
+             "WHERE jobs.status = 'completed'")):
+        connection.execute(statement)
+    for name, sql in connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL "
+                                        "AND name NOT LIKE '!_%' ESCAPE '!'").fetchall():
+        connection.execute(f"DROP INDEX {_quote(name)}")
+        renamed = _quote(f"_{name}")
+        connection.execute(re.sub(r"INDEX\s+\S+", f"INDEX {renamed}", sql, count=1))
+
+
 def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
     """The columns of every table."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -886,108 +926,22 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
     return version
 
 
-class KindSql(NamedTuple):
-    """How one kind of field is stored, and made JSON inside SQLite; `{c}` stands for the column."""
-
-    column: str
-    json: str = "{c}"  # an argument of json_object or json_array
-    compare: str = "{c}"  # what filters and ORDER BY look at
-    raw: bool = False  # the argument is JSON text, not a string
-
-
 def _exact_float(value: float) -> str:
     """A float as the shortest text that reads back equal; beyond the range of JSON it reads back as infinite."""
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
-# These stand where Python has to mend the JSON that SQLite made of many records: where a null is, around a number that
-# is not to be quoted, and between records that are yet to be sorted. Nobody knows them, so no data holds them.
-_NULL_MARK, _BARE_MARK, _SEAM_MARK = (f"{name}-{secrets.token_hex(8)}" for name in ("null", "bare", "seam"))
-_SEPARATOR = "\x1f"  # between JSON texts, which hold it only escaped
-# A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints.
-_SHORT_FLOAT = ("({c} BETWEEN 1e-4 AND 1e9 OR {c} BETWEEN -1e9 AND -1e-4) AND {c} = round({c} * 1e6) / 1e6 "
-                "OR {c} = 0")
-
-
-def _is_short(value: Json) -> bool:
-    """Whether _SHORT_FLOAT holds for what a float field is to store."""
-    return value is None or value == 0 or (1e-4 <= abs(value) <= 1e9 and value == round(value * 1e6) / 1e6)
-
-
-_BARE = f"'{_BARE_MARK}' || {{c}} || '{_BARE_MARK}'"
-_FLOAT = (f"CASE WHEN {_SHORT_FLOAT} THEN {{c}} "
-          f"WHEN {{c}} IS NOT NULL THEN {_BARE.replace('{c}', 'exact_float({c})')} END")
-# What SQLite prints of other floats is not exact, and calling Python for each would wait for the interpreter lock each
-# time. So they leave as two whole numbers, of 2**-10 and 2**-72, which hold all bits of any from 2**-20 up to 2**53;
-# those beyond are written one by one.
-_IN_RANGE = "({c} BETWEEN 1e-6 AND 9e15 OR {c} BETWEEN -9e15 AND -1e-6 OR {c} = 0)"
-_LONG_FLOAT = (f"CASE WHEN {_IN_RANGE} THEN CAST({{c}} * 1024 AS INTEGER) ELSE 'null' END",
-               f"coalesce(CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS INTEGER)) * {2.0**62} AS INTEGER), 0)",
-               f"CASE WHEN {{c}} IS NULL THEN {{null}} WHEN NOT {_IN_RANGE} THEN exact_float({{c}}) END")
-KIND_SQL: Mapping[Kind, KindSql] = {
-    "int": KindSql("INTEGER"),
-    "float": KindSql("REAL"),
-    "decimal": KindSql("TEXT", _BARE, compare="CAST({c} AS REAL)"),
-    "bool": KindSql("INTEGER", "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"),
-    "text": KindSql("TEXT"), "date": KindSql("TEXT"), "datetime": KindSql("TEXT"),
-    "json": KindSql("TEXT", raw=True),
-    # A column that schemas have given different kinds: every value keeps the type it was stored with.
-    "any": KindSql("ANY", f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT} ELSE {{c}} END"),
-}
-
-
-def _unescaped(text: bytes) -> bytes:
-    for escaped, plain in ((b'"', b'""'), (b"n", b"\n"), (b"r", b"\r"), (b"t", b"\t"), (b"b", b"\b"), (b"f", b"\f")):
-        text = text.replace(b"\\" + escaped, plain)
-    return re.sub(rb"\\u00(..)", lambda found: bytes([int(found[1], 16)]), text) if b"\\" in text else text
-
-
-def _mended(text: bytes, style: Style, sql: str) -> bytes:
-    """Records of the JSON that SQLite made by `sql`, with what is marked put right, and for CSV without the escapes."""
-    if _BARE_MARK in sql:
-        bare = _BARE_MARK.encode()
-        text = text.replace(b'"' + bare, b"").replace(bare + b'"', b"")
-    if style == "json":
-        return text
-    # A string of JSON holds no line end, and no quote but after a backslash.
-    text = text.replace(f'"{_NULL_MARK}"'.encode(), b"")
-    # Where backslashes that stand for themselves are taken out, every other one begins an escape.
-    return b"\\".join(map(_unescaped, text.split(b"\\\\"))) if b"\\" in text else text
-
-
-def _floats(whole: bytes, rest: bytes, others: bytes | None) -> list[bytes]:
-    """Floats in their shortest form, of what _LONG_FLOAT gave."""
-    separator = _SEPARATOR.encode()
-    halves = (from_json(b"[%b]" % joined.replace(separator, b",")) for joined in (whole, rest))
-    numbers = [None if high is None else high * 2.0**-10 + low * 2.0**-72 for high, low in zip(*halves, strict=True)]
-    cells = to_json(numbers)[1:-1].split(b",")
-    written = iter((others or b"").split(separator))
-    for place, number in enumerate(numbers):
-        if number is None:
-            cells[place] = next(written)
-        elif -1e-4 < number < 1e-4:  # of which there are two shortest forms
-            cells[place] = repr(number).encode()
-    return cells
-
-
-def _woven(cells: Sequence[list[bytes]], glue: Sequence[bytes], between: bytes) -> bytes:
-    """The text of records, given column by column, with `glue` around the cells of each."""
-    *inner, end = glue[1:]
-    step = 2 * len(cells)
-    pieces = list(chain.from_iterable((b"", piece) for piece in (*inner, end + between + glue[0]))) * len(cells[0])
-    for number, column in enumerate(cells):
-        pieces[2 * number::step] = column
-    pieces[-1] = end
-    return glue[0] + b"".join(pieces)
-
-
-# Only what a spreadsheet would run as a formula: not a plain signed number.
-_SAFE_TEXT = ("""iif({c} GLOB '[=@' || char(9, 13) || ']*' OR ({c} GLOB '[+-]*' """
-              """AND substr({c}, 2) GLOB '*[^0-9.]*'), '''' || {c}, {c})""")
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _decimal_key(value: str | None) -> str | None:
+    """A text for a decimal; these sort as the numbers do, and are equal where they are."""
+    if value is None:
+        return None
+    number = Decimal(value)
+    if not number:
+        return "1"
+    digits = "".join(map(str, number.as_tuple().digits)).rstrip("0")
+    size = number.adjusted() if number.is_finite() else 10**6
+    key = f"{10**6 + max(-10**6, min(10**6, size)):07}{digits}"
+    return f"2{key}" if number > 0 else "0" + "".join(str(9 - int(digit)) for digit in key) + "~"
 
 
 class _Piece(NamedTuple):
@@ -1156,6 +1110,7 @@ class Database:
         connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
                                      isolation_level=None, check_same_thread=False, cached_statements=256)
         connection.create_function("exact_float", 1, _exact_float, deterministic=True)
+        connection.create_function("decimal_key", 1, _decimal_key, deterministic=True)
         return connection
 
     def _set_up(self) -> None:
@@ -1361,14 +1316,6 @@ class Database:
             connection.close()
             raise
         return connection
-
-    @contextmanager
-    def snapshots(self, count: int) -> Iterator[list[sqlite3.Connection]]:
-        """Connections for reading that all see the same: while they begin, nothing is written."""
-        with ExitStack() as stack:
-            connections = [stack.enter_context(self.read()) for _ in range(count)]
-            self.write(lambda _: [reader.execute("SELECT 1 FROM _types").fetchone() for reader in connections])
-            yield connections
 
     @contextmanager
     def copying(self, path: Path) -> Iterator[sqlite3.Connection]:
@@ -1934,6 +1881,192 @@ class JobStore:
             return {row[0] for row in rows}
 
 
+# Records as SQL: what a kind of field is in a table, in a text, in a comparison
+
+
+class KindSql(NamedTuple):
+    """What a kind of field is in SQLite; `{c}` stands for the column."""
+
+    column: str  # the type that a column is declared with
+    json: str = "{c}"  # its JSON text where `raw`, otherwise an argument of json_object
+    text: str = ""  # what is text; {safe} is that where a spreadsheet may run it
+    csv: str = "{c}"  # its cell; where that is none, a quoted one of its text
+    order: str = "{c}"  # what ORDER BY and comparisons look at
+    raw: bool = False
+    stored: str = "{c}"  # the value as a column of that very type gives it
+
+
+# A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints. What
+# it prints of others is not exact, and to call Python for each would wait for the interpreter lock each time: they
+# leave as two whole numbers, of 2**-10 and 2**-72, which hold all their bits; see _floats.
+_FLOAT = ("CASE WHEN ({{c}} BETWEEN 1e-4 AND 1e9 OR {{c}} BETWEEN -1e9 AND -1e-4) AND {{c}} = round({{c}} * 1e6) / 1e6 "
+          "OR {{c}} = 0 THEN {{c}} + 0.0 WHEN {{c}} BETWEEN 1e-4 AND 9e15 OR {{c}} BETWEEN -9e15 AND -1e-4 THEN "
+          "x'fe' || CAST({{c}} * 1024 AS INTEGER) || x'fe' || CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS INTEGER)) * "
+          f"{2.0**62} AS INTEGER) || x'fe' WHEN {{{{c}}}} IS NOT NULL THEN {{exact}} END").format
+_FLOAT_JSON, _FLOAT_CELL = _FLOAT(exact="json(exact_float({c}))"), _FLOAT(exact="exact_float({c})")
+# An instant in UTC with microseconds; texts of 24 characters are those that `instant` makes. SQLite would round
+# fractions of a second, so they stay aside. Null for what is no date.
+_WITHOUT_FRACTION = "iif(substr({c}, 20, 1) = '.', substr({c}, 1, 19) || ltrim(substr({c}, 21), '0123456789'), {c})"
+_MOMENT = ("CASE WHEN length({c}) = 24 AND {c} GLOB '????-??-??T*Z' THEN substr({c}, 1, 23) || '000' "
+           "WHEN {c} GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*' THEN "
+           f"strftime('%Y-%m-%dT%H:%M:%S', {_WITHOUT_FRACTION}) || '.' || substr(iif(substr({{c}}, 20, 1) = '.', "
+           "substr({c}, 21, length({c}) - 20 - length(ltrim(substr({c}, 21), '0123456789'))), '') || '000000', 1, 6) "
+           "END")
+_BOOL = "CASE {c} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END"
+_FLAG = "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"
+KIND_SQL: Mapping[Kind, KindSql] = {
+    "none": KindSql("ANY", json="NULL", csv="NULL", order="NULL", stored="NULL"),  # no job has given it a value
+    "int": KindSql("INTEGER"),
+    "float": KindSql("REAL", json=_FLOAT_JSON, csv=_FLOAT_CELL, stored="CAST({c} AS REAL)"),
+    "decimal": KindSql("TEXT", order="CAST({c} AS REAL)", raw=True),
+    "bool": KindSql("INTEGER", json=_FLAG, csv=_BOOL),
+    "text": KindSql("TEXT", text="{c}", csv=""),
+    "date": KindSql("TEXT", text="{c}", csv="", order="{c} || 'T00:00:00.000000'"),
+    "datetime": KindSql("TEXT", text="{c}", csv="", order=_MOMENT),
+    # Values of several types, or lists and objects: each as JSON.
+    "json": KindSql("TEXT", text="iif({c} GLOB '\"*', json_extract({c}, '$'), {c})", raw=True,
+                    csv="iif({c} GLOB '[\"{{[]*', printf('\"%w\"', {safe}), {c})", order="json_extract({c}, '$')"),
+    # Values of several types, each as SQLite has it.
+    "any": KindSql("ANY", text="{c}", json=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_JSON} ELSE {{c}} END",
+                   csv=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_CELL} WHEN 'text' THEN printf('\"%w\"', {{safe}}) "
+                       "ELSE {c} END"),
+}
+_NUMBERS, _TEXTS = frozenset[Kind]({"int", "float", "decimal"}), frozenset[Kind]({"text", "date", "datetime"})
+
+
+def joined_kind(one: Kind, other: Kind) -> Kind:
+    """The kind that a field is shown with which jobs have written with two.
+
+    The values stay what they are: each job's are read by the kind that it wrote them with.
+    """
+    if one == other or other == "none":
+        return one
+    if one == "none":
+        return other
+    return "decimal" if {one, other} <= _NUMBERS else "text" if {one, other} <= _TEXTS else "any"
+
+
+def joined_kinds(layouts: Iterable[Mapping[str, Kind]]) -> dict[str, Kind]:
+    """The fields of several jobs' records, in the order in which they came up, with the kinds they have in common."""
+    joined: dict[str, Kind] = {}
+    for field, kind in chain.from_iterable(layout.items() for layout in layouts):
+        joined[field] = joined_kind(joined.get(field, "none"), kind)
+    return joined
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+# Comparisons: the one place that says which stored values a filter's value is equal to, or before
+
+_RESERVED: Mapping[str, Kind] = {"_id": "int", "_job": "text", "_created": "datetime"}
+_OPERATORS = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+
+
+def _number(value: Json) -> int | float | None:
+    """A filter's number, also one written as a text; None if it is none, or NaN, which SQLite takes for null."""
+    if isinstance(value, str):
+        with suppress(ValueError, OverflowError):
+            return _number(int(value) if re.fullmatch(r"-?\d{1,400}", value, re.ASCII) else float(value))
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        return None
+    # Beyond what SQLite can hold is beyond every value there is.
+    return value if abs(value) < 2**63 or isinstance(value, float) else math.copysign(math.inf, value)
+
+
+def _meaning(kind: Kind, value: Json) -> tuple[Json, Json] | None:
+    """The first and the last of the keys (`order` of the kind) that a filter's value means; None if it has none.
+
+    They differ for a date, which means its whole day.
+    """
+    meant: Json = None
+    if kind in _NUMBERS:
+        meant = _number(value)
+    elif kind == "bool":
+        meant = value if isinstance(value, bool) else None
+    elif kind in ("date", "datetime"):
+        with suppress(ValueError):
+            return date_bounds(value) if isinstance(value, str) else None
+    elif not isinstance(value, bool):
+        meant = str(value)
+    return None if meant is None else (meant, meant)
+
+
+def _is_among(key: str, meanings: Collection[tuple[Json, Json]]) -> tuple[str, list[Json]]:
+    """Whether a key is what one of several values means."""
+    points = [first for first, last in meanings if first == last]
+    days = [first[:10] for first, last in meanings if first != last]
+    sql = " OR ".join(f"{side} IN ({', '.join('?' * len(values))})"
+                      for side, values in ((key, points), (f"substr({key}, 1, 10)", days)) if values)
+    return f"({sql or 'FALSE'})", [*points, *days]
+
+
+def _meets(key: str, relation: str, meanings: Collection[tuple[Json, Json]]) -> tuple[str, list[Json]]:
+    if relation in ("eq", "in_"):
+        return _is_among(key, meanings)
+    first, last = next(iter(meanings))
+    return f"{key} {_OPERATORS[relation]} ?", [first if relation in ("lt", "gte") else last]
+
+
+def _compare_decimals(column: str, relation: str, values: Sequence[Json]) -> tuple[str, list[Json]]:
+    """As numbers: those of up to 15 digits, which a float tells apart, inside SQLite; others by their keys."""
+    texts = [str(value) for value in values]
+    exact = _meets(f"decimal_key({column})", relation, [(_decimal_key(text),) * 2 for text in texts])
+    short = [(float(text),) * 2 for text in texts if len(Decimal(text).normalize().as_tuple().digits) <= 15]
+    if len(short) < len(texts):
+        return exact
+    plain = _meets(f"CAST({column} AS REAL)", relation, short)
+    return f"CASE WHEN length({column}) <= 15 THEN {plain[0]} ELSE {exact[0]} END", [*plain[1], *exact[1]]
+
+
+def _compare_mixed(kind: Kind, column: str, relation: str, values: Sequence[Json]) -> tuple[str, list[Json]]:
+    """In a column of several types numbers are compared with numbers, texts with texts, booleans with booleans."""
+    type_of, key = f"{'json_type' if kind == 'json' else 'typeof'}({column})", KIND_SQL[kind].order.format(c=column)
+    numbers = [number for value in values if not isinstance(value, str) and (number := _number(value)) is not None]
+    sql, bound = [], list[Json]()
+    for guard, of_type in ((f"{type_of} IN ('integer', 'real')", numbers),
+                           (f"{type_of} NOT IN ('integer', 'real', 'true', 'false')",
+                            [value for value in values if isinstance(value, str)]),
+                           (f"{type_of} IN ('true', 'false')", [value for value in values if isinstance(value, bool)])):
+        if of_type:
+            met, of_met = _meets(key, relation, [(value, value) for value in of_type])
+            sql.append(f"({guard} AND {met})")
+            bound += of_met
+    return f"({' OR '.join(sql) or 'FALSE'})", bound
+
+
+def comparison(kind: Kind, column: str, relation: str, value: Json) -> tuple[str, list[Json]] | None:
+    """One condition of a filter as SQL, and the values it binds: how every reader of records compares.
+
+    Numbers compare as numbers, decimals exactly, instants and dates as such, where a date means its whole day; what is
+    of several types by the type of each value. None if no value of that kind can be compared with this one.
+    """
+    key = KIND_SQL[kind].order.format(c=column)
+    if relation == "null" or (relation in ("eq", "ne") and value is None):
+        return f"{column} IS {'' if (value if relation == 'null' else relation == 'eq') else 'NOT '}NULL", []
+    if relation == "like":
+        return f"{(KIND_SQL[kind].text or '{c}').format(c=column)} LIKE ?", [value]
+    if relation == "ne":
+        equal = comparison(kind, column, "eq", value)
+        return equal and (f"NOT coalesce({equal[0]}, FALSE)", equal[1])
+    values = [item for item in (value if relation == "in_" else [value]) if item is not None]
+    if not values or kind == "none":
+        return "FALSE", []
+    if kind in ("json", "any"):
+        return _compare_mixed(kind, column, relation, values)
+    meanings = [_meaning(kind, item) for item in values]
+    if None in meanings:
+        return None
+    if kind == "decimal":
+        return _compare_decimals(column, relation, values)
+    return _meets(key, relation, [meaning for meaning in meanings if meaning])
+
+
+# Queries: which records, and their text, made inside SQLite
+
+
 class RecordTypeInfo(ApiModel):
     """A record type: how many records it has, and the kind of each field."""
 
@@ -1942,23 +2075,30 @@ class RecordTypeInfo(ApiModel):
     fields: dict[str, Kind]
 
 
-class Block(NamedTuple):
-    """The text of some records in UTF-8, how many they are, and the id of the last."""
+class RecordText(NamedTuple):
+    """How records are written: what stands between two, and between the cells of one; JSON objects have no cells."""
 
-    text: bytes
-    records: int
-    last: int
+    between: str = "\n"
+    delimiter: str | None = None
+    excel_safe: bool = False  # texts that a spreadsheet would run get a ' in front
 
 
 class Lines(NamedTuple):
-    """Selected records as text: the fields, how many there will be (None: unknown), and the texts, many at a time."""
+    """Selected records as text: the fields, how many there will be (None: unknown), and (text, records) by blocks."""
 
     fields: list[str]
     total: int | None
-    blocks: Iterator[Block]
+    blocks: Generator[tuple[bytes, int], None, None]
 
 
-_OPERATORS = {"eq": "IS", "ne": "IS NOT", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "LIKE"}
+# Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
+# made of; x'fe' around and within floats.
+_MARK = "CAST(x'ff' AS TEXT)"
+_PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
+FORMULA_STARTS = "=@+-\uff1d\uff20\uff0b\uff0d"  # for a spreadsheet; the last four are full-width
+# Only what a spreadsheet would run as a formula: not a plain signed number.
+_SAFE_TEXT = ("iif({c} GLOB '[=@\uff1d\uff20\uff0b\uff0d ' || char(9, 10, 13) || ']*' OR ({c} GLOB '[+-]*' "
+              "AND substr({c}, 2) GLOB '*[^0-9.]*'), '''' || {c}, {c})")
 
 
 def _column(field: str) -> str:
@@ -1966,432 +2106,474 @@ def _column(field: str) -> str:
     return f"r.{_quote(field)}"
 
 
-def _comparable(kind: Kind | None, field: str, value: Json) -> Json:
-    """A filter's value as the column would hold it; JobFailed if no value of that kind can be equal to it."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        value = math.copysign(math.inf, value)  # beyond what SQLite can hold, and so beyond every value there is
-    if value is None or kind in (None, "any"):
-        return value
-    if kind in ("int", "float", "decimal") and not isinstance(value, bool):
-        with suppress(ValueError):
-            number = float(value) if isinstance(value, str) else value
-            if not math.isnan(number):  # which SQLite takes for null
-                return number
-    elif (kind == "bool") == isinstance(value, bool):
-        return value if kind == "bool" else str(value)
-    raise JobFailed(f"filter on {field!r}: {json.dumps(value)} cannot be compared with a field of kind {kind}")
+def _concatenated(texts: Sequence[str]) -> str:
+    """Their concatenation as SQL, not nested deeper than SQLite goes."""
+    while len(texts) > 1:
+        texts = [f"({' || '.join(texts[start:start + 50])})" for start in range(0, len(texts), 50)]
+    return texts[0]
 
 
-def _compare(kind: Kind | None, field: str, operator: str, value: Json) -> tuple[str, list[Json]]:
-    """One condition of a filter as SQL and its values; a type without the field has null there."""
-    column = KIND_SQL[kind].compare.format(c=_column(field)) if kind else "NULL"
-    if operator == "null":
-        return f"{column} IS {'' if value else 'NOT '}NULL", []
-    if operator == "in_":
-        return f"{column} IN (SELECT value FROM json_each(?))", [
-            json.dumps([item for item in (_comparable(kind, field, item) for item in value)
-                        if not isinstance(item, float) or math.isfinite(item)])]
-    return f"{column} {_OPERATORS[operator]} ?", [value if operator == "like" else _comparable(kind, field, value)]
+def _object_sql(kinds: Mapping[str, Kind], fields: Iterable[str], label: tuple[str, str] | None) -> str:
+    """The JSON text of a record: objects, of which `}x'ff'{` makes one."""
+    pieces: list[str] = []
+    arguments = [*map(_literal, label)] if label else []
+
+    def end() -> None:
+        if arguments:
+            pieces.append(f"json_object({', '.join(arguments)})")
+            arguments.clear()
+
+    for field in fields:
+        if field not in kinds:
+            continue
+        kind = KIND_SQL[kinds[field]]
+        value = kind.json.format(c=_column(field))
+        if kind.raw:
+            end()
+            name = _literal("{" + json.dumps(field, ensure_ascii=False) + ":")
+            pieces.append(f"{name} || coalesce({value}, 'null') || '}}'")
+        else:
+            arguments += [_literal(field), value]
+            if len(arguments) >= 2 * _PIECE_FIELDS:
+                end()
+    end()
+    return _concatenated([*chain.from_iterable((_MARK, piece) for piece in pieces)][1:] or ["json_object()"])
 
 
-# CROSS keeps the order of the loops: spans by their first id, then, where they are joined to it, each one's records.
-_SPANS = "_spans CROSS JOIN jobs ON jobs.id = _spans.job"
+def _cells_sql(kinds: Mapping[str, Kind], fields: Sequence[str], label: tuple[str, str] | None,
+               text: RecordText) -> str:
+    """The line of a record: texts quoted, others bare, nothing where there is null."""
+    cells = [('"%w"', _literal(label[1]))] if label else []
+    null = "'\"\"'" if len(fields) + len(cells) == 1 else "''"  # readers skip a line that is empty
+    for field in fields:
+        kind, column = KIND_SQL[kinds.get(field, "none")], _column(field)
+        safe = (_SAFE_TEXT if text.excel_safe else "{c}").format(c=kind.text.format(c=column))
+        if kind.csv:
+            cells.append(("%s", f"coalesce({kind.csv.format(c=column, safe=safe)}, {null})"))
+        else:
+            cells.append(('"%w"', f"coalesce({safe}, {_MARK})"))
+    delimiter = str(text.delimiter)
+    pieces = []
+    for start in range(0, len(cells), _PIECE_FIELDS):
+        forms, values = zip(*cells[start:start + _PIECE_FIELDS], strict=True)
+        pieces.append(f"printf({_literal(delimiter.replace('%', '%%').join(forms))}, {', '.join(values)})")
+    return _concatenated([*chain.from_iterable((_literal(delimiter), piece) for piece in pieces)][1:] or ["''"])
 
 
-class _Column(NamedTuple):
-    """A part of every record as SQL: an object or array of many fields, whose brackets go; one field as it is; or the
-    three expressions of _LONG_FLOAT."""
-
-    values: tuple[str, ...]
-    bracketed: bool
-    flags: tuple[str, ...] = ()  # what stands in an object before each boolean, which SQLite writes as 0 or 1
-
-    def text(self, joined: bytes) -> bytes:
-        """Objects or arrays of many records, with their booleans put right."""
-        for flag in map(str.encode, self.flags):  # it can stand nowhere else: within a string a quote has a backslash
-            joined = joined.replace(flag + b"0", flag + b"false").replace(flag + b"1", flag + b"true")
-        return joined
-
-    def cells(self, joined: Iterator[bytes], style: Style) -> list[bytes]:
-        """What stands in each record, of what the expressions gave."""
-        if len(self.values) > 1:
-            return _floats(next(joined), next(joined), next(joined))
-        separator = _SEPARATOR.encode()
-        if not self.bracketed:
-            return next(joined).split(separator)
-        between = separator.join((b"}", b"{") if style == "json" else (b"]", b"["))
-        return self.text(next(joined))[1:-1].split(between)
+def _cut(text: bytes, mark: bytes, by: bytes) -> bytes:
+    """A text with each mark, and the one character on either side of it, replaced."""
+    return by.join([part[1:-1] for part in (b".%b." % text).split(mark)])
 
 
-class _Source(NamedTuple):
-    """Reads records of one type: their columns, what stands around these, and where they are (FROM and WHERE).
+def _floats(text: bytes, quoted: bool) -> bytes:
+    """A text with the floats that _FLOAT left as two numbers, with quotes around or not, in their shortest form."""
+    parts = (b".%b." % text if quoted else text).split(b"\xfe")
+    wholes, rests = (from_json(b"[%b]" % b",".join(halves)) for halves in (parts[1::3], parts[2::3]))
+    numbers = [whole * 2.0**-10 + rest * 2.0**-72 for whole, rest in zip(wholes, rests, strict=True)]
+    parts[1::3] = to_json(numbers)[1:-1].split(b",")
+    parts[2::3] = [b""] * len(numbers)
+    if quoted:
+        parts[0::3] = [part[1:-1] for part in parts[0::3]]
+    return b"".join(parts)
 
-    SQLite joins the text of many records, column by column, so that Python, and its lock, are asked for once for all.
+
+@lru_cache(maxsize=1024)
+def _kinds_of(layout: str) -> Mapping[str, Kind]:
+    return cast(Mapping[str, Kind], json.loads(layout))
+
+
+def _layouts(connection: sqlite3.Connection, record_type: str) -> dict[int, Mapping[str, Kind]]:
+    """The layouts of a record type by their numbers, in the order in which they came up."""
+    rows = connection.execute("SELECT id, kinds FROM _layouts WHERE record_type = ? ORDER BY id", (record_type,))
+    return {number: _kinds_of(kinds) for number, kinds in rows.fetchall()}
+
+
+def _record_types(connection: sqlite3.Connection, *needed: str) -> list[str]:
+    """All record types; NotFound if one that is needed is not among them."""
+    existing = [row[0] for row in connection.execute("SELECT record_type FROM _types ORDER BY record_type")]
+    for name in needed:
+        if name not in existing:
+            raise NotFound(f"there is no record type {name!r}{did_you_mean(name, existing)}; "
+                           f"there are: {', '.join(existing) or 'none yet'}")
+    return existing
+
+
+class _Run(NamedTuple):
+    """Neighbouring records that read alike: of one type, from one `_id` to another, written with the same kinds.
+
+    `shape` is the place of type and kinds among the query's shapes.
     """
 
-    columns: list[_Column]
-    glue: list[str]
-    rows: str
-    values: list[Json]
-    order: str
-    place: str
-    style: Style
-
-    def with_places(self) -> _Source:
-        """The same with each record's place and a colon before it."""
-        place = _Column((self.place,), bracketed=False)
-        return self._replace(columns=[place, *self.columns], glue=["", ":" + self.glue[0], *self.glue[1:]])
-
-    def sql(self, separator: str, limited: bool) -> str:
-        """One row: the text of every column, how many records, the last place.
-
-        Its parameters are the place that they come after, the last one, the values, and the most records if limited.
-        """
-        values = list(chain.from_iterable(column.values for column in self.columns))
-        joined = ", ".join(f"CAST(group_concat(c{number}, {_literal(separator)}) AS BLOB)"
-                           for number in range(len(values)))
-        # Only a limit needs to say the order, which the rows have anyway, and keeps SQLite from reading them in one go.
-        end, place = (f" ORDER BY {self.order} LIMIT ?", "max(place)") if limited else ("", "NULL")
-        named = ", ".join(f"{value} AS c{number}" for number, value in enumerate(values))
-        return f"SELECT {joined}, count(*), {place} FROM (SELECT {named}, {self.place} AS place FROM {self.rows}{end})"
-
-    def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, between: str) -> Block:
-        """The records from the place beyond `after` to `last`, at most `limit` of them."""
-        whole = len(self.columns) == 1 and self.columns[0].bracketed  # then there is nothing to put together
-        sql = self.sql(between if whole else _SEPARATOR, limit is not None)
-        values = [after, last, *self.values, *([] if limit is None else [limit])]
-        *joined, records, place = connection.execute(sql, values).fetchone()
-        if not records:
-            return Block(b"", 0, after)
-        if whole:
-            text = self.columns[0].text(joined[0])
-            if self.style == "csv":
-                text = text[1:-1].replace(f"]{between}[".encode(), between.encode())
-        else:
-            given = iter(joined)
-            cells = [column.cells(given, self.style) for column in self.columns]
-            text = _woven(cells, [piece.encode() for piece in self.glue], between.encode())
-        return Block(_mended(text, self.style, sql), records, last if limit is None else place)
+    shape: int
+    first: int
+    last: int
 
 
-class _Selection:
-    """Checks filters against what exists, and turns them into SQL with every value bound."""
+class Query:
+    """Checked filters over one snapshot: which records of completed jobs, which of their fields, in which order.
 
-    def __init__(self, connection: sqlite3.Connection, filters: Filters, fields: Sequence[str] | None,
-                 order_by: str | None, kinds_of: Callable[[sqlite3.Connection, str], dict[str, Kind]]):
-        self._connection = connection
-        self._filters = filters
-        names = [filters.record_type] if isinstance(filters.record_type, str) else filters.record_type
-        existing = [row[0] for row in connection.execute("SELECT record_type FROM _types ORDER BY record_type")]
-        for name in names or ():
-            if name not in existing:
-                raise JobFailed(f"there is no record type {name!r}; there are: {', '.join(existing) or 'none yet'}")
-        if filters.job_id is not None:
-            existing = self._types_of_job(filters.job_id)
+    Each job's records are read by the kinds that it wrote them with, so that no later job changes them. `order_by` is
+    a field, with a `-` before it for descending. Raises NotFound, which names what exists, for a type, field or job
+    that does not, and BadRequest for a filter that no value can be compared with.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, filters: Filters, fields: Sequence[str] | None = None,
+                 order_by: str | None = None):
+        self._connection, self._filters = connection, filters
         self._several = not isinstance(filters.record_type, str)
-        self.kinds = {name: kinds_of(connection, name) for name in names or existing}
-        self._long = set(connection.execute("SELECT record_type, field FROM _fields WHERE long"))
-        self._descending = bool(order_by) and str(order_by).startswith("-") and order_by not in self._all_fields()
+        layouts = {name: _layouts(connection, name) for name in self._types()}
+        known = list(joined_kinds(chain.from_iterable(of.values() for of in layouts.values())))
+        self._descending = bool(order_by) and str(order_by).startswith("-") and order_by not in known
         self._order_by = str(order_by)[1:] if self._descending else order_by
-        for field in (*(fields or ()), *([] if self._order_by is None else [self._order_by]), *filters.where,
-                      *([filters.date_field] if filters.date_field else ())):
-            self._check_field(field)
-        self.fields = list(fields) if fields else self._all_fields()
+        for field in filter(None, (*(fields or ()), self._order_by, *filters.where, filters.date_field)):
+            self._check_field(field, known)
+        self._layouts = layouts if filters.job_id is None else self._layouts_of_job(layouts, filters.job_id)
+        self._kinds = {name: joined_kinds(of.values()) for name, of in self._layouts.items()}
+        self.fields = list(fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
         self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
         while self._label.lower() in map(str.lower, self.fields):
             self._label = f"_{self._label}"
         self.header = [self._label, *self.fields] if self._several else self.fields
+        self._shapes: list[tuple[str, Mapping[str, Kind]]] = []  # record type and kinds
+        self._shape_of: dict[tuple[str, int], int] = {}  # by record type and layout
+        self._step, self._most = 100, _BLOCK_RECORDS  # records that the next block is made of, and any one
+        self._check_filters()
+
+    # Checks
+
+    def _types(self) -> list[str]:
+        wanted = self._filters.record_type
+        names = [wanted] if isinstance(wanted, str) else wanted
+        existing = _record_types(self._connection, *(names or ()))
+        if self._filters.job_id is not None:
+            existing = self._types_of_job(self._filters.job_id)
+        return list(dict.fromkeys(names or existing))
 
     def _types_of_job(self, job_id: str) -> list[str]:
         job = self._connection.execute("SELECT status FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if not job:
-            raise JobFailed(f"there is no job {job_id!r}")
+            raise NotFound(f"there is no job {job_id!r}")
         if job[0] != JobStatus.COMPLETED:
-            raise JobFailed(f"job {job_id} is {job[0]}: its records can be exported once it is completed")
-        rows = self._connection.execute("SELECT DISTINCT record_type FROM _spans WHERE job = ?", (job_id,))
-        return sorted(row[0] for row in rows)
+            raise NotFound(f"job {job_id} is {job[0]}: its records can be read once it is completed")
+        rows = self._connection.execute("SELECT record_type FROM _readable_ranges WHERE job = ?", (job_id,))
+        return sorted({row[0] for row in rows})
 
-    def _all_fields(self) -> list[str]:
-        return list(dict.fromkeys(chain.from_iterable(self.kinds.values())))
+    def _layouts_of_job(self, layouts: Mapping[str, Mapping[int, Mapping[str, Kind]]],
+                        job_id: str) -> dict[str, dict[int, Mapping[str, Kind]]]:
+        """Those that the job wrote with: its records have no other fields, whatever other jobs brought."""
+        rows = self._connection.execute("SELECT record_type, layout FROM _readable_ranges WHERE job = ?", (job_id,))
+        own = dict(rows.fetchall())
+        return {name: {own[name]: of[own[name]]} if name in own else {} for name, of in layouts.items()}
 
-    def _check_field(self, field: str) -> None:
-        known = self._all_fields()
+    def _check_field(self, field: str, known: Sequence[str]) -> None:
         if field not in known and field not in RESERVED_COLUMNS:
             where = f"record type {self._filters.record_type!r}" if not self._several else "any of the record types"
-            raise JobFailed(f"there is no field {field!r} in {where}{did_you_mean(field, known)}"
-                            f"; there are: {', '.join(known)}")
+            raise NotFound(f"there is no field {field!r} in {where}{did_you_mean(field, known)}"
+                           f"; there are: {', '.join(known)}")
 
-    def _kind(self, record_type: str, field: str) -> Kind | None:
-        if field in RESERVED_COLUMNS:
-            return "int" if field == "_id" else "text"
-        return self.kinds[record_type].get(field)
+    def _conditions(self) -> Iterator[tuple[str, str, Json]]:
+        """(field, relation, value) for all that has to hold but the times when records were made."""
+        for field, condition in self._filters.where.items():
+            for relation in condition.model_fields_set:
+                yield field, relation, getattr(condition, relation)
+        if not self._by_creation:
+            for relation, bound in (("gte", self._filters.from_), ("lte", self._filters.to)):
+                if bound is not None:
+                    yield str(self._filters.date_field), f"{relation} date", bound
+
+    def _check_filters(self) -> None:
+        for layouts in self._layouts.values():
+            for field, relation, value in self._conditions():
+                kinds = {_RESERVED[field]} if field in _RESERVED else {
+                    layout.get(field, "none") for layout in layouts.values()}
+                if not any(self._condition(kind, field, relation, value) for kind in kinds or {"none"}):
+                    (kind, *_) = kinds
+                    what = f"is not a date: {kind}" if relation.endswith("date") else (
+                        f"cannot be compared with {json.dumps(value)}: its kind is {kind}")
+                    raise BadRequest(f"filter on {field!r}: {what}")
+
+    def _condition(self, kind: Kind, field: str, relation: str, value: Json) -> tuple[str, list[Json]] | None:
+        """As `comparison`; from and to look for dates in texts too."""
+        if relation.endswith("date"):
+            if kind in ("int", "float", "decimal", "bool"):
+                return None
+            text = (KIND_SQL[kind].text or "{c}").format(c=_column(field))
+            return comparison("none" if kind == "none" else "datetime", f"({text})", relation.split()[0], value)
+        return comparison(kind, _column(field), relation, value)
 
     # Which records
 
-    def total(self, limit: int | None) -> int | None:
-        """How many records there will be, if that is known without reading them."""
-        if self._filters.where or (self._bounds() and not self._by_creation):
-            return None
-        count = sum(self._spans_total(name) for name in self.kinds)
-        return min(count, limit) if limit is not None else count
+    def _ranges(self, record_type: str) -> tuple[str, list[Json]]:
+        """FROM and WHERE of the ranges of ids that may hold selected records.
 
-    def _spans_total(self, record_type: str) -> int:
-        visible, values = self._visible_spans(record_type)
-        query = f"SELECT coalesce(sum(rows), 0) FROM {_SPANS} WHERE {visible}"
-        return int(self._connection.execute(query, values).fetchone()[0])
+        All records of a job say that they were created when the job was, which settles filters on that too.
+        """
+        conditions, values = ["record_type = ?"], [record_type]
+        if self._filters.job_id is not None:
+            conditions.append("job = ?")
+            values.append(self._filters.job_id)
+        for relation, bound in (("gte", self._filters.from_), ("lte", self._filters.to)) if self._by_creation else ():
+            if bound is not None and (sql := comparison("datetime", "created_at", relation, bound)):
+                conditions.append(sql[0])
+                values += sql[1]
+        return f"_readable_ranges WHERE {' AND '.join(conditions)}", values
 
     @property
     def _by_creation(self) -> bool:
         return self._filters.date_field in (None, "_created")
 
-    def _bounds(self) -> list[tuple[str, str]]:
-        """The operator and the instant of each end that the filters give."""
-        ends = ((">=", self._filters.from_), ("<=", self._filters.to))
-        return [(sign, date_bound(end, last=sign == "<=")) for sign, end in ends if end is not None]
+    def total(self, limit: int | None) -> int | None:
+        """How many records there will be, if that is known without reading them."""
+        if any(True for _ in self._conditions()):
+            return None
+        count = 0
+        for name in self._layouts:
+            ranges, values = self._ranges(name)
+            count += self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {ranges}", values).fetchone()[0]
+        return count if limit is None else min(count, limit)
 
-    def _visible_spans(self, record_type: str) -> tuple[str, list[Json]]:
-        """WHERE of the spans that may hold selected records: of completed jobs, since a job's come all at once.
+    def _runs(self, after: int = 0) -> Iterator[_Run]:
+        """The runs of records that may be selected, from the `_id` beyond `after` on, one type after the other."""
+        for name in self._layouts:
+            ranges, values = self._ranges(name)
+            run, end = None, 0
+            for first, size, rows, layout in self._connection.execute(
+                    f"SELECT first, size, rows, layout FROM {ranges} AND rows > 0 AND first + rows - 1 > ? "
+                    "ORDER BY first", [*values, after]):
+                shape = self._shape(name, layout)
+                if run and run.shape == shape and first == end and first - run.first < _RUN_IDS:
+                    run = run._replace(last=first + rows - 1)
+                else:
+                    if run:
+                        yield run
+                    run = _Run(shape, max(first, after + 1), first + rows - 1)
+                end = first + size  # what is reserved beyond `rows` holds nothing
+            if run:
+                yield run
 
-        All records of a job say that they were created when the job was, which settles filters on that too.
+    def _shape(self, record_type: str, layout: int) -> int:
+        """The place among the shapes of what a job wrote with this layout; where no kinds differ all share one."""
+        if (record_type, layout) not in self._shape_of:
+            layouts, kinds = self._layouts[record_type], dict(self._kinds[record_type])
+            for field in kinds:
+                if len({of[field] for of in layouts.values() if of.get(field, "none") != "none"}) > 1:
+                    kinds[field] = layouts[layout].get(field, "none")
+            if (record_type, kinds) not in self._shapes:
+                self._shapes.append((record_type, kinds))
+            self._shape_of[record_type, layout] = self._shapes.index((record_type, kinds))
+        return self._shape_of[record_type, layout]
+
+    def _source(self, shape: int) -> tuple[str, list[Json]]:
+        """FROM and WHERE of the selected records of a shape, as r, between two ids that are bound first."""
+        name, kinds = self._shapes[shape]
+        conditions, values = ["r._id BETWEEN ? AND ?"], []
+        for field, relation, value in self._conditions():
+            kind = _RESERVED.get(field) or kinds.get(field, "none")
+            sql, bound = self._condition(kind, field, relation, value) or (str(relation == "ne").upper(), [])
+            conditions.append(sql)
+            values += bound
+        return f"main.{_quote(name)} AS r WHERE {' AND '.join(conditions)}", values
+
+    def _select(self, limit: int | None) -> int:
+        """Notes the selected records in a temporary table that counts them in order from 1; returns how many.
+
+        It is SQLite that sorts, outside of memory if need be, and without asking Python for its lock. No record type
+        can have the tables' names.
         """
-        conditions, values = ["_spans.record_type = ?", "jobs.status = 'completed'"], [record_type]
-        if self._filters.job_id is not None:
-            conditions.append("_spans.job = ?")
-            values.append(self._filters.job_id)
-        for sign, bound in self._bounds() if self._by_creation else ():
-            conditions.append(f"jobs.created_at {sign} ?")
-            values.append(bound)
-        return " AND ".join(conditions), list(values)
+        self._connection.execute('CREATE TEMP TABLE "-found"(key, shape, id)')
+        for run in self._runs():
+            source, values = self._source(run.shape)
+            kind = _RESERVED.get(str(self._order_by)) or self._shapes[run.shape][1].get(str(self._order_by), "none")
+            key = KIND_SQL[kind].order.format(c=_column(str(self._order_by)))
+            self._connection.execute(f'INSERT INTO temp."-found" SELECT {key}, {run.shape}, r._id FROM {source} '
+                                     "ORDER BY r._id", [run.first, run.last, *values])
+        self._connection.execute('CREATE TEMP TABLE "-selected"(n INTEGER PRIMARY KEY, shape INTEGER, id INTEGER)')
+        return self._connection.execute(
+            f'INSERT INTO temp."-selected"(shape, id) SELECT shape, id FROM temp."-found" '
+            f"ORDER BY key {'DESC' if self._descending else 'ASC'}, rowid LIMIT ?",
+            (_NO_LIMIT if limit is None else limit,)).rowcount
 
-    def _selected(self, record_type: str, after: str, last: str) -> tuple[str, list[Json]]:
-        """FROM and WHERE of the selected records of a type, as `r`, from the _id beyond `after` to `last`, both SQL."""
-        visible, values = self._visible_spans(record_type)
-        more = [] if self._by_creation else [(f"{self._date_key(record_type)} {sign} ?", [bound])
-                                             for sign, bound in self._bounds()]
-        more += [_compare(self._kind(record_type, field), field, name, getattr(condition, name))
-                 for field, condition in self._filters.where.items() for name in condition.model_fields_set]
-        rows = (f"{_SPANS} CROSS JOIN {_quote(record_type)} AS r ON r._id >= max(_spans.first, {after} + 1) "
-                f"AND r._id < min(_spans.first + _spans.rows, {last} + 1)")
-        return (f"{rows} WHERE {' AND '.join([visible, *(sql for sql, _ in more)])}",
-                [*values, *chain.from_iterable(bound for _, bound in more)])
-
-    def _date_key(self, record_type: str) -> str:
-        field = str(self._filters.date_field)
-        kind = self._kind(record_type, field)
-        if kind not in ("date", "datetime", "text", "any", None):
-            raise JobFailed(f"field {field!r} of {record_type!r} has the kind {kind}: it is not a date")
-        return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_column(field)})" if kind else "NULL"
-
-    def choose(self, limit: int | None) -> None:
-        """Notes the selected records in the temporary table `chosen`, which counts them in order from 1.
-
-        It is SQLite that sorts, outside of memory if need be, and without asking Python for its lock.
-        """
-        selects, parameters = [], []
-        for number, record_type in enumerate(self.kinds):
-            rows, values = self._selected(record_type, "0", str(_LAST_ID))
-            key = "NULL"
-            if self._order_by and (kind := self._kind(record_type, self._order_by)):
-                key = KIND_SQL[kind].compare.format(c=_column(self._order_by))
-            selects.append(f"SELECT {key} AS key, {number} AS type, r._id AS id FROM {rows}")
-            parameters += values
-        if len(selects) > 500:  # of which SQLite makes one statement
-            raise JobFailed("there are more than 500 record types: name up to 100 of them")
-        self._connection.execute("CREATE TEMP TABLE chosen(n INTEGER PRIMARY KEY, type INTEGER, id INTEGER)")
-        if selects:
-            self._connection.execute(
-                f"INSERT INTO chosen(type, id) SELECT type, id FROM ({' UNION ALL '.join(selects)}) "
-                f"ORDER BY key {'DESC' if self._descending else 'ASC'}, type, id LIMIT ?",
-                [*parameters, -1 if limit is None else limit])
-
-    def chosen(self) -> int:
-        """How many records are noted."""
-        return int(self._connection.execute("SELECT count(*) FROM chosen").fetchone()[0])
+    def _in_order(self, first: int, last: int, columns: Callable[[int], str],
+                  record_type: str | None = None) -> tuple[str, list[Json]]:
+        """A SELECT of `columns` of each shape, and n, for the noted records of a type, or all, by their numbers."""
+        numbers = "n BETWEEN ? AND ?"
+        shapes = [shape for shape, in self._connection.execute(
+            f'SELECT DISTINCT shape FROM temp."-selected" WHERE {numbers}', (first, last))
+            if record_type in (None, self._shapes[shape][0])]
+        selects = [f'SELECT {columns(shape)}, s.n AS n FROM temp."-selected" AS s CROSS JOIN '
+                   f"main.{_quote(self._shapes[shape][0])} AS r ON r._id = s.id WHERE s.{numbers} AND s.shape = {shape}"
+                   for shape in shapes]
+        return f"{' UNION ALL '.join(selects)} ORDER BY n", [first, last] * len(shapes)
 
     # Their text
 
-    def source(self, record_type: str, style: Style, excel_safe: bool) -> _Source:
-        """What reads the selected records of a type from one _id to another."""
-        rows, values = self._selected(record_type, "?", "?")
-        return _Source(*self._line(record_type, style, excel_safe), rows, values, "_spans.first, r._id", "r._id", style)
+    def text_blocks(self, text: RecordText, limit: int | None) -> Iterator[tuple[bytes, int]]:
+        """Texts of many records, and how many each is of: about as many as make _BLOCK_BYTES.
 
-    def spans(self, record_type: str) -> list[tuple[int, int]]:
-        """The first id and the number of ids of each span that may hold selected records, in order."""
-        visible, values = self._visible_spans(record_type)
-        query = f"SELECT first, rows FROM {_SPANS} WHERE {visible} AND rows > 0 ORDER BY first"
-        return self._connection.execute(query, values).fetchall()
-
-    def chosen_sources(self, style: Style, excel_safe: bool) -> list[_Source]:
-        """As `source`, for each type, of the chosen records in their order; a place is a number in `chosen`."""
-        rows = ("chosen CROSS JOIN {} AS r ON r._id = chosen.id "
-                "WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {}")
-        return [_Source(*self._line(name, style, excel_safe), rows.format(_quote(name), number), [],
-                        "chosen.n", "chosen.n", style) for number, name in enumerate(self.kinds)]
-
-    def _line(self, record_type: str, style: Style, excel_safe: bool) -> tuple[list[_Column], list[str]]:
-        """The columns of a record, and what stands before the first, between them and after the last.
-
-        Of pieces, since a function of SQLite has up to 127 arguments.
+        SQLite joins them, so that Python, and its lock, are asked for once a block.
         """
-        make, first, end = ("json_object", "{", "}") if style == "json" else ("json_array", "", "")
-        parts: list[tuple[str, _Column]] = []
-        run = [*([_literal(self._label)] if style == "json" else []), _literal(record_type)] if self._several else []
-        flags: list[str] = []
-        for field in self.fields:
-            alone = self._alone(record_type, field, style)
-            label = json.dumps(field, ensure_ascii=False) + ":" if style == "json" else ""
-            if run and (alone or len(run) > 100):
-                parts.append(("", _Column((f"{make}({', '.join(run)})",), True, tuple(flags))))
-                run, flags = [], []
-            if alone:
-                parts.append((label, _Column(alone, bracketed=False)))
-                continue
-            if label and self._kind(record_type, field) == "bool":
-                flags.append(("," if run else "{") + label)
-            run += self._arguments(record_type, field, style, excel_safe)
-        if run or not parts:
-            parts.append(("", _Column((f"{make}({', '.join(run)})",), True, tuple(flags))))
-        return [column for _, column in parts], [first + parts[0][0], *("," + label for label, _ in parts[1:]), end]
+        lines = lru_cache(maxsize=None)(partial(self._line, text))
+        left = _NO_LIMIT if limit is None else limit
 
-    def _alone(self, record_type: str, field: str, style: Style) -> tuple[str, ...]:
-        """The expressions of a field that no function of SQLite can take; empty for others."""
-        kind, null = self._kind(record_type, field), "'null'" if style == "json" else "''"
-        if kind == "float" and (record_type, field) in self._long and len(self.fields) < _MOST_LONG:
-            return tuple(value.format(c=_column(field), null=null) for value in _LONG_FLOAT)
-        return (f"coalesce({_column(field)}, 'null')",) if kind and KIND_SQL[kind].raw and style == "json" else ()
+        def read_ordered(first: int, last: int, _: int) -> tuple[bytes, int]:
+            rows, values = self._in_order(first, last, lambda shape: f"{lines(shape)} AS line")
+            return self._fetch(rows, values, text, first < last)[:2]
 
-    def _arguments(self, record_type: str, field: str, style: Style, excel_safe: bool) -> list[str]:
-        kind = self._kind(record_type, field)
-        if kind is None:
-            return [] if style == "json" else [f"'{_NULL_MARK}'"]
-        column = _column(field)
-        if excel_safe and kind == "text":
-            column = "(" + _SAFE_TEXT.format(c=column) + ")"
-        form = _FLOAT if kind == "float" and (record_type, field) in self._long else KIND_SQL[kind].json
-        if style == "csv":
-            return [f"coalesce({form.format(c=column)}, '{_NULL_MARK}')"]
-        # For a boolean SQLite would parse a text each time, which costs more than to put it right later; see _Column.
-        return [_literal(field), column if kind == "bool" else form.format(c=column)]
-
-    def copy_sql(self, number: int, record_type: str) -> tuple[str, str] | None:
-        """(CREATE TABLE, INSERT of the chosen with n after ? and up to ?) in `copy`; None for a type without fields."""
-        fields = {field: kind for field in self.fields if (kind := self._kind(record_type, field))}
-        if not fields:
-            return None
-        table = f"copy.{_quote(record_type)}"
-        columns = ", ".join(f"{_quote(field)} {KIND_SQL[kind].column}" for field, kind in fields.items())
-        return (f"CREATE TABLE {table}({columns}) STRICT",
-                (f"INSERT INTO {table} SELECT {', '.join(map(_column, fields))} FROM chosen CROSS JOIN "
-                f"main.{_quote(record_type)} AS r ON r._id = chosen.id "
-                f"WHERE chosen.n > ? AND chosen.n <= ? AND chosen.type = {number} ORDER BY chosen.n"))
-
-
-class _Query(NamedTuple):
-    """What reads records, the ranges of places (first, how many) that it is for, and what stands between records."""
-
-    sources: list[_Source]
-    ranges: list[tuple[int, int]]
-    between: str
-
-    def read(self, connection: sqlite3.Connection, after: int, last: int, limit: int | None, most_bytes: int) -> Block:
-        """The records from the place beyond `after` to `last`; raises sqlite3.DataError beyond `most_bytes`."""
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most_bytes)
-        try:
-            if len(self.sources) == 1:
-                block = self.sources[0].read(connection, after, last, limit, self.between)
-            else:
-                block = self._merged(connection, after, last)
-        finally:
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _NO_LIMIT)
-        if len(block.text) > most_bytes:
-            raise sqlite3.DataError("the text of these records is too long")
-        return block
-
-    def _merged(self, connection: sqlite3.Connection, after: int, last: int) -> Block:
-        """The records of all the sources in the order of their places."""
-        lines: list[tuple[int, bytes]] = []
-        for source in self.sources:
-            block = source.with_places().read(connection, after, last, None, _SEAM_MARK)
-            for line in block.text.split(_SEAM_MARK.encode()) if block.records else ():
-                place, _, text = line.partition(b":")
-                lines.append((int(place), text))
-        return Block(self.between.encode().join(text for _, text in sorted(lines)), len(lines), last)
-
-
-class _Readers:
-    """Makes blocks of text on several connections at once, and gives them in order.
-
-    Many records a fetch: SQLite joins them, so that Python, and its lock, are asked for once a block.
-    """
-
-    def __init__(self, connections: Sequence[sqlite3.Connection]):
-        self._free = deque(connections)
-        self._count = len(connections)
-        self._size = 100  # records that the next block is made of
-
-    def blocks(self, queries: Iterable[_Query], limit: int | None) -> Generator[Block, None, None]:
-        """The blocks of all the queries, one after the other; with a limit one is made at a time."""
-        ahead = self._count if limit is None else 0
-        with ThreadPoolExecutor(self._count, "taskapi-reader") as self._pool:
-            coming: deque[tuple[_Query, int, int, Future[Block]]] = deque()
-            for query, after, last in self._pieces(queries):
-                coming.append((query, after, last, self._pool.submit(self._read, query, after, last, limit)))
-                while len(coming) > ahead:
-                    for block in self._settled(*coming.popleft(), limit):
-                        yield block
-                        limit = None if limit is None else limit - block.records
-                if limit == 0:
-                    return
-            while coming:
-                yield from self._settled(*coming.popleft(), None)
-
-    def _pieces(self, queries: Iterable[_Query]) -> Iterator[tuple[_Query, int, int]]:
-        """(query, after, last) for about as many records as a block is made of; small ranges are put together."""
-        for query in queries:
-            after = last = held = 0
-            for first, count in query.ranges:
-                while count:
-                    after = after if held else first - 1
-                    taken = min(count, max(1, self._size - held))
-                    first, count, held, last = first + taken, count - taken, held + taken, first + taken - 1
-                    if held >= self._size:
-                        yield query, after, last
-                        held = 0
-            if held:
-                yield query, after, last
-
-    def _read(self, query: _Query, after: int, last: int, limit: int | None) -> Block:
-        connection = self._free.popleft()
-        try:
-            return query.read(connection, after, last, limit, _BLOCK_LIMIT if last - after > 1 else _NO_LIMIT)
-        finally:
-            self._free.append(connection)
-
-    def _settled(self, query: _Query, after: int, last: int, reading: Future[Block],
-                 limit: int | None) -> Iterator[Block]:
-        """The block, or where that is too long those of its two halves, one after the other."""
-        try:
-            block = reading.result()
-        except sqlite3.DataError:
-            middle = (after + last) // 2
-            for half in ((after, middle), (middle, last)):
-                for block in self._settled(query, *half, self._pool.submit(self._read, query, *half, limit), limit):
-                    yield block
-                    limit = None if limit is None else limit - block.records
-                if limit == 0:
-                    return
+        if self._order_by:
+            selected = self._select(limit)
+            if len(self._shapes) >= _MOST_SELECTS:
+                self._most = _MOST_SELECTS
+            yield from self._steps(1, selected, selected, read_ordered)
             return
-        looked_at = last - after  # however many of them fit the filters
-        self._size = max(1, min(_BLOCK_RECORDS, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block.text) + 1)))
-        if block.records:
-            yield block
+        for run in self._runs():
+            source, values = self._source(run.shape)
+            rows = f"SELECT {lines(run.shape)} AS line, r._id AS n FROM {source}"
+            if limit is not None:  # the rows lie in order anyway
+                rows += " ORDER BY r._id LIMIT ?"
+
+            def read(first: int, last: int, most: int, rows: str = rows,
+                     values: Sequence[Json] = values) -> tuple[bytes, int]:
+                bound = [first, last, *values, *([] if limit is None else [most])]
+                return self._fetch(rows, bound, text, first < last)[:2]
+
+            for block in self._steps(run.first, run.last, left, read):
+                yield block
+                left -= block[1]
+
+    def _line(self, text: RecordText, shape: int) -> str:
+        name, kinds = self._shapes[shape]
+        label = (self._label, name) if self._several else None
+        if text.delimiter is None:
+            return _object_sql(kinds, self.fields, label)
+        return _cells_sql(kinds, self.fields, label, text)
+
+    def _steps(self, first: int, last: int, limit: int,
+               read: Callable[[int, int, int], tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+        """The blocks of what is numbered from `first` to `last`, until `limit` records are there."""
+        while first <= last and limit:
+            end = min(last, first + self._step - 1)
+            try:
+                block, count = read(first, end, limit)
+            except sqlite3.DataError:  # their text would be too long
+                self._step = max(1, (end - first + 1) // 2)
+                continue
+            looked_at = end - first + 1  # however many of them fit the filters
+            self._step = max(1, min(self._most, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block) + 1)))
+            first, limit = end + 1, limit - count
+            if count:
+                yield block, count
+
+    def _fetch(self, rows: str, values: Sequence[Json], text: RecordText, several: bool,
+               most: int = _BLOCK_LIMIT) -> tuple[bytes, int, int]:
+        """The text of all rows of a query for (line, n), how many there are, and the last n.
+
+        sqlite3.DataError if it is of `several` and exceeds `most` bytes.
+        """
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most if several else _LONGEST)
+        try:
+            joined, count, last = self._connection.execute(
+                f"SELECT CAST(group_concat(line, {_literal(text.between)}) AS BLOB), count(*), max(n) FROM ({rows})",
+                values).fetchone()
+        finally:
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
+        block: bytes = joined or b""
+        if b"\xfe" in block:
+            block = _floats(block, quoted=text.delimiter is None)
+        if b"\xff" in block:
+            block = _cut(block, b"\xff", b"," if text.delimiter is None else b'""' if len(self.header) == 1 else b"")
+        return block, count, last or 0
+
+    def page(self, limit: int, after: int) -> tuple[bytes, int | None]:
+        """Up to `limit` records of one type from the `_id` beyond `after` on, as JSON objects with commas between.
+
+        It ends early before it exceeds _PAGE_BYTES. Beside it the last `_id`, if there are more.
+        """
+        text, texts, room, last = RecordText(", "), list[bytes](), _PAGE_BYTES, after
+        for run in self._runs(after):
+            source, values = self._source(run.shape)
+            rows = f"SELECT {self._line(text, run.shape)} AS line, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
+            first, step = run.first, limit
+            while limit and first <= run.last:
+                try:
+                    block, count, end = self._fetch(rows, [first, run.last, *values, min(step, limit)], text,
+                                                    bool(texts) or step > 1, max(room, 1))
+                except sqlite3.DataError:  # their text would be too long
+                    if step == 1:
+                        return b", ".join(texts), last
+                    step = (step + 1) // 2
+                    continue
+                if not count:
+                    break
+                texts.append(block)
+                room, limit, last, first = room - len(block), limit - count, end, end + 1
+        more = not limit and any(True for _ in self._runs(last))
+        return b", ".join(texts), last if more else None
+
+    # Their copy in a database of their own
+
+    def copy(self, limit: int | None) -> Iterator[Progress]:
+        """Fills the attached database `copy`, one STRICT table a type; rows come in order, so that pages are full."""
+        columns = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
+        columns = {name: fields for name, fields in columns.items() if fields}  # a table has one at least
+        for name, fields in columns.items():
+            declared = ", ".join(f"{_quote(field)} {self._declared(name, field)}" for field in fields)
+            self._connection.execute(f"CREATE TABLE copy.{_quote(name)}({declared}) STRICT")
+
+        def values(shape: int) -> str:
+            name, kinds = self._shapes[shape]
+            return ", ".join(f"{KIND_SQL[kinds[field]].stored.format(c=_column(field))} AS c{number}"
+                             for number, field in enumerate(columns[name]))
+
+        yield from self._copy_in_order(columns, values, limit) if self._order_by else self._copy(columns, values, limit)
+
+    def _declared(self, record_type: str, field: str) -> str:
+        kinds = {layout.get(field, "none") for layout in self._layouts[record_type].values()} - {"none"}
+        types = {KIND_SQL[kind].column for kind in kinds}
+        return types.pop() if len(types) == 1 else "ANY"
+
+    def _copy(self, columns: Mapping[str, Sequence[str]], values: Callable[[int], str],
+              limit: int | None) -> Iterator[Progress]:
+        done, total = 0, self.total(limit)
+        left = _NO_LIMIT if limit is None else limit
+        for run in self._runs():
+            name = self._shapes[run.shape][0]
+            source, bound = self._source(run.shape)
+            for first in range(run.first, run.last + 1, _COPY_STEP) if name in columns else ():
+                ids = first, min(run.last, first + _COPY_STEP - 1)
+                done += self._connection.execute(
+                    f"INSERT INTO copy.{_quote(name)} SELECT {values(run.shape)} FROM {source} ORDER BY r._id LIMIT ?",
+                    [*ids, *bound, left - done]).rowcount
+                yield Progress(done=done, total=total)
+
+    def _copy_in_order(self, columns: Mapping[str, Sequence[str]], values: Callable[[int], str],
+                       limit: int | None) -> Iterator[Progress]:
+        done, total = 0, self._select(limit)
+        step = _COPY_STEP if len(self._shapes) < _MOST_SELECTS else _MOST_SELECTS
+        for first in range(1, total + 1, step):
+            for name, fields in columns.items():
+                rows, bound = self._in_order(first, first + step - 1, values, name)
+                if bound:
+                    names = ", ".join(f"c{number}" for number in range(len(fields)))
+                    done += self._connection.execute(
+                        f"INSERT INTO copy.{_quote(name)} SELECT {names} FROM ({rows})", bound).rowcount
+            yield Progress(done=done, total=total)
+
+
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The items, of which the next one is made on a thread of its own meanwhile: SQLite does not need Python's lock."""
+    with ThreadPoolExecutor(1, "taskapi-reader") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 class RecordStore:
     """The record tables: one typed table a record type, with `_id`, `_job`, `_created` and the fields.
 
-    Only records of completed jobs are seen by readers. Each job's records of a type are in ranges of `_id` of their
-    own (`_spans`), so that counting, paging and deleting by job need no index.
+    Each job's records of a type are in a range of `_id` of their own (`_id_ranges`), which names the layout: the
+    fields and kinds that the job wrote. A range may belong to a job that still runs, or to none that there is; readers
+    of records see what `_readable_ranges` shows, which is completed jobs' only.
     """
 
     def __init__(self, database: Database):
@@ -2402,115 +2584,156 @@ class RecordStore:
     def open_job(self, job: Job, columns: Mapping[str, Mapping[str, Kind]], sizes: Mapping[str, int]) -> None:
         """Before a job's first chunk: makes or widens its tables, and reserves `sizes[type]` ids of each type.
 
-        Anything that an earlier attempt without a checkpoint left is deleted first.
+        Anything that an earlier attempt without a checkpoint left is deleted first. Raises JobFailed for a field that
+        the table cannot have.
         """
         def work(connection: sqlite3.Connection) -> bool:
-            if connection.execute("SELECT 1 FROM _spans WHERE job = ?", (job.job_id,)).fetchone():
+            if connection.execute("SELECT 1 FROM _id_ranges WHERE job = ?", (job.job_id,)).fetchone():
                 return False
             for record_type, kinds in columns.items():
-                self._ensure_table(connection, record_type, kinds)
-                self._reserve(connection, job, record_type, sizes[record_type])
+                self._reserve(connection, job, record_type, sizes[record_type],
+                              self._layout(connection, record_type, kinds))
             return True
 
         while not self._database.write(work):
             self.discard(job.job_id)
 
-    def _kinds(self, connection: sqlite3.Connection, record_type: str) -> dict[str, Kind]:
-        rows = connection.execute("SELECT field, kind FROM _fields WHERE record_type = ? ORDER BY position",
-                                  (record_type,))
-        return dict(rows.fetchall())
+    def _layout(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> int:
+        """The number of a layout; a new one may change the table."""
+        text = json.dumps(kinds, ensure_ascii=False)
+        known = connection.execute("SELECT id FROM _layouts WHERE record_type = ? AND kinds = ?", (record_type, text))
+        if row := known.fetchone():
+            return int(row[0])
+        if not _layouts(connection, record_type):  # whatever an earlier job left is empty
+            connection.execute(f"DROP TABLE IF EXISTS main.{_quote(record_type)}")
+        self._declare(connection, record_type, kinds)
+        return int(connection.execute("INSERT INTO _layouts(record_type, kinds) VALUES (?, ?) RETURNING id",
+                                      (record_type, text)).fetchall()[0][0])
 
-    def _ensure_table(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> None:
-        known = self._kinds(connection, record_type)
-        if known and all(known.get(field) == kind for field, kind in kinds.items()):
-            return  # as in most jobs but the first
-        by_lower = {field.lower(): field for field in known}
-        import sqlite_utils  # here, since it imports pandas where that is installed
-
-        table = sqlite_utils.Database(connection, execute_plugins=False).table(record_type)
-        if not table.exists():
-            table.create({"_id": int, "_job": str, "_created": str}, pk="_id", strict=True)
-            connection.execute("INSERT INTO _types(record_type, next_id) VALUES (?, 1)", (record_type,))
+    def _declare(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> None:
+        """Makes the table, or has it take the fields too: a column of several types is declared ANY."""
+        found = connection.execute("SELECT name, type FROM pragma_table_info(?, 'main')", (record_type,)).fetchall()
+        columns = dict(found) or {"_id": "INTEGER", "_job": "TEXT", "_created": "TEXT"}
+        spelled = {name.lower(): name for name in columns}
         for field, kind in kinds.items():
-            same = by_lower.get(field.lower(), field)
-            if same != field:
+            if (same := spelled.setdefault(field.lower(), field)) != field:
                 raise JobFailed(f"field {field!r} differs only by case from {same!r} of record type {record_type!r}")
-            if field not in known:
-                connection.execute(f"ALTER TABLE {_quote(record_type)} ADD COLUMN {_quote(field)} "
-                                   f"{KIND_SQL[kind].column}")
-            elif known[field] not in (kind, "any"):
-                self._widen(table, field, known[field], kind)
-                kind = "any" if KIND_SQL[kind].column != "TEXT" or KIND_SQL[known[field]].column != "TEXT" else "text"
-            else:
-                kind = known[field]
-            connection.execute("INSERT INTO _fields VALUES (?, ?, ?, (SELECT count(*) FROM _fields), 0) "
-                               "ON CONFLICT DO UPDATE SET kind = ?3", (record_type, field, kind))
+            wanted = KIND_SQL[kind].column
+            if columns.setdefault(field, wanted) != wanted and kind != "none":
+                columns[field] = "ANY"
+        if len(columns) > _MOST_COLUMNS:
+            raise JobFailed(f"record type {record_type!r} would have more than {_MOST_COLUMNS - 3} fields")
+        declared = ", ".join(f"{_quote(name)} {declared}" for name, declared in columns.items())
+        table = f"CREATE TABLE {_quote(record_type)}({declared.replace(' INTEGER', ' INTEGER PRIMARY KEY', 1)}) STRICT"
+        if not found:
+            connection.execute(table)
+            connection.execute("INSERT OR IGNORE INTO _types(record_type, next_id) VALUES (?, 1)", (record_type,))
+        elif dict(found) != columns:
+            self._redeclare(connection, record_type, table)
 
-    def _widen(self, table: sqlite_utils.db.Table, field: str, known: Kind, kind: Kind) -> None:
-        """Lets a column hold the values of two kinds; texts of different kinds share a text column as it is."""
-        if KIND_SQL[known].column != KIND_SQL[kind].column or KIND_SQL[kind].column != "TEXT":
-            table.transform(types={field: "ANY"})
+    def _redeclare(self, connection: sqlite3.Connection, record_type: str, table: str) -> None:
+        """Changes what a table is declared as, in an instant, however many rows and columns there are.
 
-    def _reserve(self, connection: sqlite3.Connection, job: Job, record_type: str, size: int) -> None:
+        Rows that lack columns at the end have nulls there, and a column that becomes ANY keeps its values, so that no
+        row needs to change (sqlite.org/lang_altertable.html, section 7, which allows just that). But whole numbers
+        that a REAL column held are integers then, which is why floats are read by `stored`.
+        """
+        version = connection.execute("PRAGMA main.schema_version").fetchone()[0]
+        connection.execute("PRAGMA writable_schema = ON")
+        try:
+            connection.execute("UPDATE main.sqlite_master SET sql = ? WHERE type = 'table' AND name = ?",
+                               (table, record_type))
+            connection.execute(f"PRAGMA main.schema_version = {version + 1}")
+        finally:
+            connection.execute("PRAGMA writable_schema = OFF")
+
+    def _reserve(self, connection: sqlite3.Connection, job: Job, record_type: str, size: int, layout: int) -> None:
         first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
                                    "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
-        connection.execute("INSERT INTO _spans(record_type, first, size, rows, job) VALUES (?, ?, ?, 0, ?)",
-                           (record_type, first, size, job.job_id))
+        connection.execute("INSERT INTO _id_ranges(record_type, first, size, rows, job, layout) "
+                           "VALUES (?, ?, ?, 0, ?, ?)", (record_type, first, size, job.job_id, layout))
 
     def append(self, connection: sqlite3.Connection, job: Job, record_type: str, fields: Sequence[str],
                rows: Sequence[tuple[Json, ...]]) -> None:
-        """Within a chunk's transaction: adds rows (values in the order of `fields`) to the job's span."""
+        """Within a chunk's transaction: adds rows (values in the order of `fields`) to the job's range."""
         first, used, size = connection.execute(
-            "SELECT first, rows, size FROM _spans WHERE job = ? AND record_type = ?", (job.job_id, record_type)
+            "SELECT first, rows, size FROM _id_ranges WHERE job = ? AND record_type = ?", (job.job_id, record_type)
         ).fetchone()
         assert used + len(rows) <= size, "a job made more rows than it reserved ids for"
         names = ", ".join(map(_quote, (*RESERVED_COLUMNS, *fields)))
         marks = ", ".join("?" * (len(fields) + 3))
         owner = (job.job_id, job.created_at)
-        connection.executemany(f"INSERT INTO {_quote(record_type)}({names}) VALUES ({marks})",
+        connection.executemany(f"INSERT INTO main.{_quote(record_type)}({names}) VALUES ({marks})",
                                [(number, *owner, *row) for number, row in enumerate(rows, first + used)])
-        connection.execute("UPDATE _spans SET rows = rows + ? WHERE record_type = ? AND first = ?",
+        connection.execute("UPDATE _id_ranges SET rows = rows + ? WHERE record_type = ? AND first = ?",
                            (len(rows), record_type, first))
-        short = {row[0] for row in connection.execute(
-            "SELECT field FROM _fields WHERE record_type = ? AND kind = 'float' AND NOT long", (record_type,))}
-        connection.executemany("UPDATE _fields SET long = 1 WHERE record_type = ? AND field = ?", [
-            (record_type, field) for place, field in enumerate(fields)
-            if field in short and not all(_is_short(row[place]) for row in rows)])
+
+    # Deleting
 
     def discard(self, job_id: str, *, orphaned: bool = False) -> None:
         """Deletes a job's records in short steps, from the end, so that it can stop anywhere and go on later.
 
         With `orphaned` it stops at once when the job, retried meanwhile, wants its records again.
         """
-        while self._database.write(lambda connection: self._discard_step(connection, job_id, orphaned)):
-            pass
+        rows, begun = _DELETE_STEP, monotonic()
+        while self._database.write(partial(self._discard_step, job_id=job_id, orphaned=orphaned, most=rows)):
+            took, begun = monotonic() - begun, monotonic()
+            rows = max(10, min(_DELETE_STEP, int(rows * _DELETE_SECONDS / took)))
 
-    def _discard_step(self, connection: sqlite3.Connection, job_id: str, orphaned: bool) -> bool:
+    def _discard_step(self, connection: sqlite3.Connection, job_id: str, orphaned: bool, most: int) -> bool:
         if orphaned and connection.execute(
                 "SELECT 1 FROM jobs WHERE id = ? AND status NOT IN ('failed', 'canceled')", (job_id,)).fetchone():
             return False
         # Without a checkpoint a later run begins anew; it must not go on from rows that are going.
         connection.execute("UPDATE _progress SET checkpoint = NULL, done = 0, done_before = 0 WHERE job = ?", (job_id,))
-        span = connection.execute("SELECT record_type, first, rows FROM _spans WHERE job = ? LIMIT 1",
-                                  (job_id,)).fetchone()
-        if not span:
+        found = connection.execute("SELECT record_type, first, rows, layout FROM _id_ranges WHERE job = ? LIMIT 1",
+                                   (job_id,)).fetchone()
+        if not found:
             return False
-        record_type, first, rows = span
-        kept = max(0, rows - _DELETE_STEP)
-        connection.execute(f"DELETE FROM {_quote(record_type)} WHERE _id >= ? AND _id < ?",
+        record_type, first, rows, layout = found
+        kept = max(0, rows - most)
+        connection.execute(f"DELETE FROM main.{_quote(record_type)} WHERE _id >= ? AND _id < ?",
                            (first + kept, first + rows))
         if kept:
-            connection.execute("UPDATE _spans SET rows = ? WHERE record_type = ? AND first = ?",
+            connection.execute("UPDATE _id_ranges SET rows = ? WHERE record_type = ? AND first = ?",
                                (kept, record_type, first))
         else:
-            connection.execute("DELETE FROM _spans WHERE record_type = ? AND first = ?", (record_type, first))
+            connection.execute("DELETE FROM _id_ranges WHERE record_type = ? AND first = ?", (record_type, first))
+            # What no range needs any more goes too: fields and kinds, and after the last job the type and its table.
+            connection.execute("DELETE FROM _layouts WHERE id = ? AND NOT EXISTS "
+                               "(SELECT 1 FROM _id_ranges WHERE layout = ?)", (layout, layout))
+            if not connection.execute("SELECT 1 FROM _id_ranges WHERE record_type = ? UNION ALL "
+                                      "SELECT 1 FROM jobs WHERE id = ?", (record_type, job_id)).fetchone():
+                connection.execute(f"DROP TABLE main.{_quote(record_type)}")
+                connection.execute("DELETE FROM _types WHERE record_type = ?", (record_type,))
         return True
+
+    def delete_type(self, record_type: str) -> None:
+        """Deletes all records of a type, in short steps; the jobs that made them stay.
+
+        Raises NotFound if there is no such type, Conflict while a job is to write records of it.
+        """
+        def work(connection: sqlite3.Connection) -> int:
+            _record_types(connection, record_type)
+            writing = connection.execute(
+                "SELECT jobs.id FROM _id_ranges CROSS JOIN jobs ON jobs.id = job WHERE _id_ranges.record_type = ? "
+                "AND status IN ('pending', 'in-progress') LIMIT 1", (record_type,)).fetchone()
+            if writing:
+                raise Conflict(f"job {writing[0]} is writing records of type {record_type!r}: cancel it first")
+            return connection.execute(
+                "UPDATE _id_ranges SET job = '' WHERE record_type = :name AND first IN (SELECT first FROM _id_ranges "
+                "WHERE record_type = :name AND job <> '' LIMIT :most)",
+                {"name": record_type, "most": _RANGES_STEP}).rowcount
+
+        while self._database.write(work, durable=True) == _RANGES_STEP:
+            pass
+        self.discard("")  # no job has this id, so nobody sees these records
 
     def orphans(self) -> list[str]:
         """Ids of jobs whose records nobody will want: deleted, failed or canceled jobs that still have some."""
         with self._database.read() as connection:
             return [row[0] for row in connection.execute(
-                "SELECT DISTINCT job FROM _spans LEFT JOIN jobs ON jobs.id = job "
+                "SELECT DISTINCT job FROM _id_ranges LEFT JOIN jobs ON jobs.id = job "
                 "WHERE status IS NULL OR status IN ('failed', 'canceled')")]
 
     # Reading a running job's own rows
@@ -2518,25 +2741,33 @@ class RecordStore:
     def own_counts(self, job: Job) -> Counter[str]:
         """How many rows of each type the job has committed."""
         with self._database.read() as connection:
-            rows = connection.execute("SELECT record_type, rows FROM _spans WHERE job = ?", (job.job_id,))
+            rows = connection.execute("SELECT record_type, rows FROM _id_ranges WHERE job = ?", (job.job_id,))
             return Counter(dict(rows.fetchall()))
+
+    def _own(self, connection: sqlite3.Connection, job: Job, record_type: str,
+             fields: Iterable[str]) -> tuple[str, int, int]:
+        """A SELECT of the fields as they were written, the first id of the job's rows, and how many there are."""
+        first, rows, layout = connection.execute(
+            "SELECT first, rows, kinds FROM _id_ranges JOIN _layouts ON _layouts.id = layout "
+            "WHERE job = ? AND _id_ranges.record_type = ?", (job.job_id, record_type)).fetchone()
+        kinds = json.loads(layout)
+        values = ", ".join(KIND_SQL[kinds[field]].stored.format(c=_column(field)) for field in fields)
+        return f"SELECT {values} FROM main.{_quote(record_type)} AS r", first, rows
 
     def own_rows(self, job: Job, record_type: str, fields: Sequence[str],
                  ordinals: Sequence[int]) -> list[tuple[Json, ...]]:
         """The job's committed rows of a type by their 0-based ordinal, in the order asked for."""
         with self._database.read() as connection:
-            first = connection.execute("SELECT first FROM _spans WHERE job = ? AND record_type = ?",
-                                       (job.job_id, record_type)).fetchone()[0]
-            query = f"SELECT {', '.join(map(_quote, fields))} FROM {_quote(record_type)} WHERE _id = ?"
-            return [connection.execute(query, (first + ordinal,)).fetchone() for ordinal in ordinals]
+            select, first, _ = self._own(connection, job, record_type, fields)
+            return [connection.execute(f"{select} WHERE _id = ?", (first + ordinal,)).fetchone()
+                    for ordinal in ordinals]
 
     def own_column(self, job: Job, record_type: str, field: str) -> Iterator[Json]:
         """All committed values of one field of the job's rows, in order."""
         with self._database.read() as connection:
-            first, rows = connection.execute("SELECT first, rows FROM _spans WHERE job = ? AND record_type = ?",
-                                             (job.job_id, record_type)).fetchone()
-            for (value,) in connection.execute(f"SELECT {_quote(field)} FROM {_quote(record_type)} "
-                                               "WHERE _id >= ? AND _id < ? ORDER BY _id", (first, first + rows)):
+            select, first, rows = self._own(connection, job, record_type, [field])
+            for (value,) in connection.execute(f"{select} WHERE _id >= ? AND _id < ? ORDER BY _id",
+                                               (first, first + rows)):
                 yield value
 
     # Reading what is completed
@@ -2544,65 +2775,43 @@ class RecordStore:
     def types(self) -> list[RecordTypeInfo]:
         """Every record type with its fields and the number of its records."""
         with self._database.read() as connection:
-            rows = connection.execute(
-                "SELECT record_type, (SELECT coalesce(sum(rows), 0) FROM _spans JOIN jobs ON jobs.id = job WHERE "
-                "_spans.record_type = _types.record_type AND status = 'completed') FROM _types ORDER BY record_type")
-            return [RecordTypeInfo(record_type=name, count=count, fields=self._kinds(connection, name))
-                    for name, count in rows.fetchall()]
+            counts = dict(connection.execute("SELECT record_type, sum(rows) FROM _readable_ranges "
+                                             "GROUP BY record_type").fetchall())
+            return [RecordTypeInfo(record_type=name, count=counts.get(name, 0),
+                                   fields=joined_kinds(_layouts(connection, name).values()))
+                    for name in _record_types(connection)]
 
     @contextmanager
-    def lines(self, filters: Filters, style: Style, between: str, *, fields: Sequence[str] | None = None,
-              order_by: str | None = None, limit: int | None = None, excel_safe: bool = False,
+    def lines(self, filters: Filters, text: RecordText, *, fields: Sequence[str] | None = None,
+              order_by: str | None = None, limit: int | None = None,
               interrupted: Callable[[], bool] = lambda: False) -> Iterator[Lines]:
-        """The selected records as CSV or JSON text, `between` (CRLF for CSV) between them, made inside SQLite, from one
-        snapshot.
+        """The selected records as text, made inside SQLite, from one snapshot; otherwise as `Query`.
 
-        `order_by` is a field, with a `-` before it for descending. `interrupted` is asked now and then; when it says
-        True, Interrupted is raised. Raises JobFailed that names what exists when a type or field does not.
+        `interrupted` is asked now and then; when it says True, Interrupted is raised.
         """
-        with self._database.snapshots(1 if order_by or limit is not None else _READERS) as connections:
-            for connection in connections:
-                connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
-            selection = _Selection(connections[0], filters, fields, order_by, self._kinds)
-            if order_by:
-                selection.choose(limit)
-                queries = [_Query(selection.chosen_sources(style, excel_safe), [(1, selection.chosen())], between)]
-            else:
-                queries = [_Query([selection.source(name, style, excel_safe)], selection.spans(name), between)
-                           for name in selection.kinds]
-            # What is chosen is limited already.
-            with closing(_Readers(connections).blocks(queries, None if order_by else limit)) as blocks:
-                yield Lines(selection.header, selection.total(limit), blocks)
+        with self._database.read() as connection:
+            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
+            query = Query(connection, filters, fields, order_by)
+            with closing(_ahead(query.text_blocks(text, limit))) as blocks:
+                yield Lines(query.header, query.total(limit), blocks)
 
     def copy_to(self, path: Path, filters: Filters, *, fields: Sequence[str] | None = None, order_by: str | None = None,
                 limit: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
 
-        Yields how far it is; otherwise as `lines`. Rows come in order, so pages are full.
+        Yields how far it is; otherwise as `lines`.
         """
         with self._database.copying(path) as connection:
             connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
-            selection = _Selection(connection, filters, fields, order_by, self._kinds)
-            selection.choose(limit)
-            copies = [copy for number, name in enumerate(selection.kinds) if (copy := selection.copy_sql(number, name))]
-            for create, _ in copies:
-                connection.execute(create)
-            done, total = 0, selection.chosen()
-            for start in range(0, total, _COPY_STEP):
-                done += sum(connection.execute(insert, (start, start + _COPY_STEP)).rowcount for _, insert in copies)
-                yield Progress(done=done, total=total)
+            yield from Query(connection, filters, fields, order_by).copy(limit)
 
     def page(self, filters: Filters, limit: int, after: int | None) -> tuple[bytes, int | None]:
         """Up to `limit` records of one type, older first, from the `_id` after `after`, as JSON with commas between.
 
-        Beside it the last `_id`, if there are more.
+        Beside it the last `_id`, if there are more; a page of long records ends early.
         """
         with self._database.read() as connection:
-            selection = _Selection(connection, filters, None, None, self._kinds)
-            query = _Query([selection.source(str(filters.record_type), "json", excel_safe=False)], [], ", ")
-            block = query.read(connection, after or 0, _LAST_ID, limit, _NO_LIMIT)
-            more = block.records and query.read(connection, block.last, _LAST_ID, 1, _NO_LIMIT).records
-            return block.text, block.last if more else None
+            return Query(connection, filters).page(limit, after or 0)
 
 
 # ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
@@ -5402,60 +5611,58 @@ class Selected(NamedTuple):
     interrupted: Callable[[], bool]
 
 
-class ExportSink:
-    """Takes the bytes of an export into a draft, gzipped or not."""
+Writing = Generator[Progress, None, None]  # says now and then how far it is
 
-    def __init__(self, draft: AtomicFile, *, gzip: bool):
-        self.draft = draft
+
+class ExportSink:
+    """Takes the bytes of an export into a file, gzipped or not."""
+
+    def __init__(self, file: AtomicFile, *, gzip: bool):
+        self.file = file
         # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
         self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
 
     def write(self, block: bytes) -> None:
         """Appends."""
-        self.draft.write(self._packer.compress(block) if self._packer else block)
+        self.file.write(self._packer.compress(block) if self._packer else block)
 
     def close(self) -> None:
         """Ends the file; nothing may be written after it."""
         if self._packer:
-            self.draft.write(self._packer.flush())
+            self.file.write(self._packer.flush())
 
 
-class TextLayout(NamedTuple):
-    """What stands before, between and after the records of a text format, and in a file without any."""
-
-    style: Style
-    first: str = ""
-    between: str = "\n"
-    end: str = "\n"
-    empty: str = ""  # a header comes before this as it does before `first`
-    header: bool = False
-
-
-def _csv_name(field: str, safe: bool) -> str:
+def _cell(field: str, text: RecordText) -> str:
     """A field's name in the header; those of an uploaded file can be formulas too."""
-    shown = f"'{field}" if safe and field[0] in "=+-@" else field
+    shown = f"'{field}" if text.excel_safe and field[0] in FORMULA_STARTS else field
     return '"' + shown.replace('"', '""') + '"'
 
 
-def _write_text(sink: ExportSink, records: RecordStore, wanted: Selected,
-                layout: TextLayout) -> Generator[Progress, None, None]:
-    safe = wanted.excel_safe and layout.header
-    with records.lines(wanted.filters, layout.style, layout.between, fields=wanted.fields, order_by=wanted.order_by,
-                       limit=wanted.limit, excel_safe=safe, interrupted=wanted.interrupted) as lines:
-        names = ",".join(_csv_name(field, safe) for field in lines.fields)
-        head = ("\ufeff" if safe else "") + (names + "\r\n" if layout.header else "")
+def _write_text(text: RecordText, first: str, end: str, empty: str, sink: ExportSink, records: RecordStore,
+                wanted: Selected) -> Writing:
+    """Records as text, with what stands before the first and behind the last; `empty` is a file without any."""
+    with records.lines(wanted.filters, text, fields=wanted.fields, order_by=wanted.order_by, limit=wanted.limit,
+                       interrupted=wanted.interrupted) as lines:
+        if text.delimiter is not None:
+            first = empty = first + text.delimiter.join(_cell(field, text) for field in lines.fields) + text.between
         done = 0
-        for block in lines.blocks:
-            sink.write((layout.between if done else head + layout.first).encode() + block.text)
-            done += block.records
+        for block, count in lines.blocks:
+            sink.write((text.between if done else first).encode() + block)
+            done += count
             yield Progress(done=done, total=lines.total)
-        sink.write((layout.end if done else head + layout.empty).encode())
+        sink.write((end if done else empty).encode())
         yield Progress(done=done, total=done)
 
 
-def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Generator[Progress, None, None]:
+def _write_cells(delimiter: str, sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
+    """RFC 4180, but for the delimiter: a header, CRLF, every text in quotes, so that null and "" are told apart."""
+    text = RecordText("\r\n", delimiter, wanted.excel_safe)
+    return _write_text(text, "\ufeff" if wanted.excel_safe else "", "\r\n", "", sink, records, wanted)
+
+
+def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
     progress = Progress(done=0, total=0)
-    with sink.draft.beside() as copy:
+    with sink.file.beside() as copy:
         for progress in records.copy_to(copy.path, wanted.filters, fields=wanted.fields, order_by=wanted.order_by,
                                         limit=wanted.limit, interrupted=wanted.interrupted):
             yield progress
@@ -5470,17 +5677,14 @@ class ExportFormat(NamedTuple):
     """How records become a file: the media type, and what writes them, saying now and then how far it is."""
 
     content_type: str
-    write: Callable[[ExportSink, RecordStore, Selected], Generator[Progress, None, None]]
-
-
-def _text_format(content_type: str, layout: TextLayout) -> ExportFormat:
-    return ExportFormat(content_type, lambda sink, records, wanted: _write_text(sink, records, wanted, layout))
+    write: Callable[[ExportSink, RecordStore, Selected], Writing]
 
 
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
-    "csv": _text_format("text/csv; charset=utf-8", TextLayout("csv", between="\r\n", end="\r\n", header=True)),
-    "json": _text_format("application/json", TextLayout("json", "[\n", ",\n", "\n]\n", "[]\n")),
-    "ndjson": _text_format("application/x-ndjson", TextLayout("json")),
+    "csv": ExportFormat("text/csv; charset=utf-8", partial(_write_cells, ",")),
+    "tsv": ExportFormat("text/tab-separated-values; charset=utf-8", partial(_write_cells, "\t")),
+    "json": ExportFormat("application/json", partial(_write_text, RecordText(",\n"), "[\n", "\n]\n", "[]\n")),
+    "ndjson": ExportFormat("application/x-ndjson", partial(_write_text, RecordText("\n"), "", "\n", "")),
     "sqlite": ExportFormat("application/vnd.sqlite3", _write_database),
 }
 
@@ -6206,12 +6410,13 @@ def _all(test: Callable[[str], bool], cells: Iterable[str]) -> bool:
         return False
 
 
+_JSON_SCALAR = re.compile(r"true|false|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
     # A quoted cell is no number, whatever it reads: in our own exports the quotes are what makes a text.
     "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
     "date": lambda cell: _is_date(_unquoted(cell)), "datetime": lambda cell: _is_datetime(_unquoted(cell)),
     "text": lambda cell: cell[:1] == '"',
-    "any": lambda cell: cell[:1] == '"' or cell == _exact_float(float(cell)) or _is_int(cell),
+    "json": lambda cell: cell[:1] == '"' or bool(_JSON_SCALAR.fullmatch(cell)),
 }
 
 
@@ -6223,7 +6428,7 @@ def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNam
         return [*candidates]
     found: list[Kind] = []
     for kind in candidates:
-        if kind in ("text", "any") and not names.quoted:
+        if kind in ("text", "json") and not names.quoted:
             fits = kind == "text"
         else:
             fits = (kind == "decimal" and "int" in found) or _all(_CSV_TESTS[kind], distinct)
@@ -6265,19 +6470,19 @@ def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind], names: FieldN
 
 _TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
     "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": _written_out,
-    "text": str, "date": str, "datetime": str,
+    "text": str, "date": str, "datetime": str, "none": str,
 }
 
 
-def _csv_value(cell: str) -> Json:
-    """What a cell stands for where quotes tell texts from numbers."""
-    return _unquoted(cell) if cell[:1] == '"' else int(cell) if cell.lstrip("-").isdigit() else float(cell)
+def _csv_value(cell: str) -> str:
+    """What a cell stands for, as JSON, where quotes tell texts from numbers."""
+    return _compact(_unquoted(cell)) if cell[:1] == '"' else cell
 
 
 def _csv_values(cells: Sequence[str], kind: Kind) -> list[Json]:
     """Cells as the record tables store them."""
-    convert = _csv_value if kind == "any" else _TO_VALUE[kind] if kind in ("int", "float", "bool") else _unquoted
-    null = ("",) if kind in ("text", "any") else ("", '""')
+    convert = _csv_value if kind == "json" else _TO_VALUE[kind] if kind in ("int", "float", "bool") else _unquoted
+    null = ("",) if kind in ("text", "json") else ("", '""')
     return [None if cell in null else convert(cell) for cell in cells]
 
 
@@ -6388,8 +6593,8 @@ class RecordReader:
                                                    self.names[batch.part])
 
     def kinds(self, part: str = "") -> dict[str, Kind]:
-        """The kind of each field, by all that was learned: the narrowest that fits; text if all is null."""
-        return {field: "text" if len(fitting) in (0, len(self._format.kinds)) else fitting[0]
+        """The kind of each field, by all that was learned: the narrowest that fits; none if all is null."""
+        return {field: "none" if len(fitting) == len(self._format.kinds) else fitting[0] if fitting else "text"
                 for field, fitting in self._fitting[part].items()
                 if len(fitting) < len(self._format.kinds) or field not in self.names[part].spare}
 
@@ -8358,12 +8563,16 @@ def get_records(call: Request, record_type: str) -> bottle.HTTPResponse:
     """Records of one type, oldest first, a page at a time."""
     query = call.query(RecordsQuery)
     filters = Filters.model_construct(record_type=record_type, job_id=query.job_id, where={})
-    try:
-        items, last = call.engine.queue.records.page(filters, query.limit, query.after)
-    except JobFailed as error:
-        raise NotFound(str(error)) from None
+    items, last = call.engine.queue.records.page(filters, query.limit, query.after)
     following = b"null" if last is None else b'"%d"' % last
     return reply(b'{"items": [%b], "next": %b}' % (items, following))
+
+
+@route("DELETE", "/records/{recordType}", {204: None, 404: ErrorBody, 409: ErrorBody})
+def delete_records(call: Request, record_type: str) -> bottle.HTTPResponse:
+    """Deletes all records of one type; the jobs that made them stay. 409 while a job is writing some."""
+    call.engine.queue.records.delete_type(record_type)
+    return bottle.HTTPResponse(status=204)
 
 
 def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:

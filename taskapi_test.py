@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import http.server
 import importlib.metadata
-import inspect
 import io
 import itertools
 import json
@@ -1289,27 +1288,28 @@ def test_records_are_seen_once_their_job_is_completed_and_not_before(
         shown.append(ask(url, "GET", "/records/thing").json["items"])
         shown.append([item["count"] for item in ask(url, "GET", "/records").json["items"]])
         shown.append(ask(url, "GET", f"/records/thing?jobId={context.job.job_id}").status)
-        with service.queue.records.lines(taskapi.Filters(record_type="thing"), "csv", "\r\n") as lines:
-            shown.append([block.text for block in lines.blocks])
+        with service.queue.records.lines(taskapi.Filters(record_type="thing"), CSV) as lines:
+            shown.append([*lines.blocks])
         raise taskapi.JobFailed("half way is not enough")
 
     assert service.enqueue("script", {}).error == "half way is not enough"
-    assert shown == [[{"n": 1}], [1], 404, [b"1"]]
+    assert shown == [[{"n": 1}], [1], 404, [(b"1", 1)]]
     assert plain(service.folder.root, "SELECT n FROM thing") == [1]
 
 
 def test_an_export_is_one_snapshot_whatever_happens_meanwhile(service: taskapi.Service) -> None:
     """The job that made the records is deleted, and another adds some, while they are read."""
     job = store(service, {"n": "int"}, [[n] for n in range(5000)])
-    with service.queue.records.lines(taskapi.Filters(record_type="thing"), "csv", "\r\n") as lines:
-        texts = [next(lines.blocks).text]
+    with service.queue.records.lines(taskapi.Filters(record_type="thing"), CSV) as lines:
+        texts = [next(lines.blocks)[0]]
         service.queue.remove(job.job_id)
         store(service, {"n": "int"}, [[n] for n in range(3)])
-        texts += [block.text for block in lines.blocks]
+        texts += [text for text, _ in lines.blocks]
     assert [int(line) for text in texts for line in text.split()] == [*range(5000)]
     assert json.loads(exported(service, "json")) == [{"n": n} for n in range(3)]
 
 
+CSV = taskapi.RecordText("\r\n", ",")
 KINDS = {"n": "int", "x": "float", "price": "decimal", "ok": "bool", "name": "text", "day": "date",
          "at": "datetime", "tags": "json"}
 
@@ -3356,17 +3356,21 @@ def test_the_order_and_the_limit_of_an_export_hold_over_all_its_types(service: t
 
 def test_an_export_never_sorts_what_lies_in_order_and_starts_where_it_was(service: taskapi.Service) -> None:
     """SQLite says how it would read: no sorter, and the records by their number, from the last on."""
-    store(service, {"n": "int"}, [[1]])
+    for _ in range(3):  # neighbours are read as one
+        store(service, {"n": "int"}, [[1]])
+    statements: list[str] = []
     with service.queue.records._database.read() as connection:
-        selection = taskapi._Selection(connection, taskapi.Filters(record_type="thing"), None, None,
-                                       service.queue.records._kinds)
-        source = selection.source("thing", "json", excel_safe=False)
-        for limited, values in ((False, [0, 99, *source.values]), (True, [0, 99, *source.values, 9])):
-            query = f"EXPLAIN QUERY PLAN {source.sql(',', limited)}"
-            plan = " / ".join(row[3] for row in connection.execute(query, values))
+        connection.set_trace_callback(lambda sql: statements.append(sql) if sql.startswith("SELECT CAST") else None)
+        for limit in (None, 9):
+            statements.clear()
+            query = taskapi.Query(connection, taskapi.Filters(record_type="thing"))
+            assert [*query.text_blocks(taskapi.RecordText(), limit)] == [(b'{"n":1}\n{"n":1}\n{"n":1}', 3)]
+            (statement,) = statements
+            plan = " / ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
             assert "B-TREE" not in plan
             search = r"SEARCH (TABLE \S+ AS )?r USING INTEGER PRIMARY KEY \(rowid>\? AND rowid<\?\)"
             assert re.search(search, plan), plan
+        connection.set_trace_callback(None)
 
 
 @pytest.mark.parametrize("order_by", [None, "-n"])
@@ -3376,31 +3380,29 @@ def test_the_text_that_is_made_at_a_time_is_bounded_in_bytes(
     monkeypatch.setattr(taskapi, "_BLOCK_LIMIT", 20_000)
     sizes = [1] * 3000 + [3000] * 40 + [50_000] + [1] * 500
     store(service, {"n": "int", "t": "text"}, [[n, "x" * size] for n, size in enumerate(sizes)])
-    with service.queue.records.lines(taskapi.Filters(record_type="thing"), "json", ",", order_by=order_by) as lines:
+    with service.queue.records.lines(taskapi.Filters(record_type="thing"), taskapi.RecordText(","),
+                                     order_by=order_by) as lines:
         blocks = [*lines.blocks]
-    assert all(len(block.text) <= 20_000 or block.records == 1 for block in blocks)
-    records = [record for block in blocks for record in json.loads(b"[%b]" % block.text)]
+    assert all(len(text) <= 20_000 or count == 1 for text, count in blocks)
+    records = [record for text, _ in blocks for record in json.loads(b"[%b]" % text)]
     assert records[::-1 if order_by else 1] == [{"n": n, "t": "x" * size} for n, size in enumerate(sizes)]
 
 
 def test_a_filter_that_few_records_fit_is_not_read_in_small_steps(service: taskapi.Service) -> None:
     """As many statements as blocks of all the records would need, and not one more for each record found."""
     store(service, {"n": "int"}, [[n] for n in range(20_000)])
-    statements = []
-    with service.queue.records.lines(taskapi.Filters.model_validate({
-            "recordType": "thing", "where": {"n": {"in": [7, 9999, 19_000]}}}), "json", ",") as lines:
-        connection = next(iter(inspect.getgeneratorlocals(lines.blocks)["self"]._free))
+    filters = taskapi.Filters.model_validate({"recordType": "thing", "where": {"n": {"in": [7, 9999, 19_000]}}})
+    statements: list[str] = []
+    with service.queue.records._database.read() as connection:
         connection.set_trace_callback(lambda sql: statements.append(sql) if "group_concat" in sql else None)
-        assert b",".join(block.text for block in lines.blocks) == b'{"n":7},{"n":9999},{"n":19000}'
+        blocks = taskapi.Query(connection, filters).text_blocks(taskapi.RecordText(","), None)
+        assert b",".join(text for text, _ in blocks) == b'{"n":7},{"n":9999},{"n":19000}'
         connection.set_trace_callback(None)
     assert len(statements) < 20
 
 
-@pytest.mark.parametrize("most_long", [taskapi._MOST_LONG, 0])
-def test_every_float_leaves_as_it_is_at_each_power_of_two(
-        service: taskapi.Service, monkeypatch: pytest.MonkeyPatch, most_long: int) -> None:
-    """And next to it, where the ways of writing one change, also of a wide type; repr and float are the referees."""
-    monkeypatch.setattr(taskapi, "_MOST_LONG", most_long)
+def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Service) -> None:
+    """And next to it, where the ways of writing one change; repr and float are the referees."""
     near = [2.0**power for power in range(-1074, 1024)]
     values = [sign * value for middle in near for value in (
         middle, math.nextafter(middle, math.inf), math.nextafter(middle, 0), middle / 3) for sign in (1, -1)]
@@ -3806,7 +3808,7 @@ def test_an_upload_that_fails_leaves_no_record_and_no_file(app, tmp_path):
         assert "download" not in job["links"]
     assert [*(tmp_path / "uploads").iterdir()] == []
     with closing(sqlite3.connect(tmp_path / "taskapi.db")) as db:
-        assert db.execute("SELECT count(*) FROM _spans").fetchone() == (0,)
+        assert db.execute("SELECT count(*) FROM _id_ranges").fetchone() == (0,)
 
 
 KILLED = """
@@ -4072,7 +4074,7 @@ def test_many_records_are_deleted_in_short_steps(
     monkeypatch.setattr(taskapi, "_DELETE_STEP", step)
     service.queue.remove(jobs[1].job_id)
     assert plain(service.folder.root, "SELECT n FROM thing") == [*range(8), *range(20, 28)]
-    assert plain(service.folder.root, "SELECT job FROM _spans") == [jobs[0].job_id, jobs[2].job_id]
+    assert plain(service.folder.root, "SELECT job FROM _id_ranges") == [jobs[0].job_id, jobs[2].job_id]
 
 
 def test_a_long_poll_answers_as_soon_as_the_job_has_finished(tmp_path: Path, script: Any) -> None:
@@ -4162,7 +4164,7 @@ def test_a_job_function_that_returns_nonsense_fails_its_job(
         job = service.wait(service.enqueue("script", {}).job_id, 20)
         assert (job.status, job.error.partition(":")[0] in ("TypeError", "ValueError", "UnicodeEncodeError")) == (
             "failed", True), job.error
-        assert plain(tmp_path, "SELECT count(*) FROM _spans") == [0]
+        assert plain(tmp_path, "SELECT count(*) FROM _id_ranges") == [0]
         assert_at_work(service)
 
 
@@ -5082,7 +5084,7 @@ def test_a_folder_that_was_copied_with_its_log_opens(tmp_path: Path) -> None:
     ("PRAGMA user_version = 99", "later version"),
     ("PRAGMA user_version = 0", "not one of taskapi's"),
     ("ALTER TABLE jobs ADD COLUMN priority TEXT", "not one of taskapi's .its table 'jobs'"),
-    ("ALTER TABLE _spans RENAME COLUMN size TO extent", "not one of taskapi's .its table '_spans'"),
+    ("ALTER TABLE _id_ranges RENAME COLUMN size TO extent", "not one of taskapi's .its table '_id_ranges'"),
     ("DROP TABLE _types", "not one of taskapi's .its table '_types'"),
     ("PRAGMA user_version = 0; CREATE TABLE _sqlite_migrations AS SELECT 'taskapi' AS migration_set, 'x' AS name",
      "later version")])
@@ -5361,7 +5363,7 @@ def test_many_clients_at_once_meet_nothing_but_what_is_promised(tmp_path: Path, 
         done = {job_id: job.result["records"] for job_id, job in made.items() if job.record_type and job.result}
         assert all(job.request["count"] == done[job_id] for job_id, job in made.items()
                    if job.type == "generate" and job.status == "completed")
-        until(lambda: dict(plain(tmp_path, "SELECT job, rows FROM _spans")) == done)
+        until(lambda: dict(plain(tmp_path, "SELECT job, rows FROM _id_ranges")) == done)
         with service.serving(port=0):
             if Path("/proc/self/fd").exists():
                 until(lambda: leftovers(tmp_path)[0] <= before[0] + 3)  # workers begin when they are first needed
@@ -7571,7 +7573,7 @@ def assert_whole(folder: Path) -> None:
     types = plain(folder, "SELECT record_type FROM _types")
     assert made == Counter(dict(row for name in types for row in plain(
         folder, f'SELECT _job, count(DISTINCT _id) FROM "{name}" GROUP BY 1')))
-    assert made == dict(plain(folder, "SELECT job, rows FROM _spans"))
+    assert made == dict(plain(folder, "SELECT job, rows FROM _id_ranges"))
     for _, kind, status, _, result, _, file in jobs.values():
         if (kind, status) == ("export", "completed") and json.loads(file)["path"].endswith(".csv"):
             with (folder / json.loads(file)["path"]).open(newline="") as stream:
@@ -7667,7 +7669,7 @@ def test_kill_9_two_hundred_times_under_load_loses_nothing(tmp_path: Path) -> No
             assert {*made} - going <= {*plain(folder, "SELECT id FROM jobs")}
             if number % 8 == 7:
                 until(lambda: not plain(folder, "SELECT 1 FROM jobs WHERE status IN ('pending', 'in-progress')"), 60)
-                until(lambda: not plain(folder, "SELECT 1 FROM _spans LEFT JOIN jobs ON id = job "
+                until(lambda: not plain(folder, "SELECT 1 FROM _id_ranges LEFT JOIN jobs ON id = job "
                                                 "WHERE coalesce(status, '') <> 'completed'"))
                 Path(f"{folder}.said").write_text("".join(
                     f"{line}\n" for line in ({*made} - going) | {f"{job_id} deleted" for job_id in gone}))
