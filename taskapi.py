@@ -6416,6 +6416,7 @@ _CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
     "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
     "date": lambda cell: _is_date(_unquoted(cell)), "datetime": lambda cell: _is_datetime(_unquoted(cell)),
     "text": lambda cell: cell[:1] == '"',
+    "any": lambda cell: cell[:1] == '"' or cell == _exact_float(float(cell)) or _is_int(cell),
     "json": lambda cell: cell[:1] == '"' or bool(_JSON_SCALAR.fullmatch(cell)),
 }
 
@@ -6428,7 +6429,7 @@ def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNam
         return [*candidates]
     found: list[Kind] = []
     for kind in candidates:
-        if kind in ("text", "json") and not names.quoted:
+        if kind in ("text", "any", "json") and not names.quoted:
             fits = kind == "text"
         else:
             fits = (kind == "decimal" and "int" in found) or _all(_CSV_TESTS[kind], distinct)
@@ -6474,15 +6475,22 @@ _TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
 }
 
 
-def _csv_value(cell: str) -> str:
-    """What a cell stands for, as JSON, where quotes tell texts from numbers."""
+def _csv_value(cell: str) -> Json:
+    """What a cell stands for where quotes tell texts from numbers."""
+    return _unquoted(cell) if cell[:1] == '"' else int(cell) if cell.lstrip("-").isdigit() else float(cell)
+
+
+def _csv_json(cell: str) -> str:
+    """Likewise, as JSON, with every number as it is written."""
     return _compact(_unquoted(cell)) if cell[:1] == '"' else cell
 
 
 def _csv_values(cells: Sequence[str], kind: Kind) -> list[Json]:
     """Cells as the record tables store them."""
-    convert = _csv_value if kind == "json" else _TO_VALUE[kind] if kind in ("int", "float", "bool") else _unquoted
-    null = ("",) if kind in ("text", "json") else ("", '""')
+    special: Mapping[Kind, Callable[[str], Json]] = {"int": int, "float": float, "bool": _TO_VALUE["bool"],
+                                                     "any": _csv_value, "json": _csv_json}
+    convert = special.get(kind, _unquoted)
+    null = ("",) if kind in ("text", "any", "json") else ("", '""')
     return [None if cell in null else convert(cell) for cell in cells]
 
 

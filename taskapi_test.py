@@ -1515,7 +1515,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[dict[str, str], list[list[Any]]]:
     """Columns with hostile names, and rows with hostile values."""
-    names = draw(st.lists(st.sampled_from(HOSTILE), min_size=2, max_size=8, unique=True))
+    names = draw(st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=8, unique=True))
     columns = {name: draw(st.sampled_from([*VALUES])) for name in names}
     row = st.tuples(*(st.none() | VALUES[kind] for kind in columns.values())).map(list)
     return columns, draw(st.lists(row, max_size=6))
@@ -1549,8 +1549,8 @@ def test_what_is_written_reads_back_equal_in_every_format(
     columns, rows = table
     name = f"t{len(archive.queue.records.types())}"
     store(archive, columns, rows, name)
-    stored = plain(archive.folder.root, f"SELECT {', '.join(map(taskapi._quote, columns))} FROM {name} ORDER BY _id")
-    assert [list(row) for row in stored] == rows
+    stored = plain(archive.folder.root, f"SELECT {', '.join(map(taskapi._quote, columns))}, 0 FROM {name} ORDER BY _id")
+    assert [list(row[:-1]) for row in stored] == rows
     files = {kind: exported(archive, kind, name, gzip=packed) for kind in ("csv", "json", "ndjson")}
     csv_text, json_text, ndjson_text = (
         (gzip.decompress(data) if packed else data).decode() for data in files.values())
@@ -1561,7 +1561,8 @@ def test_what_is_written_reads_back_equal_in_every_format(
     header, *cells = csv.reader(io.StringIO(csv_text, newline=""), strict=True)
     assert header == [*columns]
     assert [[cell(kind, text) for kind, text in zip(columns.values(), line, strict=True)] for line in cells] == [
-        [None if value == "" else value for value in row] for row in rows]
+        [(json.loads(value) if str(value)[:1] == '"' and kind == "json" else value) or (value if value == 0 else None)
+         for kind, value in zip(columns.values(), row, strict=True)] for row in rows]
     assert csv_text.endswith("\r\n")
 
 
