@@ -6389,8 +6389,15 @@ def _is_float(cell: str) -> bool:
     return _exact_float(float(cell)) == cell and cell != "-0.0"  # SQLite keeps no sign of zero
 
 
+_DECIMAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?([eE][-+]?[0-9]{1,3})?")
+
+
 def _is_decimal(cell: str) -> bool:
-    return len(cell) <= 400 and bool(re.fullmatch(r"-?(?:0|[1-9][0-9]*)\.[0-9]+|-?[1-9][0-9]*|0", cell))
+    """Whether a number can be kept as it is written: as JSON writes numbers, and of bearable length."""
+    match = _DECIMAL.fullmatch(cell)
+    if not match or len(cell) > 400 or cell == "-0":
+        return False
+    return not match[1] or abs(Decimal(cell).adjusted()) <= 400
 
 
 def _is_date(text: str) -> bool:
@@ -6421,6 +6428,10 @@ _CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
 }
 
 
+_FITTING_TOO: Mapping[Kind, set[Kind]] = {  # what fits one of these
+    "decimal": {"int"}, "any": {"int", "float", "text"}, "json": {"int", "float", "decimal", "bool", "text"}}
+
+
 def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
     distinct = {cell for cell in cells if cell}
     if names.count == 1:
@@ -6432,24 +6443,10 @@ def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNam
         if kind in ("text", "any", "json") and not names.quoted:
             fits = kind == "text"
         else:
-            fits = (kind == "decimal" and "int" in found) or _all(_CSV_TESTS[kind], distinct)
+            fits = not _FITTING_TOO.get(kind, set()).isdisjoint(found) or _all(_CSV_TESTS[kind], distinct)
         if fits:
             found.append(kind)
     return found
-
-
-def _is_writable_out(number: Json) -> bool:
-    """Whether a JSON number is of bearable length without its exponent."""
-    return abs(Decimal(str(number)).adjusted()) <= 400
-
-
-def _written_out(number: Json) -> str:
-    """A JSON number without an exponent, as CSV takes it back."""
-    text = str(number)
-    if "e" not in text.lower():
-        return text
-    plain = f"{Decimal(text):f}"
-    return plain if "." in plain else f"{plain}.0"
 
 
 def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
@@ -6459,7 +6456,7 @@ def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind], names: FieldN
     tests: Mapping[Kind, Callable[[], bool]] = {
         "int": lambda: types == {int} and min(values) >= -2**63 and max(values) < 2**63,
         "float": lambda: types == {_JsonNumber} and _all(_is_float, values),
-        "decimal": lambda: types <= {int, _JsonNumber} and _all(_is_writable_out, values),
+        "decimal": lambda: types <= {int, _JsonNumber} and _all(_is_decimal, map(str, values)),
         "bool": lambda: types == {bool},
         "date": lambda: types == {str} and _all(_is_date, values),
         "datetime": lambda: types == {str} and _all(_is_datetime, values),
@@ -6470,7 +6467,7 @@ def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind], names: FieldN
 
 
 _TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
-    "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": _written_out,
+    "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": str,
     "text": str, "date": str, "datetime": str, "none": str,
 }
 
