@@ -3904,7 +3904,8 @@ def parse_field(raw: Any, path: str) -> FieldType:
         raise BadRequest.of(path, f"no such type {name!r}; say {_MEANT[name]}")
     cls = FIELD_TYPES.get(name, FakerField)
     try:
-        return cls.model_validate(spec)
+        # A program's own types may be called by the names in Python, ours only by those on the wire.
+        return cls.model_validate(spec, by_alias=True, by_name=cls.__module__ != __name__)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         raise _refusal([FieldProblem(".".join([path, *map(str, detail["loc"])]), _option_problem(cls, name, detail))
