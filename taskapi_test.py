@@ -7456,7 +7456,7 @@ def test_foreign_keys_hold_and_totals_are_sums(tmp_path: Path) -> None:
 
 
 CRASHER = '''
-import json, os, pathlib, shutil, signal, sqlite3, sys
+import json, os, pathlib, re, shutil, signal, sqlite3, sys
 from collections import Counter, deque
 from datetime import timedelta
 import taskapi, webtest
@@ -7481,7 +7481,8 @@ steps = Steps()
 class Connection(sqlite3.Connection):
     def execute(self, sql, *values):
         run = super().execute
-        return (steps.around(run) if sql in ("COMMIT", "BEGIN IMMEDIATE") else run)(sql, *values)
+        return (steps.around(run) if re.match("COMMIT|BEGIN IMMEDIATE|PRAGMA wal_checkpoint", sql) else run)(
+            sql, *values)
 
 connect = sqlite3.connect
 sqlite3.connect = lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs)
@@ -7489,6 +7490,7 @@ os.replace, os.fsync, os.unlink = map(steps.around, (os.replace, os.fsync, os.un
 pathlib.Path.unlink = steps.around(pathlib.Path.unlink)
 taskapi._SAVE_ROWS = taskapi._CHUNK_ROWS = 20
 taskapi._DELETE_STEP = 20
+taskapi._LOG_PAGES = 30
 
 class Held(deque):
     def submit(self, call):
