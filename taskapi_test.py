@@ -8285,8 +8285,8 @@ def past(folder: Path, count: int) -> None:
     with closing(sqlite3.connect(folder / "taskapi.db")) as connection, connection:
         connection.executemany(
             "INSERT INTO jobs(id, type, status, created_at, started_at, finished_at, attempt, request, result) "
-            "VALUES (?, 'generate', 'completed', ?2, ?2, ?2, 1, '{\"count\":10}', '{\"records\":10}')",
-            ((f"0180{n:08x}", "2025-01-01T00:00:00.000Z") for n in range(count)))
+            "VALUES (?, 'generate', 'completed', ?, ?, ?, 1, '{\"count\":10}', '{\"records\":10}')",
+            ((f"0180{n:08x}", *["2025-01-01T00:00:00.000Z"] * 3) for n in range(count)))
 
 
 @pytest.mark.bench
