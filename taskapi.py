@@ -592,8 +592,9 @@ def validated(model: type[Q], validate: Callable[[], Q], names: Iterable[str] = 
     try:
         return validate()
     except ValidationError as error:
-        known = [field.alias or name for name, field in model.model_fields.items()]
-        problems = [FieldProblem(field, f"is not known here{did_you_mean(field, known)}" if
+        schema = model.model_json_schema()
+        known = {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", ())}
+        problems = [FieldProblem(field, f"is not known here{did_you_mean(field.rpartition('.')[2], known)}" if
                                  message.startswith("extra inputs") else message)
                     for field, message in field_problems(error)]
         if problems[0].field == "body":
@@ -735,6 +736,19 @@ class Condition(ApiModel):
     in_: list[Scalar] | None = Field(None, alias="in", max_length=1000)
     like: str | None = Field(None, description="SQL pattern: % is any text, _ any character.", max_length=1000)
     null: bool | None = Field(None, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _operators(cls, given: Json) -> Json:
+        """Says how a condition is written, and which operators there are."""
+        if not isinstance(given, Mapping):
+            raise ValueError(f'say {{"eq": {_clipped(json.dumps(given, default=str))}}}')  # noqa: TRY004 - pydantic tells of these alone
+        operators = [field.alias or name for name, field in cls.model_fields.items()]
+        for name in given:
+            if name not in operators:
+                raise ValueError(f"no such operator {name!r}{did_you_mean(str(name), operators)}; "
+                                 f"there are: {', '.join(operators)}")
+        return given
 
     @model_serializer
     def _given(self) -> dict[str, Json]:

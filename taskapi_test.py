@@ -754,6 +754,17 @@ def test_instants_are_utc_with_milliseconds_and_sort_as_text(moment: datetime) -
     assert timedelta(0) <= moment - datetime.fromisoformat(text) < timedelta(milliseconds=1)
 
 
+@pytest.mark.parametrize(("filters", "message"), [
+    ({"recordtype": "person"}, "filters.recordtype: is not known here; did you mean 'recordType'"),
+    ({"where": {"age": 18}}, 'filters.where.age: say {"eq": 18}'), ({"where": {"age": ["a"]}}, '{"eq": ["a"]}'),
+    ({"where": {"age": {"ge": 18}}}, "no such operator 'ge'; did you mean 'gte'"),
+    ({"where": {"age": {"between": [1, 2]}}}, "there are: eq, ne, lt, lte, gt, gte, in, like, null")])
+def test_a_wrong_filter_says_what_was_meant(service: taskapi.Service, filters: Any, message: str) -> None:
+    """A name inside the filters, a value without an operator, and an operator that there is not."""
+    with pytest.raises(BadRequest, match=re.escape(message)):
+        service.enqueue("export", {"format": "csv", "filters": filters})
+
+
 def test_the_job_object_is_what_the_contract_shows(service: taskapi.Service, url: str) -> None:
     """Its keys, its links, its instants, and the request with its defaults filled in."""
     answer = ask(url, "POST", "/generate", {"recordType": "person", "count": 10})
