@@ -3781,13 +3781,14 @@ class FakerField(FieldType):
     redraws: ClassVar = REDRAWS
     args: dict[str, Any] = {}
 
+    @functools.cached_property
     def holes(self) -> dict[str, str]:
         """The arguments that are another field's value, and the field."""
         found = {name: re.fullmatch(r"\{([^{}]+)\}", value) for name, value in self.args.items() if type(value) is str}
         return {name: hole[1] for name, hole in found.items() if hole}
 
     def reads(self) -> Iterable[str]:
-        return self.holes().values()
+        return self.holes.values()
 
     def work(self) -> int:
         sizes = {name: value if type(value) in (int, float) else len(value) if isinstance(value, (str, list)) else 0
@@ -3804,9 +3805,9 @@ class FakerField(FieldType):
         if problem := scope.tried(lambda: self._problem(scope.fast)):
             raise scope.refuse(*problem)
         call = self._call(scope)
-        alike = "" if self.holes() else f"{self.type} {self.args}"
+        alike = "" if self.holes else f"{self.type} {self.args}"
         kind = scope.at("kind").tried(lambda: self._tried(scope, call), alike)
-        plain = kind == "text" and not self.holes() and scope.fast.signature(self.type).return_annotation is str
+        plain = kind == "text" and not self.holes and scope.fast.signature(self.type).return_annotation is str
         return (call if plain else _mapped(call, partial(self._held, kind))), kind
 
     def _problem(self, fast: FastFaker) -> tuple[str, ...] | None:
@@ -3830,7 +3831,7 @@ class FakerField(FieldType):
         """The method with its arguments, each of which is bounded whatever way it comes."""
         method, fixed = scope.fast.method(self.type), {}
         reads = {name: _mapped(scope.at("args", name).reader(field)[0], partial(_read_argument, name))
-                 for name, field in self.holes().items()}
+                 for name, field in self.holes.items()}
         for name, value in self.args.items():
             try:
                 if name not in reads:
@@ -6799,6 +6800,7 @@ def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool =
 _RECIPES_LOCK = threading.Lock()
 _RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text, the one used last at the end
 _LARGE_RECIPES: OrderedDict[str, Recipe] = OrderedDict()
+_READY_PLANS: OrderedDict[tuple[str, int | None, str | None], Plan] = OrderedDict()  # not used yet, the oldest first
 
 
 _COUNT_OR_RECORDS: Json = [  # for who reads the schema
@@ -6831,8 +6833,12 @@ class GenerateRequest(JobRequest):
         recipe = filled.recipe()
         if recipe.total > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
-        if recipe.dated:  # and so may not fit this request's instant
-            filled.plan().close()
+        if recipe.dated:  # and so may not fit this request's instant; the job has use for the plan
+            plan = filled.plan()
+            with _RECIPES_LOCK:
+                _READY_PLANS[filled._text, filled.seed, filled.now] = plan
+                if len(_READY_PLANS) > 16:
+                    _READY_PLANS.popitem(last=False)[1].close()
         return filled
 
     def recipe(self) -> Recipe:
@@ -6874,7 +6880,9 @@ class GenerateRequest(JobRequest):
 
     def plan(self) -> Plan:
         """The recipe made ready for this request's seed and instant; to be closed."""
-        return Plan(self.recipe(), self.seed or 0, self._moment())
+        with _RECIPES_LOCK:
+            ready = _READY_PLANS.pop((self._text, self.seed, self.now), None)
+        return ready or Plan(self.recipe(), self.seed or 0, self._moment())
 
     @property
     def weight(self) -> int:
