@@ -2051,31 +2051,36 @@ def _compare_mixed(kind: Kind, column: str, relation: str, values: Sequence[Json
     return f"({' OR '.join(sql) or 'FALSE'})", bound
 
 
-def comparison(kind: Kind, column: str, relation: str, value: Json) -> tuple[str, list[Json]] | None:
+def comparison(kind: Kind, column: str, relation: str, value: Json,
+               mixed: bool = False) -> tuple[str, list[Json]] | None:
     """One condition of a filter as SQL, and the values it binds: how every reader of records compares.
 
     Numbers compare as numbers, decimals exactly, instants and dates as such, where a date means its whole day; what is
-    of several types by the type of each value. None if no value of that kind can be compared with this one.
+    of several types by the type of each value. In a field that is `mixed`, since other jobs wrote other kinds, a text
+    is no number and a number no text. None if no value of that kind can be compared with this one.
     """
-    key = KIND_SQL[kind].order.format(c=column)
     if relation == "null" or (relation in ("eq", "ne") and value is None):
         return f"{column} IS {'' if (value if relation == 'null' else relation == 'eq') else 'NOT '}NULL", []
     if relation == "like":
         return f"{(KIND_SQL[kind].text or '{c}').format(c=column)} LIKE ?", [value]
     if relation == "ne":
-        equal = comparison(kind, column, "eq", value)
+        equal = comparison(kind, column, "eq", value, mixed)
         return equal and (f"NOT coalesce({equal[0]}, FALSE)", equal[1])
     values = [item for item in (value if relation == "in_" else [value]) if item is not None]
+    if mixed and kind in _NUMBERS | _TEXTS:
+        values = [item for item in values if isinstance(item, str) == (kind in _TEXTS)]
+        if not values:
+            return None
     if not values or kind == "none":
         return "FALSE", []
     if kind in ("json", "any"):
         return _compare_mixed(kind, column, relation, values)
-    meanings = [_meaning(kind, item) for item in values]
-    if None in meanings:
+    meanings = [meaning for item in values if (meaning := _meaning(kind, item))]
+    if len(meanings) < len(values) and not (mixed and meanings):
         return None
     if kind == "decimal":
         return _compare_decimals(column, relation, values)
-    return _meets(key, relation, [meaning for meaning in meanings if meaning])
+    return _meets(KIND_SQL[kind].order.format(c=column), relation, meanings)
 
 
 # Queries: which records, and their text, made inside SQLite
@@ -2296,24 +2301,25 @@ class Query:
                     yield str(self._filters.date_field), f"{relation} date", bound
 
     def _check_filters(self) -> None:
-        for layouts in self._layouts.values():
+        for name, layouts in self._layouts.items():
             for field, relation, value in self._conditions():
                 kinds = {_RESERVED[field]} if field in _RESERVED else {
                     layout.get(field, "none") for layout in layouts.values()}
-                if not any(self._condition(kind, field, relation, value) for kind in kinds or {"none"}):
+                if kinds and not any(self._condition(name, kind, field, relation, value) for kind in kinds):
                     (kind, *_) = kinds
                     what = f"is not a date: {kind}" if relation.endswith("date") else (
                         f"cannot be compared with {json.dumps(value)}: its kind is {kind}")
                     raise BadRequest(f"filter on {field!r}: {what}")
 
-    def _condition(self, kind: Kind, field: str, relation: str, value: Json) -> tuple[str, list[Json]] | None:
+    def _condition(self, record_type: str, kind: Kind, field: str, relation: str,
+                   value: Json) -> tuple[str, list[Json]] | None:
         """As `comparison`; from and to look for dates in texts too."""
         if relation.endswith("date"):
             if kind in ("int", "float", "decimal", "bool"):
                 return None
             text = (KIND_SQL[kind].text or "{c}").format(c=_column(field))
             return comparison("none" if kind == "none" else "datetime", f"({text})", relation.split()[0], value)
-        return comparison(kind, _column(field), relation, value)
+        return comparison(kind, _column(field), relation, value, self._kinds[record_type].get(field) == "any")
 
     # Which records
 
@@ -2383,7 +2389,7 @@ class Query:
         conditions, values = ["r._id BETWEEN ? AND ?"], []
         for field, relation, value in self._conditions():
             kind = _RESERVED.get(field) or kinds.get(field, "none")
-            sql, bound = self._condition(kind, field, relation, value) or (str(relation == "ne").upper(), [])
+            sql, bound = self._condition(name, kind, field, relation, value) or (str(relation == "ne").upper(), [])
             conditions.append(sql)
             values += bound
         return f"main.{_quote(name)} AS r WHERE {' AND '.join(conditions)}", values
@@ -2658,6 +2664,13 @@ class RecordStore:
             connection.execute("UPDATE main.sqlite_master SET sql = ? WHERE type = 'table' AND name = ?",
                                (table, record_type))
             connection.execute(f"PRAGMA main.schema_version = {version + 1}")
+        except sqlite3.OperationalError:  # some builds, Apple's for one, guard their schema: then the rows are copied
+            name, rows = _quote(record_type), connection.execute(f"SELECT * FROM main.{_quote(record_type)} LIMIT 0")
+            columns = ", ".join(_quote(column[0]) for column in rows.description)
+            connection.execute(f'ALTER TABLE main.{name} RENAME TO "-old"')
+            connection.execute(table)
+            connection.execute(f'INSERT INTO main.{name}({columns}) SELECT {columns} FROM main."-old"')
+            connection.execute('DROP TABLE main."-old"')
         finally:
             connection.execute("PRAGMA writable_schema = OFF")
 
@@ -5028,8 +5041,6 @@ def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
 # ==== 6 Files: the data folder: drafts, uploads, exports ====
 
 _BLOCK = 256 * 1024
-_LARGE_BLOCK, _SYNC_STEP = 2**16, 2**25  # see AtomicFile
-AHEAD = 2**23  # bytes that may wait in memory for the disk: those of one draft, or of all uploads together
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
 _JOB_FILE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.[a-z0-9.]+")  # names of kept files; see JobIds
 _DRAFT = re.compile(r"tmp[a-z0-9_]{8}.*")  # as `tempfile` names them
@@ -5044,15 +5055,9 @@ class FileType(NamedTuple):
     magic: tuple[bytes, ...] = ()
 
 
-FILE_TYPES: Mapping[str, FileType] = {
-    "csv": FileType("text/csv; charset=utf-8"),
-    "tsv": FileType("text/tab-separated-values; charset=utf-8"),
-    "json": FileType("application/json"),
-    "ndjson": FileType("application/x-ndjson"),
-    "jsonl": FileType("application/x-ndjson"),
+FILE_TYPES: dict[str, FileType] = {  # by suffix; see `file_format` for those that hold records
     "txt": FileType("text/plain; charset=utf-8"),
     "xml": FileType("application/xml"),
-    "sqlite": FileType("application/vnd.sqlite3", (b"SQLite format 3\0",)),
     "gz": FileType("application/gzip", (b"\x1f\x8b",)),
     "zip": FileType("application/zip", (b"PK\x03\x04", b"PK\x05\x06")),
     "pdf": FileType("application/pdf", (b"%PDF-",)),
@@ -5090,145 +5095,37 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-class InTurn:
-    """Gives blocks to a function one at a time, in order, on threads that others may use too.
-
-    After a failure the blocks are dropped, and whoever asks is told.
-    """
-
-    def __init__(self, work: Callable[[bytes], object], pool: ThreadPoolExecutor, on_step: Callable[[], None]):
-        self._work, self._pool, self._on_step = work, pool, on_step
-        self._state = threading.Condition()
-        self._blocks: deque[bytes] = deque()
-        self._submitted = self._running = False
-        self._error: Exception | None = None
-        self.waiting = 0  # bytes; those at work still count
-
-    def put(self, block: bytes) -> None:
-        """Takes a block; never waits."""
-        with self._state:
-            self._blocks.append(block)
-            self.waiting += len(block)
-            submitted, self._submitted = self._submitted, True
-        if not submitted:
-            self._submit()
-
-    def _submit(self) -> None:
-        try:
-            self._pool.submit(self._step)
-        except RuntimeError:  # the pool is shut: whoever still waits for the end does the rest
-            self._step()
-
-    def _step(self) -> None:
-        with self._state:
-            block = self._blocks.popleft() if self._blocks else b""
-            self._running = True
-        try:
-            if block and self._error is None:
-                self._work(block)
-        except Exception as error:  # noqa: BLE001  # the next to put something in gets it
-            self._error = error
-        with self._state:
-            self._running = False
-            self._submitted = more = bool(self._blocks)
-            self.waiting -= len(block)
-            self._state.notify_all()
-        if more:  # behind those of others
-            self._submit()
-        self._on_step()
-
-    def check(self) -> None:
-        """Raises what the function has raised."""
-        if self._error is not None:
-            raise self._error
-
-    def settle(self, most: int = 0) -> None:
-        """Waits until no more than `most` bytes wait; raises what the function has raised."""
-        with self._state:
-            self._state.wait_for(lambda: self.waiting <= most)
-        self.check()
-
-    def stop(self) -> None:
-        """Drops what waits; returns when nothing is at work."""
-        with self._state:
-            self.waiting -= sum(map(len, self._blocks))
-            self._blocks.clear()
-            self._state.wait_for(lambda: not self._running)
-
-
 class AtomicFile:
-    """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed.
+    """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed."""
 
-    Where a large block follows others, one thread writes and another hashes: both do without the interpreter lock, and
-    whoever makes the blocks need not wait for them. `pool`: threads of somebody who minds `waiting` himself; `on_step`
-    is called on them after each block. Without it a draft has its own, and `write` sees that not too much waits.
-    """
-
-    def __init__(self, root: Path, pool: ThreadPoolExecutor | None = None, on_step: Callable[[], None] = lambda: None):
-        self._root, self._pool, self._on_step = root, pool, on_step
-        self._own: ThreadPoolExecutor | None = None
+    def __init__(self, root: Path):
+        self._root = root
         with _disk_errors():
             descriptor, name = tempfile.mkstemp(dir=root / "tmp")
         self.path = Path(name)
         self._file = os.fdopen(descriptor, "wb")
         self._hash = hashlib.sha256()
-        self._aside: list[InTurn] = []
-        self._unsynced = 0
         self.bytes = 0
 
     def write(self, block: bytes) -> None:
-        """Appends; DiskFull or StorageError if that fails, or failed for an earlier block."""
-        if not self._aside and len(block) >= _LARGE_BLOCK and self.bytes:
-            pool = self._pool
-            if pool is None:
-                pool = self._own = ThreadPoolExecutor(2, "taskapi-draft")
-            self._aside = [InTurn(work, pool, self._on_step) for work in (self._append, self._hash.update)]
-        self.bytes += len(block)
-        if not self._aside:
-            self._append(block)
-            self._hash.update(block)
-        for turn in self._aside:
-            turn.put(block)
-        if self._own:
-            self._record_outcome(AHEAD)
-
-    def _append(self, block: bytes) -> None:
+        """Appends; DiskFull or StorageError if that fails."""
         with _disk_errors():
             self._file.write(block)
-            self._unsynced += len(block)
-            if self._unsynced > _SYNC_STEP:  # so that the end has little left to wait for
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._unsynced = 0
-
-    def _record_outcome(self, most: int = 0) -> None:
-        for turn in self._aside:
-            turn.settle(most)
-
-    def check(self) -> None:
-        """DiskFull or StorageError if a block could not be written."""
-        for turn in self._aside:
-            turn.check()
-
-    @property
-    def waiting(self) -> int:
-        """Bytes that are not yet written or hashed."""
-        return max((turn.waiting for turn in self._aside), default=0)
+        self._hash.update(block)
+        self.bytes += len(block)
 
     @property
     def sha256(self) -> str:
         """Of what was written so far, in hexadecimal."""
-        self._record_outcome()
         return self._hash.hexdigest()
 
     def flush(self) -> None:
         """Hands what was written to the operating system; DiskFull or StorageError if that fails."""
-        self._record_outcome()
         with _disk_errors():
             self._file.flush()
 
     def beside(self) -> AtomicFile:
-        """Another draft, for something that this one is made from."""
+        """Another one, for something that this one is made from."""
         return AtomicFile(self._root)
 
     def open(self) -> BinaryIO:
@@ -5239,8 +5136,8 @@ class AtomicFile:
     def keep(self, path: str, filename: str, content_type: str) -> StoredFile:
         """Moves the file to `path` (relative to the data folder), durably."""
         target = self._root / path
-        self.flush()
         with _disk_errors():
+            self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self.path, target)
@@ -5256,10 +5153,6 @@ class AtomicFile:
 
     def close(self) -> None:
         """Removes the file unless it was kept."""
-        for turn in self._aside:
-            turn.stop()
-        if self._own:
-            self._own.shutdown()
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -5485,7 +5378,7 @@ def upload_too_large(settings: Settings) -> BadRequest:
     return BadRequest.of("file", f"is larger than {settings.max_upload_bytes} bytes (TASKAPI_MAX_UPLOAD_BYTES)")
 
 
-RAW_TYPES = {FILE_TYPES[suffix].content_type.partition(";")[0]: suffix for suffix in ("csv", "tsv", "json", "ndjson")}
+RAW_TYPES: dict[str, str] = {}  # suffixes by the media types of bodies that are a file; see `file_format`
 
 
 def check_upload_head(content_type: str, length: int, settings: Settings) -> tuple[str, str]:
@@ -5705,22 +5598,6 @@ def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) ->
                 sink.write(block)
                 yield progress
     yield progress
-
-
-class ExportFormat(NamedTuple):
-    """How records become a file: the media type, and what writes them, saying now and then how far it is."""
-
-    content_type: str
-    write: Callable[[ExportSink, RecordStore, Selected], Writing]
-
-
-EXPORT_FORMATS: Mapping[str, ExportFormat] = {
-    "csv": ExportFormat("text/csv; charset=utf-8", partial(_write_cells, ",")),
-    "tsv": ExportFormat("text/tab-separated-values; charset=utf-8", partial(_write_cells, "\t")),
-    "json": ExportFormat("application/json", partial(_write_text, RecordText(",\n"), "[\n", "\n]\n", "[]\n")),
-    "ndjson": ExportFormat("application/x-ndjson", partial(_write_text, RecordText("\n"), "", "\n", "")),
-    "sqlite": ExportFormat("application/vnd.sqlite3", _write_database),
-}
 
 
 # Readers: an uploaded file in, batches of its records out, in bounded memory
@@ -6552,10 +6429,51 @@ def _json_format(lines: bool) -> IngestFormat:
                         re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])'))
 
 
-INGEST_FORMATS: Mapping[str, IngestFormat] = {
-    "csv": _csv_format(""), "tsv": _csv_format("\t"), "txt": _csv_format(""), "json": _json_format(False),
-    "ndjson": _json_format(True), "jsonl": _json_format(True),
-}
+# The one table of formats
+
+
+class Format(NamedTuple):
+    """A format of files that hold records; all that the program says of it follows from its entry."""
+
+    suffixes: tuple[str, ...]
+    content_type: str
+    write: Callable[[ExportSink, RecordStore, Selected], Writing] | None
+
+
+FORMATS: dict[str, Format] = {}
+EXPORT_FORMATS: dict[str, Format] = {}  # those that can be written
+INGEST_FORMATS: dict[str, IngestFormat] = {}  # how those that can be read are, by suffix
+
+
+def file_format(name: str, *suffixes: str, content_type: str, magic: tuple[bytes, ...] = (),
+                write: Callable[[ExportSink, RecordStore, Selected], Writing] | None = None,
+                read: IngestFormat | None = None) -> None:
+    """Enters a format: how records are written in it, and read, where they can be.
+
+    The first of the suffixes is that of exports; `magic` are the first bytes that prove the type, of what is no text.
+    """
+    if name in FORMATS:
+        raise ValueError(f"there is a format {name!r} already")
+    FORMATS[name] = Format(suffixes, content_type, write)
+    FILE_TYPES.update(dict.fromkeys(suffixes, FileType(content_type, magic)))
+    if write:
+        EXPORT_FORMATS[name] = FORMATS[name]
+    if read:
+        INGEST_FORMATS.update(dict.fromkeys(suffixes, read))
+        RAW_TYPES[content_type.partition(";")[0]] = suffixes[0]
+
+
+file_format("csv", "csv", content_type="text/csv; charset=utf-8", write=partial(_write_cells, ","),
+            read=_csv_format(""))
+file_format("tsv", "tsv", content_type="text/tab-separated-values; charset=utf-8", write=partial(_write_cells, "\t"),
+            read=_csv_format("\t"))
+file_format("json", "json", content_type="application/json", read=_json_format(False),
+            write=partial(_write_text, RecordText(",\n"), "[\n", "\n]\n", "[]\n"))
+file_format("ndjson", "ndjson", "jsonl", content_type="application/x-ndjson", read=_json_format(True),
+            write=partial(_write_text, RecordText("\n"), "", "\n", ""))
+file_format("sqlite", "sqlite", "db", content_type="application/vnd.sqlite3", magic=(b"SQLite format 3\0",),
+            write=_write_database)
+INGEST_FORMATS["txt"] = INGEST_FORMATS["csv"]
 
 
 class RecordReader:
@@ -7013,7 +6931,7 @@ class ExportRequest(JobRequest):
         {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}]})
 
     format: Annotated[str, AfterValidator(_export_format)] = Field(
-        json_schema_extra={"enum": [*EXPORT_FORMATS]}, description="What kind of file.")
+        json_schema_extra=lambda schema: schema.update(enum=[*EXPORT_FORMATS]), description="What kind of file.")
     filters: Filters = Filters.model_validate({})
     fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Which fields, in which order; default: all.")
@@ -7027,13 +6945,14 @@ class ExportRequest(JobRequest):
 def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     """Writes one consistent snapshot to data/exports."""
     export_format = EXPORT_FORMATS[request.format]
-    suffix = f"{request.format}.gz" if request.gzip else request.format
+    suffix = f"{export_format.suffixes[0]}.gz" if request.gzip else export_format.suffixes[0]
     record_type = request.filters.record_type
     label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
     wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
                       context.interrupted)
     with AtomicFile(context.folder.root) as draft:
         sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
+        assert export_format.write
         with closing(export_format.write(sink, context.records, wanted)) as steps:
             for number, progress in enumerate(steps):
                 if number % 50 == 49:
@@ -11205,7 +11124,7 @@ def _output(client: Client) -> dict[str, Json]:
     name = Path(out).name.lower()
     if name.endswith(".gz"):
         name, request["gzip"] = name.removesuffix(".gz"), True
-    by_suffix = {**{name: name for name in EXPORT_FORMATS}, "jsonl": "ndjson", "db": "sqlite"}
+    by_suffix = {suffix: name for name, known in EXPORT_FORMATS.items() for suffix in known.suffixes}
     told = "csv" if out == "-" else by_suffix.get(name.rpartition(".")[2] if "." in name else "")
     if "format" not in request and not told:
         raise SettingError(f"--format is needed, since {out!r} does not tell: {', '.join(EXPORT_FORMATS)}")

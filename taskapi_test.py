@@ -1615,12 +1615,14 @@ def test_an_export_of_several_types_has_their_columns_together(service: taskapi.
 
 def test_excel_safe_guards_formulas_and_leaves_numbers(service: taskapi.Service) -> None:
     """With a byte order mark; without being asked, nothing changes."""
-    values = ["=1+1", "@x", "+cmd|x", "-2+3", "\t=1", "-5", "+49 30", "plain", "", "a=b", "-1.5"]
+    values = ["=1+1", "@x", "+cmd|x", "-2+3", "\t=1", "-5", "+49 30", "plain", "", "a=b", "-1.5", " =1", "\n=1", "\r=1",
+              "\uff1d1", "\uff0b1", "a b"]
     store(service, {"v": "text", "n": "int"}, [[value, -1] for value in values])
     data = exported(service, "csv", excelSafe=True)
     assert data.startswith(b"\xef\xbb\xbf")
     found = [row[0] for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))][1:]
-    assert found == ["'=1+1", "'@x", "'+cmd|x", "'-2+3", "'\t=1", "-5", "'+49 30", "plain", "", "a=b", "-1.5"]
+    assert found == ["'=1+1", "'@x", "'+cmd|x", "'-2+3", "'\t=1", "-5", "'+49 30", "plain", "", "a=b", "-1.5",
+                     "' =1", "'\n=1", "'\r=1", "'\uff1d1", "'\uff0b1", "a b"]
     plainly = [row[0] for row in csv.reader(io.StringIO(exported(service, "csv").decode(), newline=""))][1:]
     assert plainly == values
 
@@ -1659,6 +1661,288 @@ def test_a_record_type_may_have_no_fields(service: taskapi.Service) -> None:
     """As a job type of one's own may make it; its table is there all the same."""
     store(service, {}, [[], []], "bare")
     assert plain(service.folder.root, "SELECT count(*) FROM bare") == [2]
+
+
+# Kinds: no job changes what another one wrote
+
+
+JOB_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    **VALUES, "datetime": st.datetimes().map(lambda moment: moment.isoformat() + "Z"), "none": st.none(),
+    "any": st.integers(-2**63, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False).map(
+        lambda value: value + 0.0) | TEXTS,
+    "json": VALUES["json"] | st.sampled_from(["300", "1.10", "true", '"300"', '"true"', "[]"])}
+
+
+@st.composite
+def writings(draw: st.DrawFn) -> list[tuple[dict[str, str], list[list[Any]]]]:
+    """Columns and rows of several jobs that share some fields, of any kinds."""
+    jobs = []
+    for _ in range(draw(st.integers(2, 4))):
+        fields = draw(st.lists(st.sampled_from(["a", "b", 'c"%s']), min_size=1, max_size=3, unique=True))
+        columns = {field: draw(st.sampled_from([*JOB_VALUES])) for field in fields}
+        row = st.tuples(*(st.none() | JOB_VALUES[kind] for kind in columns.values())).map(list)
+        jobs.append((columns, draw(st.lists(row, min_size=1, max_size=4))))
+    return jobs
+
+
+def rows_of_copy(data: bytes, record_type: str) -> list[Any]:
+    """The rows of an exported database, with the type of each value."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.deserialize(data)
+        names = [row[1] for row in connection.execute(f"PRAGMA table_info({record_type})")]
+        values = ", ".join(f"{taskapi._quote(name)}, typeof({taskapi._quote(name)})" for name in names)
+        return [names, *connection.execute(f"SELECT {values} FROM {record_type}")]
+
+
+@given(jobs=writings())
+def test_each_jobs_records_read_back_as_they_were_alone(
+        archive: taskapi.Service, jobs: list[tuple[dict[str, str], list[list[Any]]]]) -> None:
+    """Whatever kinds other jobs write in fields of the same names: pages, every format, an export's database."""
+    def seen(record_type: str, job: taskapi.Job) -> list[Any]:
+        filters = taskapi.Filters(record_type=record_type, job_id=job.job_id)
+        return [archive.queue.records.page(filters, 1000, None)[0], *(
+            exported(archive, export_format, record_type, filters={"jobId": job.job_id}, orderBy=order)
+            for export_format in ("csv", "json", "ndjson") for order in (None, "-_id")),
+            rows_of_copy(exported(archive, "sqlite", record_type, filters={"jobId": job.job_id}), record_type)]
+
+    number = len(archive.queue.records.types())
+    alone = []
+    for place, (columns, rows) in enumerate(jobs):
+        name = f"alone{number}_{place}"
+        alone.append(seen(name, store(archive, columns, rows, name)))
+    name = f"together{number}"
+    made = [store(archive, columns, rows, name) for columns, rows in jobs]
+    assert [seen(name, job) for job in made] == alone
+    together = [json.loads(line) for line in exported(archive, "ndjson", name).splitlines()]
+    for record, whole in zip(itertools.chain.from_iterable(json.loads(b"[%b]" % of[0]) for of in alone), together,
+                             strict=True):
+        assert {**dict.fromkeys(whole), **record} == whole
+
+
+def test_jobs_of_files_and_of_schemas_leave_each_others_records_as_they_are(service: taskapi.Service, url: str) -> None:
+    """Issue after issue of one kind: a null, another number, a text, a list, a boolean; the kinds join."""
+    texts = ['[{"f":true}]', '[{"f":null}]', '[{"f":1.5}]', '[{"f":1.50}]', '[{"f":1.10}]', '[{"f":"1.10"}]',
+             '[{"f":[1]}]', '[{"f":12345678901234567890}]']
+    for number, text in enumerate(texts):
+        made = ask(url, "POST", "/upload?recordType=thing&filename=a.json", text.encode(),
+                   {"Content-Type": "application/json"})
+        assert service.wait(made.json["jobId"]).status == "completed", number
+    for value in (True, None, 1.5, "x"):
+        schema = {"f": {"type": "const", "value": value}}
+        service.enqueue("generate", {"recordType": "thing", "count": 1, "schema": schema})
+    expected = [text[1:-1] for text in texts] + ['{"f":true}', '{"f":null}', '{"f":1.5}', '{"f":"x"}']
+    assert exported(service, "ndjson").decode().splitlines() == expected
+    assert ask(url, "GET", "/records").json["items"][0]["fields"] == {"f": "any"}
+    for values, kind in (([None, 1], "int"), ([1, 1.5, "1.50"], "decimal"), (["x", None], "text")):
+        for value in values:
+            kinds = {int: "int", float: "float", str: "decimal" if kind == "decimal" else "text"}
+            store(service, {"v": kinds.get(type(value), "none")}, [[value]], f"of_{kind}")
+        assert {item["recordType"]: item["fields"] for item in ask(url, "GET", "/records").json["items"]}[
+            f"of_{kind}"] == {"v": kind}
+    assert exported(service, "ndjson", "of_decimal") == b'{"v":1}\n{"v":1.5}\n{"v":1.50}\n'
+    for where, found in (({"gt": 1.2}, [1.5, 1.5]), ({"eq": "1.5"}, [1.5, 1.5]), ({"lte": 1}, [1])):
+        assert [json.loads(line)["v"] for line in exported(
+            service, "ndjson", "of_decimal", where={"v": where}, orderBy="v").splitlines()] == found
+
+
+MOMENTS = ["2026-01-01T10:00:00Z", "2026-01-01T12:00:00+02:00", "2026-01-01 10:00:00.5", "2026-01-01T10:00:00.500001Z",
+           "2026-01-01T10:00:00.123Z", "2026-01-02", "2025-12-31T23:59:59.999999-01:00", "2026-01-01T10:00",
+           "0001-01-01", "9999-12-31T23:59:59Z", None]
+
+
+def instant_of(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize("kind", ["datetime", "text"])
+def test_instants_compare_as_such_however_they_are_spelled(service: taskapi.Service, kind: str) -> None:
+    """Fractions, offsets, and a date as its whole day, in every operator, from and to, and the order."""
+    store(service, {"n": "int", "at": kind}, [[n, text] for n, text in enumerate(MOMENTS)])
+    known = [(n, instant_of(text)) for n, text in enumerate(MOMENTS) if text]
+
+    def found(**request: Any) -> list[int]:
+        return [json.loads(line)["n"] for line in exported(service, "ndjson", **request).splitlines()]
+
+    for bound in ["2026-01-01T10:00:00Z", "2026-01-01", "2026-01-01T05:00:00.500001-05:00", "2026-01-02"]:
+        first = instant_of(bound)
+        last = first + timedelta(days=1, microseconds=-1) if len(bound) == 10 else first
+        expected = {"eq": [n for n, at in known if first <= at <= last], "lt": [n for n, at in known if at < first],
+                    "lte": [n for n, at in known if at <= last], "gt": [n for n, at in known if at > last],
+                    "gte": [n for n, at in known if at >= first]}
+        for operator, numbers in expected.items() if kind == "datetime" else ():
+            assert found(where={"at": {operator: bound}}) == numbers, (operator, bound)
+        for end, operator in (("from", "gte"), ("to", "lte")):
+            assert found(filters={end: bound, "dateField": "at"}) == expected[operator]
+    if kind == "datetime":
+        assert found(where={"at": {"in": ["2026-01-02", "2026-01-01T11:00:00+01:00", None]}}) == [0, 1, 5, 7]
+        assert found(where={"at": {"ne": "2026-01-01T10:00:00Z"}}) == [2, 3, 4, 5, 6, 8, 9, 10]
+        assert found(orderBy="at") == [10, *(n for n, _ in sorted(known, key=lambda pair: pair[1]))]
+        for wrong in (5, True, "soon", "20260101"):
+            job = service.enqueue("export", {"format": "csv", "filters": {"recordType": "thing", "where": {
+                "at": {"gte": wrong}}}})
+            assert (job.status, "'at'" in job.error, "datetime" in job.error) == ("failed", True, True)
+
+
+def test_a_mixed_column_is_compared_by_the_type_of_each_value(service: taskapi.Service) -> None:
+    """Texts as texts, numbers as numbers, in one job and over several; CSV has no quotes of JSON."""
+    values = [300, "300", "Alien", 2.5, True, "true", [1, 2], {"a": 1}, None, 12.5]
+    store(service, {"v": "json"}, [[value if value is None else json.dumps(value)] for value in values], "film")
+    for number, value in enumerate([300, "300", "Alien", 2.5]):
+        store(service, {"v": {int: "int", str: "text", float: "float"}[type(value)]}, [[value]], "jobs_of_films")
+        assert len(exported(service, "ndjson", "jobs_of_films").splitlines()) == number + 1
+
+    def found(record_type: str, **where: Any) -> list[Any]:
+        lines = exported(service, "ndjson", record_type, where={"v": where}).splitlines()
+        return [json.loads(line)["v"] for line in lines]
+
+    for record_type, rest in (("film", True), ("jobs_of_films", False)):
+        assert found(record_type, eq=300) == [300]
+        assert found(record_type, eq="300") == ["300"]
+        assert found(record_type, like="3%") == [300, "300"]
+        assert found(record_type, **{"in": ["Alien", 2.5]}) == ["Alien", 2.5]
+        assert found(record_type, gt=2.5) == [300, *([12.5] if rest else [])]
+        assert found(record_type, gte="Al") == ["Alien", *(["true", [1, 2], {"a": 1}][:1] if rest else []),
+                                                *([[1, 2], {"a": 1}] if rest else [])]
+    assert found("film", eq=True) == [True]
+    assert [row[0] for row in csv.reader(io.StringIO(exported(service, "csv", "film").decode()))] == [
+        "v", "300", "300", "Alien", "2.5", "true", "true", "[1, 2]", '{"a": 1}', "", "12.5"]
+
+
+def test_decimals_compare_exactly(service: taskapi.Service) -> None:
+    """Also where floats would be equal; a type that lacks the field has none."""
+    values = ["12345678901234567890", "12345678901234567891", "-12345678901234567891", "0.1", "0.10", "-5.5", "1e3",
+              None, "0.30000000000000000001"]
+    store(service, {"v": "decimal"}, [[value] for value in values])
+    numbers = [Decimal(value) for value in values if value]
+    tests: dict[str, Callable[[Decimal, Decimal], bool]] = {
+        "eq": lambda a, b: a == b, "lt": lambda a, b: a < b, "lte": lambda a, b: a <= b, "gt": lambda a, b: a > b,
+        "gte": lambda a, b: a >= b}
+    for bound in (12345678901234567890, "12345678901234567891", "0.1", 0.3, "-12345678901234567890", 1000, -5.5, "inf"):
+        for operator, test in tests.items():
+            found = exported(service, "csv", where={"v": {operator: bound}}).decode().split()[1:]
+            assert list(map(Decimal, found)) == [n for n in numbers if test(n, Decimal(str(bound)))], (bound, operator)
+
+
+def test_no_record_type_can_meet_a_name_of_ours(service: taskapi.Service) -> None:
+    """Tables, indexes, views, attached databases and aliases of our own, and keywords; ordered and not."""
+    ours = {name.lstrip("_") for name in plain(service.folder.root, "SELECT name FROM sqlite_master")}
+    more = ["chosen", "selected", "found", "copy", "temp", "main", "r", "s", "g", "select", "old", "line", "n"]
+    names = [name for name in sorted({*ours, *more}) if re.fullmatch(r"(?!sqlite|jobs$)[a-z][a-z0-9_]{0,62}", name)]
+    assert {"jobs_key", "id_ranges", "layouts"} <= {*names}
+    for name in names:
+        store(service, {"n": "int"}, [[2], [1]], name)
+        store(service, {"n": "text"}, [["x"]], name)
+        for order, expected in ((None, [2, 1, "x"]), ("n", [1, 2, "x"])):
+            lines = exported(service, "ndjson", name, orderBy=order).splitlines()
+            assert [json.loads(line)["n"] for line in lines] == expected
+            assert rows_of_copy(exported(service, "sqlite", name, orderBy=order), taskapi._quote(name)) == [
+                ["n"], *((n, "text" if n == "x" else "integer") for n in expected)]
+    assert len(exported(service, "csv", None, orderBy="n").splitlines()) == 1 + 3 * len(names)
+
+
+def test_the_last_job_of_a_type_takes_its_fields_kinds_and_spelling_along(service: taskapi.Service, url: str) -> None:
+    """Likewise DELETE /records/{recordType}, which is 404 without such a type and 409 while a job is to write some."""
+    first = store(service, {"Name": "text", "n": "int"}, [["x", 1]])
+    kept = store(service, {"n": "int"}, [[1]])
+    service.queue.remove(first.job_id)
+    assert ask(url, "GET", "/records").json["items"] == [{"recordType": "thing", "count": 1, "fields": {"n": "int"}}]
+    service.queue.remove(kept.job_id)
+    assert (ask(url, "GET", "/records").json["items"], ask(url, "GET", "/records/thing").status) == ([], 404)
+    assert plain(service.folder.root, "SELECT count(*) FROM sqlite_master WHERE name = 'thing'") == [0]
+    for _ in range(2):
+        store(service, {"name": "bool"}, [[1]] * 3)
+        assert ask(url, "GET", "/records").json["items"][0]["fields"] == {"name": "bool"}
+        assert ask(url, "DELETE", "/records/thing").status == 204
+        assert ask(url, "GET", "/records").json["items"] == []
+        assert ask(url, "DELETE", "/records/thing").status == 404
+    assert_sound(service.folder.root)
+
+
+def test_records_are_not_deleted_under_a_job_that_writes_some(tmp_path: Path, script: Any) -> None:
+    """409 names the job; once it is over, all go."""
+    @script
+    def half(context: taskapi.JobContext) -> taskapi.JobSteps:
+        yield from run_rows(context, RowsRequest(columns={"n": "int"}, rows=[[2]]))
+        with pytest.raises(taskapi.Conflict, match=context.job.job_id):
+            context.records.delete_type("thing")
+        return taskapi.JobResult({})
+
+    with taskapi.open_service(tmp_path, inline=True) as service:
+        store(service, {"n": "int"}, [[1]])
+        assert service.enqueue("script", {}).status == "completed"
+        assert exported(service, "csv") == b'"n"\r\n1\r\n2\r\n'
+        service.queue.records.delete_type("thing")
+        assert service.queue.records.types() == []
+
+
+def test_a_table_is_made_and_changed_by_one_statement_however_many_its_fields(service: taskapi.Service) -> None:
+    """What reads the schema anew, once a change, must not do so for each field; no row is written anew."""
+    def version() -> int:
+        return int(plain(service.folder.root, "PRAGMA schema_version")[0])
+
+    before = version()
+    store(service, {f"f{n}": "int" for n in range(500)}, [[1] * 500])
+    assert version() - before == 1
+    store(service, {f"f{n}": "text" if n % 2 else "int" for n in range(900)},
+          [["x" if n % 2 else 2 for n in range(900)]])
+    assert version() - before <= 3
+    rows = [json.loads(line) for line in exported(service, "ndjson").splitlines()]
+    assert [rows[0][f] for f in ("f0", "f1", "f899")] == [1, 1, None]
+    assert [rows[1][f] for f in ("f0", "f1", "f899")] == [2, "x", "x"]
+    assert plain(service.folder.root, "PRAGMA integrity_check") == ["ok"]
+    job = service.enqueue("rows", {"columns": {f"g{n}": "int" for n in range(1100)}, "rows": []})
+    assert (job.status, "more than 1990 fields" in job.error) == ("failed", True)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="setconfig")
+def test_a_table_changes_where_sqlite_guards_its_schema_too(service: taskapi.Service) -> None:
+    """As Apple's SQLite does: the rows are copied then."""
+    store(service, {"n": "int"}, [[1]])
+    database = service.queue.records._database
+    database.write(lambda connection: connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True))
+    store(service, {"n": "text", "m": "int"}, [["x", 1]])
+    assert exported(service, "ndjson") == b'{"n":1,"m":null}\n{"n":"x","m":1}\n'
+
+
+def test_a_page_of_long_records_ends_early(service: taskapi.Service, url: str) -> None:
+    """At 4 MiB, or after one record; the pages have all of them, in order."""
+    sizes = [10, 3_000_000, 2_000_000, 5_000_000, *[100_000] * 60, 10]
+    store(service, {"n": "int", "t": "text"}, [[n, "x" * size] for n, size in enumerate(sizes)])
+    seen, after = [], ""
+    while after is not None:
+        answer = ask(url, "GET", f"/records/thing?limit=50{after and '&after=' + after}")
+        items, after = answer.json["items"], answer.json["next"]
+        assert len(answer.body) < 2**22 + 100 or len(items) == 1
+        seen += [(item["n"], len(item["t"])) for item in items]
+    assert seen == [*enumerate(sizes)]
+
+
+def test_a_format_with_another_delimiter_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From which its export, upload and ingest follow."""
+    for table in ("FORMATS", "EXPORT_FORMATS", "INGEST_FORMATS", "FILE_TYPES", "RAW_TYPES"):
+        monkeypatch.setattr(taskapi, table, dict(getattr(taskapi, table)))
+    taskapi.file_format("bars", "bar", content_type="text/x-bars", write=partial(taskapi._write_cells, "|"),
+                        read=taskapi._csv_format("|"))
+    with taskapi.open_service(tmp_path, inline=True, upload_types=["bar"]) as service, service.serving(port=0) as url:
+        store(service, {"n": "int", "t": "text"}, [[1, 'a|b,"c"'], [None, ""]])
+        data = exported(service, "bars")
+        assert data == b'"n"|"t"\r\n1|"a|b,""c"""\r\n|""\r\n'
+        body = text_part("recordType", "again") + form(data, "a.bar")
+        assert ask(url, "POST", "/upload", body, FORM).status == 201
+        assert exported(service, "bars", "again") == data
+        raw_body = ask(url, "POST", "/upload?recordType=more&filename=a.bar", data, {"Content-Type": "text/x-bars"})
+        assert raw_body.status == 201
+    with pytest.raises(ValueError, match="already"):
+        taskapi.file_format("csv", "csv", content_type="text/csv")
+
+
+@pytest.mark.parametrize("export_format", ["csv", "tsv"])
+def test_a_null_alone_on_its_line_is_not_an_empty_line(service: taskapi.Service, export_format: str) -> None:
+    """Which other readers skip."""
+    store(service, {"n": "int", "t": "text"}, [[1, "a"], [None, None], [3, "b"]])
+    for field, expected in (("n", b'"n"\r\n1\r\n""\r\n3\r\n'), ("t", b'"t"\r\n"a"\r\n""\r\n"b"\r\n')):
+        assert exported(service, export_format, fields=[field]) == expected
 
 
 # ==== 5 Generator ====
