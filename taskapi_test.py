@@ -4080,7 +4080,8 @@ def test_text_with_a_byte_order_mark_needs_no_telling(encoding):
 def test_null_and_the_empty_text_are_told_apart():
     """Nothing is null; a pair of quotes is an empty text; with one field an empty line is a record."""
     assert read("a.csv", b'a,b\n,""\n')[1] == [(None, "")]
-    assert read("a.csv", b'a\n\n""\n\n')[1] == [(None,), ("",), (None,)]
+    assert read("a.csv", b'a\n\n""\nx\n\n')[1] == [(None,), ("",), ("x",), (None,)]
+    assert read("a.csv", b'"n"\n""\n1\n')[1] == [(None,), (1,)]  # as our own exports write the null of an only field
 
 
 def test_a_number_with_an_exponent_among_others_is_a_decimal_as_it_is_written(app):
