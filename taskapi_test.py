@@ -6399,7 +6399,8 @@ def test_the_documentation_page_shows_each_call_in_curl_python_and_javascript(se
             if "-d" in words:
                 path, body = address.removeprefix(url), words[words.index("-d") + 1]
                 answers[path] = ask(url, "POST", path, json.loads(body)).status
-        assert answers == {"/generate": 202, "/export": 202, "/preview": 200, "/script": 202, "/rows": 202}
+        posted = [f"/{kind.name}" for kind in taskapi.JOB_TYPES.values() if kind.posted]
+        assert answers == {**dict.fromkeys(posted, 202), "/preview": 200}
 
 
 # ==== 11 Server ====
