@@ -6645,6 +6645,7 @@ class JobContext:
         # The queue's:
         self.interruption: str | None = None  # why the job is canceled
         self.ended = False  # somebody else has written down how it ended: nothing more counts
+        self.fresh = 0.0  # until when it may be a short one
         self.checked = math.inf  # when it last came to a check; infinite while its function does not run
 
     def __str__(self) -> str:
@@ -7300,6 +7301,7 @@ _GONE_SECONDS = 0.25  # between looks whether a client that waits is still there
 _CANCEL_SECONDS = 1.0  # a canceled job has them to stop before the answer
 _CHECK_SECONDS = 0.1  # between looks of a job that waits for its turn whether it is to stop
 _TURN_SECONDS = 1.0  # a job that computes for longer without a check does not keep the others waiting any more
+_FRESH_SECONDS = 0.02  # a job that computes for longer is not left to the run that has it
 _CALL_SECONDS = 1.0  # a run that was called and has not begun for longer is taken for lost
 _RETRY_SECONDS = (0.5, 8.0)  # first and longest pause between tries to write down how a job ended
 _MOST_THREADS = 1000  # of the workers, stuck ones included; how many runs there are is the queue's to say
@@ -7478,10 +7480,12 @@ class Workers:
     `_state` guards what is said here of runs and jobs; it is never held while the database or a job's function works.
 
     - No wake-up is lost. Whoever may have made a job ready commits that first and then calls `wake`, which sets `_due`
-      and calls a run, unless one was called that has not begun, or as many are active as there are workers. A run
-      clears `_due` just before it claims, and leaves where it finds it cleared, in one step: so after each `wake`
-      something claims. A call that is lost with its thread is made up for by the first `wake` a second later, and
-      housekeeping wakes once a second.
+      and calls a run, unless one was called that has not begun, or as many are active as there are workers, or one
+      looks at `_due` soon. A run clears `_due` just before it claims, and leaves where it finds it cleared, in one
+      step: so after each `wake` something claims. A call that is lost with its thread is made up for by the first
+      `wake` a second later, and housekeeping wakes once a second.
+    - Threads that share the interpreter are slower than one, so short jobs are left to one run: where a job that
+      computes is `fresh`, its run looks soon, when the job has ended or when it comes to a yield and is fresh no more.
     - A job in progress here is a JobContext in `_active`, put there by its run, which writes down how it ended,
       whatever its function returns or raises. Only for a job that is stuck and canceled `give_up` does: it marks it as
       `ended`, so that nothing which its function does after that has an effect, and takes its run out of `_active`, so
@@ -7509,12 +7513,13 @@ class Workers:
         self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
         self._waiters: dict[str, list[threading.Event]] = {}  # by job
 
-    def wake(self) -> None:
-        """There may be work: calls a run, unless one is on its way, or enough are there."""
+    def wake(self, anyway: bool = False) -> None:
+        """There may be work: calls a run, unless one is on its way, or enough are there, or, but for `anyway`, soon."""
         now = monotonic()
         with self._state:
             self._due = True
-            if self.stopping.is_set() or len(self._active) >= self._settings.workers or (
+            soon = not anyway and any(context is None or context.fresh for context in self._active.values())
+            if soon or self.stopping.is_set() or len(self._active) >= self._settings.workers or (
                     now < self._called + _CALL_SECONDS):
                 return
             self._called = now
@@ -7532,7 +7537,7 @@ class Workers:
         if len(stuck) >= self._settings.workers:
             raise Unavailable(f"every worker is stuck; to cancel gives up: {', '.join(map(str, stuck))}")
         looks = self._looks
-        self.wake()
+        self.wake(anyway=True)
         with self._state:
             if not self._state.wait_for(
                     lambda: self._looks > looks or len(self._active) >= self._settings.workers, seconds):
@@ -7655,6 +7660,8 @@ class Workers:
         job, context = claim.job, self.context(claim.job, claim.checkpoint)
         with self._state:
             self._active[run] = context
+            if job.type in JOB_TYPES and JOB_TYPES[job.type].computes:
+                context.fresh = monotonic() + _FRESH_SECONDS
             if job.job_id in self._canceled:
                 context.interruption = _CANCELED
         _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
@@ -7693,8 +7700,17 @@ class Workers:
                         except StopIteration as end:
                             return cast(JobResult, end.value)
                         self.gate.step_aside()
+                    if context.fresh and monotonic() > context.fresh:
+                        self.tire(context)
         finally:
             context.checked = math.inf
+
+    def tire(self, context: JobContext) -> None:
+        """A job takes longer than a moment: what is due is for others."""
+        with self._state:
+            context.fresh, due = 0, self._due
+        if due:
+            self.wake()
 
     def _meaning(self, context: JobContext, error: BaseException) -> Callable[[], Job]:
         """How to write down what an exception out of a job's function comes to."""
@@ -7925,7 +7941,7 @@ class Housekeeping(threading.Thread):
     def round(self) -> None:
         """All tasks, once."""
         for task in (self.watch_jobs, self.discard_orphans, self.retire, self._queue.fail_dependents, self.keep_room,
-                     self._queue.wake):
+                     self.wake):
             said = ""
             try:
                 task()
@@ -7937,10 +7953,15 @@ class Housekeeping(threading.Thread):
                 _LOG.warning("%s", said)
             self._said[task.__name__] = said
 
+    def wake(self) -> None:
+        """Has a run look for what errors left."""
+        self._queue.wake(anyway=True)
+
     def watch_jobs(self) -> None:
         """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
         for context in self._queue.stuck(_TURN_SECONDS):
             self._queue.gate.pass_on(context)
+            self._queue.tire(context)
         known, self._stuck = self._stuck, self._queue.stuck()
         for context in self._stuck:
             if context.interruption:
