@@ -1016,8 +1016,8 @@ class _OpenFiles:
         self._on_overwritten = on_overwritten
         self.path, (self.log, self._index_path) = path, _log_of(path)
         self.identities = {file: _identity(file) for file in (path, self.log, self._index_path)}
-        with self._index_path.open("rb", buffering=0) as file:
-            self._index = mmap.mmap(file.fileno(), 1024, access=mmap.ACCESS_READ)
+        self._index_file = self._index_path.open("rb", buffering=0)  # open for as long: see above
+        self._index = mmap.mmap(self._index_file.fileno(), 1024, access=mmap.ACCESS_READ)
         self._look, self._look_inside = -math.inf, -math.inf  # when the next checks really look
         self._others = False  # another program has changed the log, and so perhaps the database
         self.overwritten = False
@@ -1087,6 +1087,7 @@ class _OpenFiles:
     def close(self) -> None:
         """After SQLite has closed its files."""
         self._index.close()
+        self._index_file.close()
 
 
 class Database:
