@@ -4676,6 +4676,30 @@ def test_a_wake_up_that_comes_while_a_run_finds_nothing_is_not_lost(tmp_path: Pa
         assert statuses(service) == ["completed"] * 3
 
 
+@pytest.mark.parametrize("fresh", [60, -1])
+def test_a_short_job_leaves_the_next_one_to_its_run_and_a_long_one_to_others(
+        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, fresh: float) -> None:
+    """Others are called where the job comes to a yield and has computed for longer."""
+    monkeypatch.setattr(taskapi, "_FRESH_SECONDS", fresh)
+    called = []
+
+    @lambda function: script(function, "first")
+    def first(context: taskapi.JobContext) -> taskapi.JobSteps:
+        service.enqueue("script", {})
+        called.append(len(runner.calls))
+        yield
+        yield
+        called.append(len(runner.calls))
+        return taskapi.JobResult({})
+
+    with held(tmp_path) as (service, runner):
+        runner.run()
+        service.enqueue("script", {"script": "first"})
+        runner.step()
+        assert statuses(service) == ["completed"] * 2
+        assert called == [0, int(fresh < 0)]
+
+
 def test_a_run_that_was_called_and_never_began_is_made_up_for(
         tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """And that jobs wait beside workers that are free is said, whatever keeps these from looking."""
