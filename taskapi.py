@@ -6720,7 +6720,6 @@ def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool =
 _RECIPES_LOCK = threading.Lock()
 _RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text, the one used last at the end
 _LARGE_RECIPES: OrderedDict[str, Recipe] = OrderedDict()
-_READY_PLANS: OrderedDict[tuple[str, int | None, str | None], Plan] = OrderedDict()  # not used yet, the oldest first
 
 
 _COUNT_OR_RECORDS: Json = [  # for who reads the schema
@@ -6753,12 +6752,9 @@ class GenerateRequest(JobRequest):
         recipe = filled.recipe()
         if recipe.total > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
-        if recipe.dated:  # and so may not fit this request's instant; the job has use for the plan
-            plan = filled.plan()
-            with _RECIPES_LOCK:
-                _READY_PLANS[filled._text, filled.seed, filled.now] = plan
-                if len(_READY_PLANS) > 16:
-                    _READY_PLANS.popitem(last=False)[1].close()
+        filled._moment()
+        if recipe.dated and (self.schema_ or self.records):  # it may not fit this request's instant; presets fit any
+            filled.plan().close()
         return filled
 
     def recipe(self) -> Recipe:
@@ -6781,9 +6777,9 @@ class GenerateRequest(JobRequest):
                 (_RECIPES if len(_RECIPES) > 64 else _LARGE_RECIPES).popitem(last=False)
         return recipe
 
-    @property
+    @functools.cached_property
     def _text(self) -> str:
-        """What a recipe depends on, with the defaults."""
+        """What a recipe depends on, with the defaults; what a copy changes is none of it."""
         return self.model_copy(update=self._defaults).model_dump_json(
             exclude={"seed", "after", "now"}, exclude_none=True)
 
@@ -6800,9 +6796,7 @@ class GenerateRequest(JobRequest):
 
     def plan(self) -> Plan:
         """The recipe made ready for this request's seed and instant; to be closed."""
-        with _RECIPES_LOCK:
-            ready = _READY_PLANS.pop((self._text, self.seed, self.now), None)
-        return ready or Plan(self.recipe(), self.seed or 0, self._moment())
+        return Plan(self.recipe(), self.seed or 0, self._moment())
 
     @property
     def weight(self) -> int:

@@ -468,7 +468,7 @@ WRONG_REQUESTS = {
     "a format misspelt": (400, "POST", "/export", {"format": "cvs"}, None, "csv"),
     "an unknown filter": (400, "POST", "/export", {"format": "csv", "filters": {"recordtype": "a"}}, None, "filters"),
     "an unknown operator": (400, "POST", "/export", {"format": "csv", "filters": {"where": {"a": {"gtt": 1}}}}, None,
-                            "filters.where.a.gtt"),
+                            "filters.where.a: no such operator 'gtt'; did you mean 'gt'"),
     "a negative limit": (400, "POST", "/export", {"format": "csv", "limit": -1}, None, "limit"),
     "an unknown query": (400, "GET", "/jobs?stat=pending", None, None, "stat"),
     "an unknown status": (400, "GET", "/jobs?status=done", None, None, "status"),
