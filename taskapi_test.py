@@ -1021,8 +1021,8 @@ def test_finished_jobs_cost_claims_counts_and_lists_nothing(
         plans = {row[3] for statement in statements if re.match("SELECT|UPDATE|INSERT", statement)
                  for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")}
     scans = {plan for plan in plans if re.match("SCAN (?!.*(CONSTANT ROW|VIRTUAL TABLE))", plan)}
-    assert {"jobs_pending", "jobs_in-progress"} <= {plan.split(" INDEX ")[-1].split()[0] for plan in scans}
-    assert not {plan for plan in scans if not re.search("USING (COVERING )?INDEX jobs_(?!finished|key)", plan)}
+    assert {"_jobs_pending", "_jobs_in-progress"} <= {plan.split(" INDEX ")[-1].split()[0] for plan in scans}
+    assert not {plan for plan in scans if not re.search("USING (COVERING )?INDEX _jobs_(?!finished|key)", plan)}
 
 
 def test_the_limit_of_pending_jobs_is_exact_whatever_moves_them(jobs: taskapi.JobStore) -> None:
