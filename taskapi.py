@@ -106,7 +106,8 @@ from html import escape
 from http import HTTPStatus
 from importlib import metadata
 from importlib.util import find_spec
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic, sleep, time
@@ -801,8 +802,7 @@ _BATCH_SECONDS = 0.05  # how long a transaction takes in further work: others ha
 _LOOK_SECONDS = 0.2  # between looks whether the files are still ours
 _LOG_PAGES = 1000  # of the log are copied into the database at a time
 _BLOCK_RECORDS, _BLOCK_BYTES = 10_000, 2**20  # about so many records, and so much of their text, are made at a time
-_BLOCK_LIMIT = 2**24  # bytes that the text of several records never exceeds
-_PAGE_BYTES = 2**22  # likewise of a page of several records
+_BLOCK_LIMIT = 2**22  # bytes that the text of several records never exceeds, as a block or a page
 _LONGEST, _NO_LIMIT = 2**31 - 1, 2**62  # bytes of a text; records
 _RUN_IDS = 20_000  # ranges of ids are put together until they have about so many
 _MOST_SELECTS = 400  # SQLite joins up to 500 to one statement
@@ -1904,9 +1904,10 @@ class KindSql(NamedTuple):
 
     column: str  # the type that a column is declared with
     json: str = "{c}"  # its JSON text where `raw`, otherwise an argument of json_object
-    text: str = ""  # what is text; {safe} is that where a spreadsheet may run it
-    csv: str = "{c}"  # its cell; where that is none, a quoted one of its text
-    order: str = "{c}"  # what ORDER BY and comparisons look at
+    text: str = "{c}"  # what is text in it
+    csv: str = "{c}"  # its cell, {safe} being its text for a spreadsheet; where that is none, that text in quotes
+    key: str = "{c}"  # what comparisons look at
+    order: str = ""  # what ORDER BY looks at; the key where there is none
     raw: bool = False
     stored: str = "{c}"  # the value as a column of that very type gives it
 
@@ -1916,9 +1917,11 @@ class KindSql(NamedTuple):
 # leave as two whole numbers, of 2**-10 and 2**-72, which hold all their bits; see _floats.
 _FLOAT = ("CASE WHEN ({{c}} BETWEEN 1e-4 AND 1e9 OR {{c}} BETWEEN -1e9 AND -1e-4) AND {{c}} = round({{c}} * 1e6) / 1e6 "
           "OR {{c}} = 0 THEN {{c}} + 0.0 WHEN {{c}} BETWEEN 1e-4 AND 9e15 OR {{c}} BETWEEN -9e15 AND -1e-4 THEN "
-          "x'fe' || CAST({{c}} * 1024 AS INTEGER) || x'fe' || CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS INTEGER)) * "
-          f"{2.0**62} AS INTEGER) || x'fe' WHEN {{{{c}}}} IS NOT NULL THEN {{exact}} END").format
-_FLOAT_JSON, _FLOAT_CELL = _FLOAT(exact="json(exact_float({c}))"), _FLOAT(exact="exact_float({c})")
+          "{quote} || x'fe' || CAST({{c}} * 1024 AS INTEGER) || ',' || CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS "
+          f"INTEGER)) * {2.0**62} AS INTEGER) || x'fe' || {{quote}} WHEN {{{{c}}}} IS NOT NULL THEN {{exact}} END"
+          ).format
+_FLOAT_JSON = _FLOAT(quote="''", exact="json(exact_float({c}))")  # json_object puts the quotes
+_FLOAT_CELL = _FLOAT(quote="'\"'", exact="exact_float({c})")
 # An instant in UTC with microseconds; texts of 24 characters are those that `instant` makes. SQLite would round
 # fractions of a second, so they stay aside. Null for what is no date.
 _WITHOUT_FRACTION = "iif(substr({c}, 20, 1) = '.', substr({c}, 1, 19) || ltrim(substr({c}, 21), '0123456789'), {c})"
@@ -1930,19 +1933,21 @@ _MOMENT = ("CASE WHEN length({c}) = 24 AND {c} GLOB '????-??-??T*Z' THEN substr(
 _BOOL = "CASE {c} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END"
 _FLAG = "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"
 KIND_SQL: Mapping[Kind, KindSql] = {
-    "none": KindSql("ANY", json="NULL", csv="NULL", order="NULL", stored="NULL"),  # no job has given it a value
+    "none": KindSql("ANY", json="NULL", csv="NULL", key="NULL", stored="NULL"),  # no job has given it a value
     "int": KindSql("INTEGER"),
     "float": KindSql("REAL", json=_FLOAT_JSON, csv=_FLOAT_CELL, stored="CAST({c} AS REAL)"),
-    "decimal": KindSql("TEXT", order="CAST({c} AS REAL)", raw=True),
+    "decimal": KindSql("TEXT", key="CAST({c} AS REAL)", raw=True),
     "bool": KindSql("INTEGER", json=_FLAG, csv=_BOOL),
-    "text": KindSql("TEXT", text="{c}", csv=""),
-    "date": KindSql("TEXT", text="{c}", csv="", order="{c} || 'T00:00:00.000000'"),
-    "datetime": KindSql("TEXT", text="{c}", csv="", order=_MOMENT),
+    "text": KindSql("TEXT", csv=""),
+    "date": KindSql("TEXT", csv="", key="{c} || 'T00:00:00.000000'"),
+    "datetime": KindSql("TEXT", csv="", key=_MOMENT),
     # Values of several types, or lists and objects: each as JSON.
     "json": KindSql("TEXT", text="iif({c} GLOB '\"*', json_extract({c}, '$'), {c})", raw=True,
-                    csv="iif({c} GLOB '[\"{{[]*', printf('\"%w\"', {safe}), {c})", order="json_extract({c}, '$')"),
+                    csv="iif({c} GLOB '[\"{{[]*', printf('\"%w\"', {safe}), {c})", order="json_extract({c}, '$')",
+                    key="CASE json_type({c}) WHEN 'true' THEN x'01' WHEN 'false' THEN x'00' "
+                        "ELSE json_extract({c}, '$') END"),
     # Values of several types, each as SQLite has it.
-    "any": KindSql("ANY", text="{c}", json=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_JSON} ELSE {{c}} END",
+    "any": KindSql("ANY", json=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_JSON} ELSE {{c}} END",
                    csv=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_CELL} WHEN 'text' THEN printf('\"%w\"', {{safe}}) "
                        "ELSE {c} END"),
 }
@@ -1973,10 +1978,13 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-# Comparisons: the one place that says which stored values a filter's value is equal to, or before
+# Comparisons: the one place that says which stored values a filter's value is equal to, or before. Both have a key of
+# the field's kind: SQL makes that of the stored value, `_meaning` that of the other.
 
 _RESERVED: Mapping[str, Kind] = {"_id": "int", "_job": "text", "_created": "datetime"}
-_OPERATORS = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+_ORDER = {"lt": ("<", 0), "lte": ("<=", 1), "gt": (">", 1), "gte": (">=", 0), "from": (">=", 0), "to": ("<=", 1)}
+# Among values of several types the keys of texts and of booleans are between these, and those of numbers before.
+_KEYS_OF_TYPE: Mapping[type, tuple[str, str]] = {str: ("''", "x''"), bytes: ("x''", "x'ff'")}
 
 
 def _number(value: Json) -> int | float | None:
@@ -1991,97 +1999,82 @@ def _number(value: Json) -> int | float | None:
     return value if abs(value) < 2**63 or isinstance(value, float) else math.copysign(math.inf, value)
 
 
-def _meaning(kind: Kind, value: Json) -> tuple[Json, Json] | None:
-    """The first and the last of the keys (`order` of the kind) that a filter's value means; None if it has none.
-
-    They differ for a date, which means its whole day.
-    """
-    meant: Json = None
-    if kind in _NUMBERS:
-        meant = _number(value)
-    elif kind == "bool":
-        meant = value if isinstance(value, bool) else None
-    elif kind in ("date", "datetime"):
+def _meaning(kind: Kind, value: Json) -> tuple[Any, Any] | None:
+    """The first and the last key that a filter's value means, which differ for a date; None if it has none."""
+    key: Any = None
+    if kind in ("date", "datetime"):
         with suppress(ValueError):
             return date_bounds(value) if isinstance(value, str) else None
-    elif not isinstance(value, bool):
-        meant = str(value)
-    return None if meant is None else (meant, meant)
+    elif kind in ("json", "any"):
+        key = bytes([value]) if isinstance(value, bool) else value if isinstance(value, str) else _number(value)
+    elif kind in _NUMBERS:
+        key = _number(value)
+        key = float(str(value)) if kind == "decimal" and key is not None else key
+    elif isinstance(value, bool) == (kind == "bool"):
+        key = value if kind == "bool" else str(value)
+    return None if key is None else (key, key)
 
 
-def _is_among(key: str, meanings: Collection[tuple[Json, Json]]) -> tuple[str, list[Json]]:
-    """Whether a key is what one of several values means."""
-    points = [first for first, last in meanings if first == last]
-    days = [first[:10] for first, last in meanings if first != last]
-    sql = " OR ".join(f"{side} IN ({', '.join('?' * len(values))})"
-                      for side, values in ((key, points), (f"substr({key}, 1, 10)", days)) if values)
-    return f"({sql or 'FALSE'})", [*points, *days]
+def _meets(key: str, relation: str, keys: Collection[tuple[Any, Any]]) -> tuple[str, list[Any]]:
+    """Whether a key is before or after that of a value, or among those of several."""
+    if relation in _ORDER:
+        sign, end = _ORDER[relation]
+        return f"{key} {sign} ?", [next(iter(keys))[end]]
+    points = [first for first, last in keys if first == last]
+    days = [first[:10] for first, last in keys if first != last]
+    sql = " OR ".join(f"{side} IN ({', '.join('?' * len(among))})"
+                      for side, among in ((key, points), (f"substr({key}, 1, 10)", days)) if among)
+    return f"({sql})", [*points, *days]
 
 
-def _meets(key: str, relation: str, meanings: Collection[tuple[Json, Json]]) -> tuple[str, list[Json]]:
-    if relation in ("eq", "in_"):
-        return _is_among(key, meanings)
-    first, last = next(iter(meanings))
-    return f"{key} {_OPERATORS[relation]} ?", [first if relation in ("lt", "gte") else last]
-
-
-def _compare_decimals(column: str, relation: str, values: Sequence[Json]) -> tuple[str, list[Json]]:
-    """As numbers: those of up to 15 digits, which a float tells apart, inside SQLite; others by their keys."""
-    texts = [str(value) for value in values]
-    exact = _meets(f"decimal_key({column})", relation, [(_decimal_key(text),) * 2 for text in texts])
-    short = [(float(text),) * 2 for text in texts if len(Decimal(text).normalize().as_tuple().digits) <= 15]
-    if len(short) < len(texts):
-        return exact
-    plain = _meets(f"CAST({column} AS REAL)", relation, short)
-    return f"CASE WHEN length({column}) <= 15 THEN {plain[0]} ELSE {exact[0]} END", [*plain[1], *exact[1]]
-
-
-def _compare_mixed(kind: Kind, column: str, relation: str, values: Sequence[Json]) -> tuple[str, list[Json]]:
-    """In a column of several types numbers are compared with numbers, texts with texts, booleans with booleans."""
-    type_of, key = f"{'json_type' if kind == 'json' else 'typeof'}({column})", KIND_SQL[kind].order.format(c=column)
-    numbers = [number for value in values if not isinstance(value, str) and (number := _number(value)) is not None]
-    sql, bound = [], list[Json]()
-    for guard, of_type in ((f"{type_of} IN ('integer', 'real')", numbers),
-                           (f"{type_of} NOT IN ('integer', 'real', 'true', 'false')",
-                            [value for value in values if isinstance(value, str)]),
-                           (f"{type_of} IN ('true', 'false')", [value for value in values if isinstance(value, bool)])):
-        if of_type:
-            met, of_met = _meets(key, relation, [(value, value) for value in of_type])
-            sql.append(f"({guard} AND {met})")
-            bound += of_met
-    return f"({' OR '.join(sql) or 'FALSE'})", bound
+def _compare(kind: Kind, column: str, relation: str, keys: Sequence[tuple[Any, Any]],
+             values: Sequence[Json]) -> tuple[str, list[Any]]:
+    """A condition on a field of values, and what it binds: the keys of the values that it is compared with."""
+    key = KIND_SQL[kind].key.format(c=column)
+    sql, bound = _meets(key, relation, keys)
+    if kind in ("json", "any") and relation in _ORDER:  # no text is before or after a number
+        low, high = _KEYS_OF_TYPE.get(type(bound[0]), ("-9e999", "''"))
+        return f"({sql} AND {key} >= {low} AND {key} < {high})", bound
+    if kind == "decimal":
+        decimals = [(_decimal_key(str(item)),) * 2 for item in values]
+        exact, of_exact = _meets(f"decimal_key({column})", relation, decimals)
+        if max(len(Decimal(str(item)).normalize().as_tuple().digits) for item in values) > 15:
+            return exact, of_exact
+        # A float tells those of up to 15 digits apart, inside SQLite, which need not wait for Python then.
+        return f"CASE WHEN length({column}) <= 15 THEN {sql} ELSE {exact} END", [*bound, *of_exact]
+    return sql, bound
 
 
 def comparison(kind: Kind, column: str, relation: str, value: Json,
-               mixed: bool = False) -> tuple[str, list[Json]] | None:
+               mixed: bool = False) -> tuple[str, list[Any]] | None:
     """One condition of a filter as SQL, and the values it binds: how every reader of records compares.
 
     Numbers compare as numbers, decimals exactly, instants and dates as such, where a date means its whole day; what is
-    of several types by the type of each value. In a field that is `mixed`, since other jobs wrote other kinds, a text
-    is no number and a number no text. None if no value of that kind can be compared with this one.
+    of several types by the type of each value. `from` and `to` look for dates in texts too. In a field that is `mixed`,
+    since other jobs wrote other kinds, a text is no number and a number no text. None if no value of that kind can be
+    compared with this one.
     """
+    text = f"({KIND_SQL[kind].text.format(c=column)})"
+    if relation in ("from", "to") and kind != "none":
+        if kind in _NUMBERS or kind == "bool":
+            return None
+        kind, column = "datetime", text
     if relation == "null" or (relation in ("eq", "ne") and value is None):
         return f"{column} IS {'' if (value if relation == 'null' else relation == 'eq') else 'NOT '}NULL", []
     if relation == "like":
-        return f"{(KIND_SQL[kind].text or '{c}').format(c=column)} LIKE ?", [value]
+        return f"{text} LIKE ?", [value]
     if relation == "ne":
         equal = comparison(kind, column, "eq", value, mixed)
         return equal and (f"NOT coalesce({equal[0]}, FALSE)", equal[1])
     values = [item for item in (value if relation == "in_" else [value]) if item is not None]
-    if mixed and kind in _NUMBERS | _TEXTS:
-        values = [item for item in values if isinstance(item, str) == (kind in _TEXTS)]
-        if not values:
-            return None
     if not values or kind == "none":
         return "FALSE", []
-    if kind in ("json", "any"):
-        return _compare_mixed(kind, column, relation, values)
-    meanings = [meaning for item in values if (meaning := _meaning(kind, item))]
-    if len(meanings) < len(values) and not (mixed and meanings):
+    alike = [item for item in values if isinstance(item, str) == (kind in _TEXTS)] if (
+        mixed and kind in _NUMBERS | _TEXTS) else values
+    found = [(meant, item) for item in alike if (meant := _meaning(kind, item))]
+    if not found or (len(found) < len(alike) and not mixed):
         return None
-    if kind == "decimal":
-        return _compare_decimals(column, relation, values)
-    return _meets(KIND_SQL[kind].order.format(c=column), relation, meanings)
+    return _compare(kind, column, relation, *map(list, zip(*found, strict=True)))
 
 
 # Queries: which records, and their text, made inside SQLite
@@ -2095,12 +2088,29 @@ class RecordTypeInfo(ApiModel):
     fields: dict[str, Kind]
 
 
+class Selected(NamedTuple):
+    """Which records are read; `interrupted` is asked while SQLite works, and ends that with Interrupted."""
+
+    filters: Filters
+    fields: Sequence[str] | None = None
+    order_by: str | None = None  # a field, with a - before it for descending
+    limit: int | None = None
+    excel_safe: bool = False  # texts that a spreadsheet would run get a ' in front
+    interrupted: Callable[[], bool] = lambda: False
+
+
 class RecordText(NamedTuple):
-    """How records are written: what stands between two, and between the cells of one; JSON objects have no cells."""
+    """How records are written as text.
+
+    `between` stands between two, `delimiter` between the cells of one (JSON objects have none), `before` and `after`
+    around all of them, and `empty` where there are none.
+    """
 
     between: str = "\n"
     delimiter: str | None = None
-    excel_safe: bool = False  # texts that a spreadsheet would run get a ' in front
+    before: str = ""
+    after: str = ""
+    empty: str = ""
 
 
 class Lines(NamedTuple):
@@ -2108,11 +2118,11 @@ class Lines(NamedTuple):
 
     fields: list[str]
     total: int | None
-    blocks: Generator[tuple[bytes, int], None, None]
+    blocks: Iterator[tuple[bytes, int]]
 
 
 # Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
-# made of; x'fe' around and within floats.
+# made of; x'fe' around floats.
 _MARK = "CAST(x'ff' AS TEXT)"
 _PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
 FORMULA_STARTS = "=@+-\uff1d\uff20\uff0b\uff0d"  # for a spreadsheet; the last four are full-width
@@ -2126,86 +2136,52 @@ def _column(field: str) -> str:
     return f"r.{_quote(field)}"
 
 
-def _concatenated(texts: Sequence[str]) -> str:
-    """Their concatenation as SQL, not nested deeper than SQLite goes."""
-    while len(texts) > 1:
-        texts = [f"({' || '.join(texts[start:start + 50])})" for start in range(0, len(texts), 50)]
-    return texts[0]
-
-
-def _object_sql(kinds: Mapping[str, Kind], fields: Iterable[str], label: tuple[str, str] | None) -> str:
+def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None) -> str:
     """The JSON text of a record: objects, of which `}x'ff'{` makes one."""
-    pieces: list[str] = []
-    arguments = [*map(_literal, label)] if label else []
-
-    def end() -> None:
-        if arguments:
-            pieces.append(f"json_object({', '.join(arguments)})")
-            arguments.clear()
-
-    for field in fields:
-        if field not in kinds:
-            continue
-        kind = KIND_SQL[kinds[field]]
-        value = kind.json.format(c=_column(field))
-        if kind.raw:
-            end()
-            name = _literal("{" + json.dumps(field, ensure_ascii=False) + ":")
-            pieces.append(f"{name} || coalesce({value}, 'null') || '}}'")
-        else:
-            arguments += [_literal(field), value]
-            if len(arguments) >= 2 * _PIECE_FIELDS:
-                end()
-    end()
-    return _concatenated([*chain.from_iterable((_MARK, piece) for piece in pieces)][1:] or ["json_object()"])
+    members = [(False, ", ".join(map(_literal, label)))] if label else []
+    for field, kind in fields:
+        value = KIND_SQL[kind].json.format(c=_column(field))
+        name = _literal("{" + json.dumps(field, ensure_ascii=False) + ":")
+        members.append((True, f"{name} || coalesce({value}, 'null') || '}}'") if KIND_SQL[kind].raw else
+                       (False, f"{_literal(field)}, {value}"))
+    pieces = []
+    for raw, group in groupby(members, itemgetter(0)):
+        texts = [text for _, text in group]
+        pieces += texts if raw else [f"json_object({', '.join(texts[start:start + _PIECE_FIELDS])})"
+                                     for start in range(0, len(texts), _PIECE_FIELDS)]
+    return f" || {_MARK} || ".join(pieces) or "json_object()"
 
 
-def _cells_sql(kinds: Mapping[str, Kind], fields: Sequence[str], label: tuple[str, str] | None,
-               text: RecordText) -> str:
+def _cells_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None, delimiter: str,
+               excel_safe: bool) -> str:
     """The line of a record: texts quoted, others bare, nothing where there is null."""
     cells = [('"%w"', _literal(label[1]))] if label else []
-    null = "'\"\"'" if len(fields) + len(cells) == 1 else "''"  # readers skip a line that is empty
-    for field in fields:
-        kind, column = KIND_SQL[kinds.get(field, "none")], _column(field)
-        safe = (_SAFE_TEXT if text.excel_safe else "{c}").format(c=kind.text.format(c=column))
-        if kind.csv:
-            cells.append(("%s", f"coalesce({kind.csv.format(c=column, safe=safe)}, {null})"))
-        else:
-            cells.append(('"%w"', f"coalesce({safe}, {_MARK})"))
-    delimiter = str(text.delimiter)
+    null, no_text = ("'\"\"'", "''") if len(fields) + len(cells) == 1 else ("''", _MARK)  # many skip an empty line
+    for field, name in fields:
+        kind, column = KIND_SQL[name], _column(field)
+        safe = (_SAFE_TEXT if excel_safe else "{c}").format(c=kind.text.format(c=column))
+        cells.append(("%s", f"coalesce({kind.csv.format(c=column, safe=safe)}, {null})") if kind.csv else
+                     ('"%w"', f"coalesce({safe}, {no_text})"))
     pieces = []
     for start in range(0, len(cells), _PIECE_FIELDS):
         forms, values = zip(*cells[start:start + _PIECE_FIELDS], strict=True)
         pieces.append(f"printf({_literal(delimiter.replace('%', '%%').join(forms))}, {', '.join(values)})")
-    return _concatenated([*chain.from_iterable((_literal(delimiter), piece) for piece in pieces)][1:] or ["''"])
+    return f" || {_literal(delimiter)} || ".join(pieces) or "''"
 
 
-def _cut(text: bytes, mark: bytes, by: bytes) -> bytes:
-    """A text with each mark, and the one character on either side of it, replaced."""
-    return by.join([part[1:-1] for part in (b".%b." % text).split(mark)])
-
-
-def _floats(text: bytes, quoted: bool) -> bytes:
-    """A text with the floats that _FLOAT left as two numbers, with quotes around or not, in their shortest form."""
-    parts = (b".%b." % text if quoted else text).split(b"\xfe")
-    wholes, rests = (from_json(b"[%b]" % b",".join(halves)) for halves in (parts[1::3], parts[2::3]))
-    numbers = [whole * 2.0**-10 + rest * 2.0**-72 for whole, rest in zip(wholes, rests, strict=True)]
-    parts[1::3] = to_json(numbers)[1:-1].split(b",")
-    parts[2::3] = [b""] * len(numbers)
-    if quoted:
-        parts[0::3] = [part[1:-1] for part in parts[0::3]]
+def _floats(text: bytes) -> bytes:
+    """A text with the floats that _FLOAT left as two numbers in their shortest form."""
+    parts = text.replace(b'\xfe"', b'"\xfe').split(b'"\xfe')
+    halves = from_json(b"[%b]" % b",".join(parts[1::2]))
+    numbers = [whole * 2.0**-10 + rest * 2.0**-72 for whole, rest in zip(halves[0::2], halves[1::2], strict=True)]
+    parts[1::2] = to_json(numbers)[1:-1].split(b",")
     return b"".join(parts)
-
-
-@lru_cache(maxsize=1024)
-def _kinds_of(layout: str) -> Mapping[str, Kind]:
-    return cast(Mapping[str, Kind], json.loads(layout))
 
 
 def _layouts(connection: sqlite3.Connection, record_type: str) -> dict[int, Mapping[str, Kind]]:
     """The layouts of a record type by their numbers, in the order in which they came up."""
     rows = connection.execute("SELECT id, kinds FROM _layouts WHERE record_type = ? ORDER BY id", (record_type,))
-    return {number: _kinds_of(kinds) for number, kinds in rows.fetchall()}
+    return {number: json.loads(kinds) for number, kinds in rows}
 
 
 def _record_types(connection: sqlite3.Connection, *needed: str) -> list[str]:
@@ -2218,321 +2194,264 @@ def _record_types(connection: sqlite3.Connection, *needed: str) -> list[str]:
     return existing
 
 
-class _Run(NamedTuple):
-    """Neighbouring records that read alike: of one type, from one `_id` to another, written with the same kinds.
-
-    `shape` is the place of type and kinds among the query's shapes.
-    """
-
-    shape: int
-    first: int
-    last: int
+# SQL, and what it binds, for the records from one number to another, and at most so many of them.
+_Select = Callable[[int, int, int], tuple[str, list[Any]]]
 
 
 class Query:
     """Checked filters over one snapshot: which records of completed jobs, which of their fields, in which order.
 
-    Each job's records are read by the kinds that it wrote them with, so that no later job changes them. `order_by` is
-    a field, with a `-` before it for descending. Raises NotFound, which names what exists, for a type, field or job
-    that does not, and BadRequest for a filter that no value can be compared with.
+    Each job's records are read by the kinds that it wrote them with (its layout), so that no later job changes them.
+    Raises NotFound, which names what exists, for a type, field or job that does not, and BadRequest for a filter that
+    no value can be compared with.
     """
 
-    def __init__(self, connection: sqlite3.Connection, filters: Filters, fields: Sequence[str] | None = None,
-                 order_by: str | None = None):
-        self._connection, self._filters = connection, filters
+    def __init__(self, connection: sqlite3.Connection, wanted: Selected):
+        self._connection, self._wanted, filters = connection, wanted, wanted.filters
         self._several = not isinstance(filters.record_type, str)
-        layouts = {name: _layouts(connection, name) for name in self._types()}
-        known = list(joined_kinds(chain.from_iterable(of.values() for of in layouts.values())))
-        self._descending = bool(order_by) and str(order_by).startswith("-") and order_by not in known
-        self._order_by = str(order_by)[1:] if self._descending else order_by
-        for field in filter(None, (*(fields or ()), self._order_by, *filters.where, filters.date_field)):
-            self._check_field(field, known)
-        self._layouts = layouts if filters.job_id is None else self._layouts_of_job(layouts, filters.job_id)
-        self._kinds = {name: joined_kinds(of.values()) for name, of in self._layouts.items()}
-        self.fields = list(fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
+        dates = [(end, bound) for end, bound in (("from", filters.from_), ("to", filters.to)) if bound is not None]
+        by_creation = filters.date_field in (None, *RESERVED_COLUMNS[2:])
+        self._created = dates if by_creation else []  # all records of a job say that they were made when the job was
+        self._conditions = [(field, relation, getattr(condition, relation)) for field, condition
+                            in filters.where.items() for relation in condition.model_fields_set]
+        self._conditions += [] if by_creation else [(str(filters.date_field), *date) for date in dates]
+        self._layouts = self._read_layouts()
+        self._of_type: dict[str, list[Mapping[str, Kind]]] = {name: [] for name in self._types}
+        for name, kinds in self._layouts.values():
+            self._of_type[name].append(kinds)
+        self._kinds = {name: joined_kinds(of) for name, of in self._of_type.items()}
+        self._check_conditions()
+        self.fields = list(wanted.fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
         self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
         while self._label.lower() in map(str.lower, self.fields):
             self._label = f"_{self._label}"
         self.header = [self._label, *self.fields] if self._several else self.fields
-        self._shapes: list[tuple[str, Mapping[str, Kind]]] = []  # record type and kinds
-        self._shape_of: dict[tuple[str, int], int] = {}  # by record type and layout
-        self._step, self._most = 100, _BLOCK_RECORDS  # records that the next block is made of, and any one
-        self._check_filters()
+        self.total = self._select() if self._order_by else self._count()  # None: it is not known before they are read
 
     # Checks
 
-    def _types(self) -> list[str]:
-        wanted = self._filters.record_type
-        names = [wanted] if isinstance(wanted, str) else wanted
-        existing = _record_types(self._connection, *(names or ()))
-        if self._filters.job_id is not None:
-            existing = self._types_of_job(self._filters.job_id)
-        return list(dict.fromkeys(names or existing))
+    def _read_layouts(self) -> dict[int, tuple[str, Mapping[str, Kind]]]:
+        """Type and kinds of what may be selected, by the layouts' numbers, after a look at what the request names."""
+        wanted, job_id, asked = self._wanted, self._wanted.filters.job_id, self._wanted.filters.record_type
+        names = [asked] if isinstance(asked, str) else asked or ()
+        existing = _record_types(self._connection, *names)
+        own = None if job_id is None else self._layouts_of_job(job_id)
+        self._types = list(dict.fromkeys(names or (existing if own is None else sorted(own))))
+        layouts = {number: (name, kinds) for name in self._types
+                   for number, kinds in _layouts(self._connection, name).items()}
+        known = list(joined_kinds(kinds for _, kinds in layouts.values()))
+        order_by = wanted.order_by or ""
+        self._descending = order_by.startswith("-") and order_by not in known
+        self._order_by = order_by[1:] if self._descending else order_by
+        for field in (*(wanted.fields or ()), self._order_by, *wanted.filters.where, wanted.filters.date_field):
+            if field and field not in known and field not in RESERVED_COLUMNS:
+                where = "any of the record types" if self._several else f"record type {self._types[0]!r}"
+                raise NotFound(f"there is no field {field!r} in {where}{did_you_mean(field, known)}; "
+                               f"there are: {', '.join(known)}")
+        return {number: layout for number, layout in layouts.items() if own is None or own.get(layout[0]) == number}
 
-    def _types_of_job(self, job_id: str) -> list[str]:
+    def _layouts_of_job(self, job_id: str) -> dict[str, int]:
+        """What the job wrote with, by type: its records have no other fields, whatever other jobs brought."""
         job = self._connection.execute("SELECT status FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if not job:
             raise NotFound(f"there is no job {job_id!r}")
         if job[0] != JobStatus.COMPLETED:
             raise NotFound(f"job {job_id} is {job[0]}: its records can be read once it is completed")
-        rows = self._connection.execute("SELECT record_type FROM _readable_ranges WHERE job = ?", (job_id,))
-        return sorted({row[0] for row in rows})
-
-    def _layouts_of_job(self, layouts: Mapping[str, Mapping[int, Mapping[str, Kind]]],
-                        job_id: str) -> dict[str, dict[int, Mapping[str, Kind]]]:
-        """Those that the job wrote with: its records have no other fields, whatever other jobs brought."""
         rows = self._connection.execute("SELECT record_type, layout FROM _readable_ranges WHERE job = ?", (job_id,))
-        own = dict(rows.fetchall())
-        return {name: {own[name]: of[own[name]]} if name in own else {} for name, of in layouts.items()}
+        return dict(rows.fetchall())
 
-    def _check_field(self, field: str, known: Sequence[str]) -> None:
-        if field not in known and field not in RESERVED_COLUMNS:
-            where = f"record type {self._filters.record_type!r}" if not self._several else "any of the record types"
-            raise NotFound(f"there is no field {field!r} in {where}{did_you_mean(field, known)}"
-                           f"; there are: {', '.join(known)}")
-
-    def _conditions(self) -> Iterator[tuple[str, str, Json]]:
-        """(field, relation, value) for all that has to hold but the times when records were made."""
-        for field, condition in self._filters.where.items():
-            for relation in condition.model_fields_set:
-                yield field, relation, getattr(condition, relation)
-        if not self._by_creation:
-            for relation, bound in (("gte", self._filters.from_), ("lte", self._filters.to)):
-                if bound is not None:
-                    yield str(self._filters.date_field), f"{relation} date", bound
-
-    def _check_filters(self) -> None:
-        for name, layouts in self._layouts.items():
-            for field, relation, value in self._conditions():
-                kinds = {_RESERVED[field]} if field in _RESERVED else {
-                    layout.get(field, "none") for layout in layouts.values()}
-                if kinds and not any(self._condition(name, kind, field, relation, value) for kind in kinds):
-                    (kind, *_) = kinds
-                    what = f"is not a date: {kind}" if relation.endswith("date") else (
-                        f"cannot be compared with {json.dumps(value)}: its kind is {kind}")
-                    raise BadRequest(f"filter on {field!r}: {what}")
-
-    def _condition(self, record_type: str, kind: Kind, field: str, relation: str,
-                   value: Json) -> tuple[str, list[Json]] | None:
-        """As `comparison`; from and to look for dates in texts too."""
-        if relation.endswith("date"):
-            if kind in ("int", "float", "decimal", "bool"):
-                return None
-            text = (KIND_SQL[kind].text or "{c}").format(c=_column(field))
-            return comparison("none" if kind == "none" else "datetime", f"({text})", relation.split()[0], value)
-        return comparison(kind, _column(field), relation, value, self._kinds[record_type].get(field) == "any")
+    def _check_conditions(self) -> None:
+        for (name, layouts), (field, relation, value) in product(self._of_type.items(), self._conditions):
+            by_kind = {_RESERVED.get(field) or kinds.get(field, "none"): kinds for kinds in layouts}
+            if by_kind and not any(self._condition(name, kinds, field, relation, value) for kinds in by_kind.values()):
+                kind = next(iter(by_kind))
+                what = f"is not a date: {kind}" if relation in ("from", "to") else (
+                    f"cannot be compared with {json.dumps(value)}: its kind is {kind}")
+                raise BadRequest(f"filter on {field!r}: {what}")
 
     # Which records
 
-    def _ranges(self, record_type: str) -> tuple[str, list[Json]]:
-        """FROM and WHERE of the ranges of ids that may hold selected records.
+    def _condition(self, record_type: str, kinds: Mapping[str, Kind], field: str, relation: str,
+                   value: Json) -> tuple[str, list[Any]] | None:
+        kind = _RESERVED.get(field) or kinds.get(field, "none")
+        column = "NULL" if kind == "none" else _column(field)
+        return comparison(kind, column, relation, value, self._kinds[record_type].get(field) == "any")
 
-        All records of a job say that they were created when the job was, which settles filters on that too.
-        """
-        conditions, values = ["record_type = ?"], [record_type]
-        if self._filters.job_id is not None:
+    def _ranges(self, record_type: str) -> tuple[str, list[Any]]:
+        """FROM and WHERE of the ranges of ids that may hold selected records."""
+        conditions, bound = ["record_type = ?"], [record_type]
+        if self._wanted.filters.job_id is not None:
             conditions.append("job = ?")
-            values.append(self._filters.job_id)
-        for relation, bound in (("gte", self._filters.from_), ("lte", self._filters.to)) if self._by_creation else ():
-            if bound is not None and (sql := comparison("datetime", "created_at", relation, bound)):
+            bound.append(self._wanted.filters.job_id)
+        for relation, date_ in self._created:
+            if sql := comparison("datetime", "created_at", relation, date_):
                 conditions.append(sql[0])
-                values += sql[1]
-        return f"_readable_ranges WHERE {' AND '.join(conditions)}", values
+                bound += sql[1]
+        return f"_readable_ranges WHERE {' AND '.join(conditions)}", bound
 
-    @property
-    def _by_creation(self) -> bool:
-        return self._filters.date_field in (None, "_created")
-
-    def total(self, limit: int | None) -> int | None:
-        """How many records there will be, if that is known without reading them."""
-        if any(True for _ in self._conditions()):
+    def _count(self) -> int | None:
+        if self._conditions:
             return None
         count = 0
-        for name in self._layouts:
-            ranges, values = self._ranges(name)
-            count += self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {ranges}", values).fetchone()[0]
-        return count if limit is None else min(count, limit)
+        for name in self._types:
+            ranges, bound = self._ranges(name)
+            count += self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {ranges}", bound).fetchone()[0]
+        return count if self._wanted.limit is None else min(count, self._wanted.limit)
 
-    def _runs(self, after: int = 0) -> Iterator[_Run]:
-        """The runs of records that may be selected, from the `_id` beyond `after` on, one type after the other."""
-        for name in self._layouts:
-            ranges, values = self._ranges(name)
-            run, end = None, 0
-            for first, size, rows, layout in self._connection.execute(
+    def _runs(self, after: int = 0) -> Iterator[tuple[int, int, int]]:
+        """(layout, first, last) of the records that may be selected, from the `_id` beyond `after` on, type by type.
+
+        Neighbouring ranges of one layout are read as one.
+        """
+        for name in self._types:
+            ranges, bound = self._ranges(name)
+            layout, first, last, end = 0, 0, 0, 0
+            for start, size, rows, of in self._connection.execute(
                     f"SELECT first, size, rows, layout FROM {ranges} AND rows > 0 AND first + rows - 1 > ? "
-                    "ORDER BY first", [*values, after]):
-                shape = self._shape(name, layout)
-                if run and run.shape == shape and first == end and first - run.first < _RUN_IDS:
-                    run = run._replace(last=first + rows - 1)
-                else:
-                    if run:
-                        yield run
-                    run = _Run(shape, max(first, after + 1), first + rows - 1)
-                end = first + size  # what is reserved beyond `rows` holds nothing
-            if run:
-                yield run
+                    "ORDER BY first", [*bound, after]):
+                if of != layout or start != end or start - first >= _RUN_IDS:
+                    if layout:
+                        yield layout, first, last
+                    layout, first = of, max(start, after + 1)
+                last, end = start + rows - 1, start + size  # what is reserved beyond `rows` holds nothing
+            if layout:
+                yield layout, first, last
 
-    def _shape(self, record_type: str, layout: int) -> int:
-        """The place among the shapes of what a job wrote with this layout; where no kinds differ all share one."""
-        if (record_type, layout) not in self._shape_of:
-            layouts, kinds = self._layouts[record_type], dict(self._kinds[record_type])
-            for field in kinds:
-                if len({of[field] for of in layouts.values() if of.get(field, "none") != "none"}) > 1:
-                    kinds[field] = layouts[layout].get(field, "none")
-            if (record_type, kinds) not in self._shapes:
-                self._shapes.append((record_type, kinds))
-            self._shape_of[record_type, layout] = self._shapes.index((record_type, kinds))
-        return self._shape_of[record_type, layout]
-
-    def _source(self, shape: int) -> tuple[str, list[Json]]:
-        """FROM and WHERE of the selected records of a shape, as r, between two ids that are bound first."""
-        name, kinds = self._shapes[shape]
-        conditions, values = ["r._id BETWEEN ? AND ?"], []
-        for field, relation, value in self._conditions():
-            kind = _RESERVED.get(field) or kinds.get(field, "none")
-            sql, bound = self._condition(name, kind, field, relation, value) or (str(relation == "ne").upper(), [])
+    def _source(self, layout: int) -> tuple[str, list[Any]]:
+        """FROM and WHERE of the selected records of a layout, as r, between two ids that are bound first."""
+        name, kinds = self._layouts[layout]
+        conditions, bound = ["r._id BETWEEN ? AND ?"], []
+        for field, relation, value in self._conditions:
+            sql, values = self._condition(name, kinds, field, relation, value) or (str(relation == "ne").upper(), [])
             conditions.append(sql)
-            values += bound
-        return f"main.{_quote(name)} AS r WHERE {' AND '.join(conditions)}", values
+            bound += values
+        return f"main.{_quote(name)} AS r WHERE {' AND '.join(conditions)}", bound
 
-    def _select(self, limit: int | None) -> int:
+    def _select(self) -> int:
         """Notes the selected records in a temporary table that counts them in order from 1; returns how many.
 
         It is SQLite that sorts, outside of memory if need be, and without asking Python for its lock. No record type
         can have the tables' names.
         """
-        self._connection.execute('CREATE TEMP TABLE "-found"(key, shape, id)')
-        for run in self._runs():
-            source, values = self._source(run.shape)
-            kind = _RESERVED.get(str(self._order_by)) or self._shapes[run.shape][1].get(str(self._order_by), "none")
-            key = KIND_SQL[kind].order.format(c=_column(str(self._order_by)))
-            self._connection.execute(f'INSERT INTO temp."-found" SELECT {key}, {run.shape}, r._id FROM {source} '
-                                     "ORDER BY r._id", [run.first, run.last, *values])
-        self._connection.execute('CREATE TEMP TABLE "-selected"(n INTEGER PRIMARY KEY, shape INTEGER, id INTEGER)')
+        self._connection.execute('CREATE TEMP TABLE "-found"(key, layout, id)')
+        for layout, first, last in self._runs():
+            source, bound = self._source(layout)
+            kind = KIND_SQL[_RESERVED.get(self._order_by) or self._layouts[layout][1].get(self._order_by, "none")]
+            key = (kind.order or kind.key).format(c=_column(self._order_by))
+            self._connection.execute(f'INSERT INTO temp."-found" SELECT {key}, {layout}, r._id FROM {source} '
+                                     "ORDER BY r._id", [first, last, *bound])
+        self._connection.execute('CREATE TEMP TABLE "-selected"(n INTEGER PRIMARY KEY, layout INTEGER, id INTEGER)')
         return self._connection.execute(
-            f'INSERT INTO temp."-selected"(shape, id) SELECT shape, id FROM temp."-found" '
-            f"ORDER BY key {'DESC' if self._descending else 'ASC'}, rowid LIMIT ?",
-            (_NO_LIMIT if limit is None else limit,)).rowcount
+            f'INSERT INTO temp."-selected"(layout, id) SELECT layout, id FROM temp."-found" '
+            f"ORDER BY key {'DESC' if self._descending else 'ASC'}, rowid LIMIT ?", (self._limit,)).rowcount
 
-    def _in_order(self, first: int, last: int, columns: Callable[[int], str],
-                  record_type: str | None = None) -> tuple[str, list[Json]]:
-        """A SELECT of `columns` of each shape, and n, for the noted records of a type, or all, by their numbers."""
+    @property
+    def _limit(self) -> int:
+        return _NO_LIMIT if self._wanted.limit is None else self._wanted.limit
+
+    def _in_order(self, columns: Callable[[int], str], record_type: str, first: int, last: int,
+                  _: int) -> tuple[str, list[Any]]:
+        """The noted records of a type, or of all, by their numbers."""
         numbers = "n BETWEEN ? AND ?"
-        shapes = [shape for shape, in self._connection.execute(
-            f'SELECT DISTINCT shape FROM temp."-selected" WHERE {numbers}', (first, last))
-            if record_type in (None, self._shapes[shape][0])]
-        selects = [f'SELECT {columns(shape)}, s.n AS n FROM temp."-selected" AS s CROSS JOIN '
-                   f"main.{_quote(self._shapes[shape][0])} AS r ON r._id = s.id WHERE s.{numbers} AND s.shape = {shape}"
-                   for shape in shapes]
-        return f"{' UNION ALL '.join(selects)} ORDER BY n", [first, last] * len(shapes)
+        layouts = [layout for layout, in self._connection.execute(
+            f'SELECT DISTINCT layout FROM temp."-selected" WHERE {numbers}', (first, last))
+            if record_type in ("", self._layouts[layout][0])]
+        selects = [f'SELECT {columns(layout)}, s.n AS n FROM temp."-selected" AS s CROSS JOIN '
+                   f"main.{_quote(self._layouts[layout][0])} AS r ON r._id = s.id WHERE s.{numbers} "
+                   f"AND s.layout = {layout}" for layout in layouts]
+        return f"{' UNION ALL '.join(selects)} ORDER BY n", [first, last] * len(layouts)
+
+    def _spans(self, columns: Callable[[int], str], record_types: Collection[str],
+               after: int = 0) -> Iterator[tuple[str, int, int, _Select]]:
+        """What is to be read: the type, the first and the last number, and the SQL for those of any part of them.
+
+        In order these are places, of each of the types, or of all together if it is ""; else `_id`s of one layout.
+        """
+        if self._order_by:
+            for name in record_types:
+                yield name, 1, self.total or 0, partial(self._in_order, columns, name)
+            return
+        for layout, start, end in self._runs(after):
+            if {"", self._layouts[layout][0]}.isdisjoint(record_types):
+                continue
+            source, bound = self._source(layout)
+            rows = f"SELECT {columns(layout)}, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
+
+            def select(first: int, last: int, most: int, rows: str = rows,
+                       bound: Sequence[Any] = bound) -> tuple[str, list[Any]]:
+                return rows, [first, last, *bound, most]
+
+            yield self._layouts[layout][0], start, end, select
+
+    def _most(self, wanted: int) -> int:
+        """So many at a time, or fewer where each may need a SELECT of its own."""
+        return _MOST_SELECTS if self._order_by and len(self._layouts) >= _MOST_SELECTS else wanted
 
     # Their text
 
-    def text_blocks(self, text: RecordText, limit: int | None) -> Iterator[tuple[bytes, int]]:
-        """Texts of many records, and how many each is of: about as many as make _BLOCK_BYTES.
+    def text_blocks(self, text: RecordText, after: int = 0) -> Iterator[tuple[bytes, int, int]]:
+        """Texts of many records, how many each is of, and the number of the last one.
 
-        SQLite joins them, so that Python, and its lock, are asked for once a block.
+        Each is of about _BLOCK_BYTES, and _BLOCK_LIMIT at most if it is of several records. SQLite joins them, so that
+        Python, and its lock, are asked for once a block.
         """
-        lines = lru_cache(maxsize=None)(partial(self._line, text))
-        left = _NO_LIMIT if limit is None else limit
+        line = lru_cache(maxsize=None)(partial(self._line, text.delimiter))
+        left, step, longest = self._limit, 100, self._most(_BLOCK_RECORDS)
+        for _, first, last, select in self._spans(line, [""], after):
+            while first <= last and left:
+                end = min(last, first + step - 1)
+                looked_at = end - first + 1  # however many of them fit the filters
+                try:
+                    block, count, reached = self._fetch(*select(first, end, left), text.between,
+                                                        _BLOCK_LIMIT if looked_at > 1 else _LONGEST)
+                except sqlite3.DataError:  # their text would be too long
+                    if looked_at == 1:
+                        raise
+                    step = looked_at // 2
+                    continue
+                step = max(1, min(longest, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block) + 1)))
+                first, left = end + 1, left - count
+                if count:
+                    yield block, count, reached
 
-        def read_ordered(first: int, last: int, _: int) -> tuple[bytes, int]:
-            rows, values = self._in_order(first, last, lambda shape: f"{lines(shape)} AS line")
-            return self._fetch(rows, values, text, first < last)[:2]
-
-        if self._order_by:
-            selected = self._select(limit)
-            if len(self._shapes) >= _MOST_SELECTS:
-                self._most = _MOST_SELECTS
-            yield from self._steps(1, selected, selected, read_ordered)
-            return
-        for run in self._runs():
-            source, values = self._source(run.shape)
-            rows = f"SELECT {lines(run.shape)} AS line, r._id AS n FROM {source}"
-            if limit is not None:  # the rows lie in order anyway
-                rows += " ORDER BY r._id LIMIT ?"
-
-            def read(first: int, last: int, most: int, rows: str = rows,
-                     values: Sequence[Json] = values) -> tuple[bytes, int]:
-                bound = [first, last, *values, *([] if limit is None else [most])]
-                return self._fetch(rows, bound, text, first < last)[:2]
-
-            for block in self._steps(run.first, run.last, left, read):
-                yield block
-                left -= block[1]
-
-    def _line(self, text: RecordText, shape: int) -> str:
-        name, kinds = self._shapes[shape]
+    def _line(self, delimiter: str | None, layout: int) -> str:
+        name, kinds = self._layouts[layout]
         label = (self._label, name) if self._several else None
-        if text.delimiter is None:
-            return _object_sql(kinds, self.fields, label)
-        return _cells_sql(kinds, self.fields, label, text)
+        shown = [(field, kinds.get(field, "none")) for field in self.fields if delimiter or field in self._kinds[name]]
+        sql = _cells_sql(shown, label, delimiter, self._wanted.excel_safe) if delimiter else _object_sql(shown, label)
+        return f"{sql} AS line"
 
-    def _steps(self, first: int, last: int, limit: int,
-               read: Callable[[int, int, int], tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-        """The blocks of what is numbered from `first` to `last`, until `limit` records are there."""
-        while first <= last and limit:
-            end = min(last, first + self._step - 1)
-            try:
-                block, count = read(first, end, limit)
-            except sqlite3.DataError:  # their text would be too long
-                self._step = max(1, (end - first + 1) // 2)
-                continue
-            looked_at = end - first + 1  # however many of them fit the filters
-            self._step = max(1, min(self._most, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block) + 1)))
-            first, limit = end + 1, limit - count
-            if count:
-                yield block, count
-
-    def _fetch(self, rows: str, values: Sequence[Json], text: RecordText, several: bool,
-               most: int = _BLOCK_LIMIT) -> tuple[bytes, int, int]:
+    def _fetch(self, rows: str, bound: Sequence[Any], between: str, most: int) -> tuple[bytes, int, int]:
         """The text of all rows of a query for (line, n), how many there are, and the last n.
 
-        sqlite3.DataError if it is of `several` and exceeds `most` bytes.
+        sqlite3.DataError if it exceeds `most` bytes.
         """
-        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most if several else _LONGEST)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
         try:
             joined, count, last = self._connection.execute(
-                f"SELECT CAST(group_concat(line, {_literal(text.between)}) AS BLOB), count(*), max(n) FROM ({rows})",
-                values).fetchone()
+                f"SELECT CAST(group_concat(line, {_literal(between)}) AS BLOB), count(*), max(n) FROM ({rows})",
+                bound).fetchone()
         finally:
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-        block: bytes = joined or b""
-        if b"\xfe" in block:
-            block = _floats(block, quoted=text.delimiter is None)
-        if b"\xff" in block:
-            block = _cut(block, b"\xff", b"," if text.delimiter is None else b'""' if len(self.header) == 1 else b"")
-        return block, count, last or 0
+        block = _floats(joined) if b"\xfe" in (joined or b"") else joined or b""
+        return block.replace(b"}\xff{", b",").replace(b'"\xff"', b""), count, last or 0
 
-    def page(self, limit: int, after: int) -> tuple[bytes, int | None]:
-        """Up to `limit` records of one type from the `_id` beyond `after` on, as JSON objects with commas between.
+    def page(self, after: int) -> tuple[bytes, int | None]:
+        """The records of one type from the `_id` beyond `after` on, as JSON objects with commas between.
 
-        It ends early before it exceeds _PAGE_BYTES. Beside it the last `_id`, if there are more.
+        It ends early before it exceeds _BLOCK_LIMIT. Beside it the last `_id`, if there are more.
         """
-        text, texts, room, last = RecordText(", "), list[bytes](), _PAGE_BYTES, after
-        for run in self._runs(after):
-            source, values = self._source(run.shape)
-            rows = f"SELECT {self._line(text, run.shape)} AS line, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
-            first, step = run.first, limit
-            while limit and first <= run.last:
-                try:
-                    block, count, end = self._fetch(rows, [first, run.last, *values, min(step, limit)], text,
-                                                    bool(texts) or step > 1, max(room, 1))
-                except sqlite3.DataError:  # their text would be too long
-                    if step == 1:
-                        return b", ".join(texts), last
-                    step = (step + 1) // 2
-                    continue
-                if not count:
-                    break
-                texts.append(block)
-                room, limit, last, first = room - len(block), limit - count, end, end + 1
-        more = not limit and any(True for _ in self._runs(last))
-        return b", ".join(texts), last if more else None
+        texts, room, reached = list[bytes](), _BLOCK_LIMIT, after
+        for block, _, last in self.text_blocks(RecordText(", "), after):
+            if texts and len(block) > room:
+                break
+            texts.append(block)
+            room, reached = room - len(block), last
+        return b", ".join(texts), reached if any(True for _ in self._runs(reached)) else None
 
     # Their copy in a database of their own
 
-    def copy(self, limit: int | None) -> Iterator[Progress]:
+    def copy(self) -> Iterator[Progress]:
         """Fills the attached database `copy`, one STRICT table a type; rows come in order, so that pages are full."""
         columns = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
         columns = {name: fields for name, fields in columns.items() if fields}  # a table has one at least
@@ -2540,44 +2459,25 @@ class Query:
             declared = ", ".join(f"{_quote(field)} {self._declared(name, field)}" for field in fields)
             self._connection.execute(f"CREATE TABLE copy.{_quote(name)}({declared}) STRICT")
 
-        def values(shape: int) -> str:
-            name, kinds = self._shapes[shape]
-            return ", ".join(f"{KIND_SQL[kinds[field]].stored.format(c=_column(field))} AS c{number}"
-                             for number, field in enumerate(columns[name]))
+        def values(layout: int) -> str:
+            name, kinds = self._layouts[layout]
+            stored = (KIND_SQL[kinds.get(field, "none")].stored.format(c=_column(field)) for field in columns[name])
+            return ", ".join(f"{value} AS c{number}" for number, value in enumerate(stored))
 
-        yield from self._copy_in_order(columns, values, limit) if self._order_by else self._copy(columns, values, limit)
-
-    def _declared(self, record_type: str, field: str) -> str:
-        kinds = {layout.get(field, "none") for layout in self._layouts[record_type].values()} - {"none"}
-        types = {KIND_SQL[kind].column for kind in kinds}
-        return types.pop() if len(types) == 1 else "ANY"
-
-    def _copy(self, columns: Mapping[str, Sequence[str]], values: Callable[[int], str],
-              limit: int | None) -> Iterator[Progress]:
-        done, total = 0, self.total(limit)
-        left = _NO_LIMIT if limit is None else limit
-        for run in self._runs():
-            name = self._shapes[run.shape][0]
-            source, bound = self._source(run.shape)
-            for first in range(run.first, run.last + 1, _COPY_STEP) if name in columns else ():
-                ids = first, min(run.last, first + _COPY_STEP - 1)
-                done += self._connection.execute(
-                    f"INSERT INTO copy.{_quote(name)} SELECT {values(run.shape)} FROM {source} ORDER BY r._id LIMIT ?",
-                    [*ids, *bound, left - done]).rowcount
-                yield Progress(done=done, total=total)
-
-    def _copy_in_order(self, columns: Mapping[str, Sequence[str]], values: Callable[[int], str],
-                       limit: int | None) -> Iterator[Progress]:
-        done, total = 0, self._select(limit)
-        step = _COPY_STEP if len(self._shapes) < _MOST_SELECTS else _MOST_SELECTS
-        for first in range(1, total + 1, step):
-            for name, fields in columns.items():
-                rows, bound = self._in_order(first, first + step - 1, values, name)
+        done, step = 0, self._most(_COPY_STEP)
+        for name, start, last, select in self._spans(values, columns):
+            for first in range(start, last + 1, step):
+                rows, bound = select(first, min(last, first + step - 1), self._limit - done)
                 if bound:
-                    names = ", ".join(f"c{number}" for number in range(len(fields)))
+                    names = ", ".join(f"c{number}" for number in range(len(columns[name])))
                     done += self._connection.execute(
                         f"INSERT INTO copy.{_quote(name)} SELECT {names} FROM ({rows})", bound).rowcount
-            yield Progress(done=done, total=total)
+                yield Progress(done=done, total=self.total)
+
+    def _declared(self, record_type: str, field: str) -> str:
+        kinds = {kinds.get(field, "none") for kinds in self._of_type[record_type]} - {"none"}
+        types = {KIND_SQL[kind].column for kind in kinds}
+        return types.pop() if len(types) == 1 else "ANY"
 
 
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
@@ -2810,28 +2710,22 @@ class RecordStore:
                     for name in _record_types(connection)]
 
     @contextmanager
-    def lines(self, filters: Filters, text: RecordText, *, fields: Sequence[str] | None = None,
-              order_by: str | None = None, limit: int | None = None,
-              interrupted: Callable[[], bool] = lambda: False) -> Iterator[Lines]:
-        """The selected records as text, made inside SQLite, from one snapshot; otherwise as `Query`.
-
-        `interrupted` is asked now and then; when it says True, Interrupted is raised.
-        """
+    def lines(self, wanted: Selected, text: RecordText) -> Iterator[Lines]:
+        """The selected records as text, made inside SQLite, from one snapshot; raises what `Query` does."""
         with self._database.read() as connection:
-            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
-            query = Query(connection, filters, fields, order_by)
-            with closing(_ahead(query.text_blocks(text, limit))) as blocks:
-                yield Lines(query.header, query.total(limit), blocks)
+            connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
+            query = Query(connection, wanted)
+            with closing(_ahead(query.text_blocks(text))) as blocks:
+                yield Lines(query.header, query.total, ((block, count) for block, count, _ in blocks))
 
-    def copy_to(self, path: Path, filters: Filters, *, fields: Sequence[str] | None = None, order_by: str | None = None,
-                limit: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+    def copy_to(self, path: Path, wanted: Selected) -> Iterator[Progress]:
         """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
 
-        Yields how far it is; otherwise as `lines`.
+        Yields how far it is; raises what `Query` does.
         """
         with self._database.copying(path) as connection:
-            connection.set_progress_handler(interrupted, _STEPS_BETWEEN)
-            yield from Query(connection, filters, fields, order_by).copy(limit)
+            connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
+            yield from Query(connection, wanted).copy()
 
     def page(self, filters: Filters, limit: int, after: int | None) -> tuple[bytes, int | None]:
         """Up to `limit` records of one type, older first, from the `_id` after `after`, as JSON with commas between.
@@ -2839,7 +2733,7 @@ class RecordStore:
         Beside it the last `_id`, if there are more; a page of long records ends early.
         """
         with self._database.read() as connection:
-            return Query(connection, filters).page(limit, after or 0)
+            return Query(connection, Selected(filters, limit=limit)).page(after or 0)
 
 
 # ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
@@ -5528,17 +5422,6 @@ def receive_upload(blocks: Iterator[bytes], content_type: str, settings: Setting
         yield upload
 
 
-class Selected(NamedTuple):
-    """Which records an export is of, and how texts are guarded; `interrupted` is asked while SQLite works."""
-
-    filters: Filters
-    fields: Sequence[str] | None
-    order_by: str | None
-    limit: int | None
-    excel_safe: bool
-    interrupted: Callable[[], bool]
-
-
 Writing = Generator[Progress, None, None]  # says now and then how far it is
 
 
@@ -5560,39 +5443,34 @@ class ExportSink:
             self.file.write(self._packer.flush())
 
 
-def _cell(field: str, text: RecordText) -> str:
+Writer = Callable[[ExportSink, RecordStore, Selected], Writing]
+
+
+def _cell(field: str, excel_safe: bool) -> str:
     """A field's name in the header; those of an uploaded file can be formulas too."""
-    shown = f"'{field}" if text.excel_safe and field[0] in FORMULA_STARTS else field
+    shown = f"'{field}" if excel_safe and field[0] in FORMULA_STARTS else field
     return '"' + shown.replace('"', '""') + '"'
 
 
-def _write_text(text: RecordText, first: str, end: str, empty: str, sink: ExportSink, records: RecordStore,
-                wanted: Selected) -> Writing:
-    """Records as text, with what stands before the first and behind the last; `empty` is a file without any."""
-    with records.lines(wanted.filters, text, fields=wanted.fields, order_by=wanted.order_by, limit=wanted.limit,
-                       interrupted=wanted.interrupted) as lines:
+def _write_text(text: RecordText, sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
+    with records.lines(wanted, text) as lines:
+        before, empty = text.before, text.empty
         if text.delimiter is not None:
-            first = empty = first + text.delimiter.join(_cell(field, text) for field in lines.fields) + text.between
+            header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in lines.fields)
+            before = empty = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
         done = 0
         for block, count in lines.blocks:
-            sink.write((text.between if done else first).encode() + block)
+            sink.write((text.between if done else before).encode() + block)
             done += count
             yield Progress(done=done, total=lines.total)
-        sink.write((end if done else empty).encode())
+        sink.write((text.after if done else empty).encode())
         yield Progress(done=done, total=done)
-
-
-def _write_cells(delimiter: str, sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    """RFC 4180, but for the delimiter: a header, CRLF, every text in quotes, so that null and "" are told apart."""
-    text = RecordText("\r\n", delimiter, wanted.excel_safe)
-    return _write_text(text, "\ufeff" if wanted.excel_safe else "", "\r\n", "", sink, records, wanted)
 
 
 def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
     progress = Progress(done=0, total=0)
     with sink.file.beside() as copy:
-        for progress in records.copy_to(copy.path, wanted.filters, fields=wanted.fields, order_by=wanted.order_by,
-                                        limit=wanted.limit, interrupted=wanted.interrupted):
+        for progress in records.copy_to(copy.path, wanted):
             yield progress
         with copy.open() as stream:
             while block := stream.read(_BLOCK):
@@ -6438,7 +6316,7 @@ class Format(NamedTuple):
 
     suffixes: tuple[str, ...]
     content_type: str
-    write: Callable[[ExportSink, RecordStore, Selected], Writing] | None
+    write: Writer | None
 
 
 FORMATS: dict[str, Format] = {}
@@ -6447,8 +6325,7 @@ INGEST_FORMATS: dict[str, IngestFormat] = {}  # how those that can be read are, 
 
 
 def file_format(name: str, *suffixes: str, content_type: str, magic: tuple[bytes, ...] = (),
-                write: Callable[[ExportSink, RecordStore, Selected], Writing] | None = None,
-                read: IngestFormat | None = None) -> None:
+                write: Writer | None = None, read: IngestFormat | None = None) -> None:
     """Enters a format: how records are written in it, and read, where they can be.
 
     The first of the suffixes is that of exports; `magic` are the first bytes that prove the type, of what is no text.
@@ -6464,14 +6341,19 @@ def file_format(name: str, *suffixes: str, content_type: str, magic: tuple[bytes
         RAW_TYPES[content_type.partition(";")[0]] = suffixes[0]
 
 
-file_format("csv", "csv", content_type="text/csv; charset=utf-8", write=partial(_write_cells, ","),
+def _csv_writer(delimiter: str) -> Writer:
+    """RFC 4180, but for the delimiter: a header, CRLF, every text in quotes, so that null and "" are told apart."""
+    return partial(_write_text, RecordText("\r\n", delimiter, after="\r\n"))
+
+
+file_format("csv", "csv", content_type="text/csv; charset=utf-8", write=_csv_writer(","),
             read=_csv_format(""))
-file_format("tsv", "tsv", content_type="text/tab-separated-values; charset=utf-8", write=partial(_write_cells, "\t"),
+file_format("tsv", "tsv", content_type="text/tab-separated-values; charset=utf-8", write=_csv_writer("\t"),
             read=_csv_format("\t"))
 file_format("json", "json", content_type="application/json", read=_json_format(False),
-            write=partial(_write_text, RecordText(",\n"), "[\n", "\n]\n", "[]\n"))
+            write=partial(_write_text, RecordText(",\n", before="[\n", after="\n]\n", empty="[]\n")))
 file_format("ndjson", "ndjson", "jsonl", content_type="application/x-ndjson", read=_json_format(True),
-            write=partial(_write_text, RecordText("\n"), "", "\n", ""))
+            write=partial(_write_text, RecordText(after="\n")))
 file_format("sqlite", "sqlite", "db", content_type="application/vnd.sqlite3", magic=(b"SQLite format 3\0",),
             write=_write_database)
 INGEST_FORMATS["txt"] = INGEST_FORMATS["csv"]

@@ -1310,7 +1310,7 @@ def test_records_are_seen_once_their_job_is_completed_and_not_before(
         shown.append(ask(url, "GET", "/records/thing").json["items"])
         shown.append([item["count"] for item in ask(url, "GET", "/records").json["items"]])
         shown.append(ask(url, "GET", f"/records/thing?jobId={context.job.job_id}").status)
-        with service.queue.records.lines(taskapi.Filters(record_type="thing"), CSV) as lines:
+        with service.queue.records.lines(taskapi.Selected(taskapi.Filters(record_type="thing")), CSV) as lines:
             shown.append([*lines.blocks])
         raise taskapi.JobFailed("half way is not enough")
 
@@ -1322,7 +1322,7 @@ def test_records_are_seen_once_their_job_is_completed_and_not_before(
 def test_an_export_is_one_snapshot_whatever_happens_meanwhile(service: taskapi.Service) -> None:
     """The job that made the records is deleted, and another adds some, while they are read."""
     job = store(service, {"n": "int"}, [[n] for n in range(5000)])
-    with service.queue.records.lines(taskapi.Filters(record_type="thing"), CSV) as lines:
+    with service.queue.records.lines(taskapi.Selected(taskapi.Filters(record_type="thing")), CSV) as lines:
         texts = [next(lines.blocks)[0]]
         service.queue.remove(job.job_id)
         store(service, {"n": "int"}, [[n] for n in range(3)])
@@ -1933,7 +1933,7 @@ def test_a_format_with_another_delimiter_is_one_entry(tmp_path: Path, monkeypatc
     """From which its export, upload and ingest follow."""
     for table in ("FORMATS", "EXPORT_FORMATS", "INGEST_FORMATS", "FILE_TYPES", "RAW_TYPES"):
         monkeypatch.setattr(taskapi, table, dict(getattr(taskapi, table)))
-    taskapi.file_format("bars", "bar", content_type="text/x-bars", write=partial(taskapi._write_cells, "|"),
+    taskapi.file_format("bars", "bar", content_type="text/x-bars", write=taskapi._csv_writer("|"),
                         read=taskapi._csv_format("|"))
     with taskapi.open_service(tmp_path, inline=True, upload_types=["bar"]) as service, service.serving(port=0) as url:
         store(service, {"n": "int", "t": "text"}, [[1, 'a|b,"c"'], [None, ""]])
@@ -3675,8 +3675,8 @@ def test_an_export_never_sorts_what_lies_in_order_and_starts_where_it_was(servic
         connection.set_trace_callback(lambda sql: statements.append(sql) if sql.startswith("SELECT CAST") else None)
         for limit in (None, 9):
             statements.clear()
-            query = taskapi.Query(connection, taskapi.Filters(record_type="thing"))
-            assert [*query.text_blocks(taskapi.RecordText(), limit)] == [(b'{"n":1}\n{"n":1}\n{"n":1}', 3)]
+            query = taskapi.Query(connection, taskapi.Selected(taskapi.Filters(record_type="thing"), limit=limit))
+            assert [*query.text_blocks(taskapi.RecordText())] == [(b'{"n":1}\n{"n":1}\n{"n":1}', 3, 3)]
             (statement,) = statements
             plan = " / ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
             assert "B-TREE" not in plan
@@ -3692,8 +3692,8 @@ def test_the_text_that_is_made_at_a_time_is_bounded_in_bytes(
     monkeypatch.setattr(taskapi, "_BLOCK_LIMIT", 20_000)
     sizes = [1] * 3000 + [3000] * 40 + [50_000] + [1] * 500
     store(service, {"n": "int", "t": "text"}, [[n, "x" * size] for n, size in enumerate(sizes)])
-    with service.queue.records.lines(taskapi.Filters(record_type="thing"), taskapi.RecordText(","),
-                                     order_by=order_by) as lines:
+    wanted = taskapi.Selected(taskapi.Filters(record_type="thing"), order_by=order_by)
+    with service.queue.records.lines(wanted, taskapi.RecordText(",")) as lines:
         blocks = [*lines.blocks]
     assert all(len(text) <= 20_000 or count == 1 for text, count in blocks)
     records = [record for text, _ in blocks for record in json.loads(b"[%b]" % text)]
@@ -3707,8 +3707,8 @@ def test_a_filter_that_few_records_fit_is_not_read_in_small_steps(service: taska
     statements: list[str] = []
     with service.queue.records._database.read() as connection:
         connection.set_trace_callback(lambda sql: statements.append(sql) if "group_concat" in sql else None)
-        blocks = taskapi.Query(connection, filters).text_blocks(taskapi.RecordText(","), None)
-        assert b",".join(text for text, _ in blocks) == b'{"n":7},{"n":9999},{"n":19000}'
+        blocks = taskapi.Query(connection, taskapi.Selected(filters)).text_blocks(taskapi.RecordText(","))
+        assert b",".join(text for text, *_ in blocks) == b'{"n":7},{"n":9999},{"n":19000}'
         connection.set_trace_callback(None)
     assert len(statements) < 20
 
