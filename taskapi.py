@@ -8194,6 +8194,7 @@ def prefers_html(accept: str | None) -> bool:
 class Route(NamedTuple):
     """One method of one path: its handler, the shapes it takes, and the statuses it may answer.
 
+    The handler gets the Request, then what is asked for as `query`, then a JSON `body`, then the parts of the path.
     An answer is an ApiModel, `dict` for other JSON, `bytes` for a file, a media type for text, None for nothing; a
     tuple where the client may choose.
     """
@@ -8244,14 +8245,6 @@ def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **header
     return response
 
 
-def error_reply(error: TaskError) -> bottle.HTTPResponse:
-    """The answer to a failure."""
-    response = reply(error.body(), error.http_status)
-    for name, value in error.headers.items():
-        response.set_header(name, value)
-    return response
-
-
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
 
 
@@ -8272,10 +8265,14 @@ def get_root(call: Request) -> bottle.HTTPResponse:
     return response
 
 
-class WaitQuery(ApiModel):
-    """Query of what answers with a job."""
+class NoQuery(ApiModel):
+    """The query of a call that takes none, and base of the others: there all values come as texts."""
 
     model_config = ConfigDict(strict=False)
+
+
+class WaitQuery(NoQuery):
+    """Query of what answers with a job."""
 
     wait: float = Field(0, ge=0, le=_LONG_POLL_SECONDS, description="Seconds to wait for the job to finish.",
                         allow_inf_nan=False)
@@ -8310,9 +8307,9 @@ class UploadQuery(InferQuery, WaitQuery):
 
 
 @route("POST", "/upload", {201: Job, 409: ErrorBody}, query=UploadQuery, body=UploadForm)
-def post_upload(call: Request) -> bottle.HTTPResponse:
+def post_upload(call: Request, query: UploadQuery) -> bottle.HTTPResponse:
     """Takes one file: a form with a part named `file`, or the body itself. With a `recordType` it becomes records."""
-    queue, key, wait = call.engine.queue, _idempotency_key(call), call.query(UploadQuery).wait
+    queue, key = call.engine.queue, _idempotency_key(call)
     with call.upload() as upload:
         request = UploadRequest(filename=upload.filename, content_type=upload.content_type, draft=upload.file)
         if not upload.options:
@@ -8322,13 +8319,12 @@ def post_upload(call: Request) -> bottle.HTTPResponse:
             {"filename": upload.filename, **upload.options}))
         digest = f"ingest {ingest.model_dump_json()} {upload.file.sha256}"
         made = queue.enqueue("ingest", ingest, key, digest, request.keep)
-    return _made(call, made, 201, wait)
+    return _made(call, made, 201, query.wait)
 
 
 @route("POST", "/infer", {200: GenerateRequest}, query=InferQuery, body=UploadForm)
-def post_infer(call: Request) -> bottle.HTTPResponse:
+def post_infer(call: Request, _: InferQuery) -> bottle.HTTPResponse:
     """A /generate request whose records are like those of a file, which is sent as to /upload."""
-    call.query(InferQuery)
     with call.upload() as upload:
         options = validated(IngestOptions, lambda: IngestOptions.model_validate(upload.options))
         with upload.file.open() as stream, call.computing():
@@ -8337,17 +8333,14 @@ def post_infer(call: Request) -> bottle.HTTPResponse:
 
 @route("GET", "/jobs/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
 @route("GET", "/status/{jobId}", {200: Job, 404: ErrorBody}, query=WaitQuery)
-def get_status(call: Request, job_id: str) -> bottle.HTTPResponse:
+def get_status(call: Request, query: WaitQuery, job_id: str) -> bottle.HTTPResponse:
     """A job; with `wait`, as soon as it has finished."""
-    wait = call.query(WaitQuery).wait
-    job = call.wait_for(call.engine.queue.jobs.get(job_id), wait)
+    job = call.wait_for(call.engine.queue.jobs.get(job_id), query.wait)
     return reply(job) if job.status.finished else reply(job, Retry_After="1")
 
 
-class JobsQuery(ApiModel):
+class JobsQuery(NoQuery):
     """Query of GET /jobs."""
-
-    model_config = ConfigDict(strict=False)
 
     status: JobStatus | None = Field(None, description=f"One of {', '.join(JobStatus)}.")
     type: str | None = Field(None, description="What kind of job.")
@@ -8363,9 +8356,8 @@ class JobPage(ApiModel):
 
 
 @route("GET", "/jobs", {200: JobPage}, query=JobsQuery)
-def get_jobs(call: Request) -> bottle.HTTPResponse:
+def get_jobs(call: Request, query: JobsQuery) -> bottle.HTTPResponse:
     """Jobs, newest first, a page at a time."""
-    query = call.query(JobsQuery)
     if query.after is not None and not re.fullmatch(r"[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}", query.after, re.ASCII):
         raise BadRequest.of("after", "is not the `next` of a page")
     jobs, more = call.engine.queue.jobs.page(query.status, query.type, query.limit, query.after)
@@ -8404,10 +8396,8 @@ def get_record_types(call: Request) -> bottle.HTTPResponse:
     return reply(RecordTypes(items=call.engine.queue.records.types()))
 
 
-class RecordsQuery(ApiModel):
+class RecordsQuery(NoQuery):
     """Query of GET /records/{recordType}."""
-
-    model_config = ConfigDict(strict=False)
 
     job_id: str | None = None
     limit: int = Field(100, ge=1, le=1000)
@@ -8422,9 +8412,8 @@ class RecordPage(ApiModel):
 
 
 @route("GET", "/records/{recordType}", {200: RecordPage, 404: ErrorBody}, query=RecordsQuery)
-def get_records(call: Request, record_type: str) -> bottle.HTTPResponse:
+def get_records(call: Request, query: RecordsQuery, record_type: str) -> bottle.HTTPResponse:
     """Records of one type, oldest first, a page at a time."""
-    query = call.query(RecordsQuery)
     filters = Filters.model_construct(record_type=record_type, job_id=query.job_id, where={})
     items, last = call.engine.queue.records.page(filters, query.limit, query.after)
     following = b"null" if last is None else b'"%d"' % last
@@ -8522,10 +8511,8 @@ def get_metrics(call: Request) -> bottle.HTTPResponse:
     return reply(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-class FieldsQuery(ApiModel):
+class FieldsQuery(NoQuery):
     """Query of GET /fields."""
-
-    model_config = ConfigDict(strict=False)
 
     locale: str = Field("en_US", max_length=20, description="Faker locale of the methods and samples.")
     q: str | None = Field(None, description="Words to look for in names and descriptions.", max_length=100)
@@ -8544,9 +8531,8 @@ class FieldList(ApiModel):
 
 
 @route("GET", "/fields", {200: FieldList}, query=FieldsQuery)
-def get_fields(call: Request) -> bottle.HTTPResponse:
+def get_fields(call: Request, query: FieldsQuery) -> bottle.HTTPResponse:
     """The types and Faker methods that a schema may use; without a search, the presets too."""
-    query = call.query(FieldsQuery)
     with nullcontext() if query.locale in _LISTED else call.computing():
         types = catalogue(query.locale, query.q)
         _LISTED.add(query.locale)
@@ -8569,9 +8555,8 @@ class PreviewRequest(GenerateRequest):
 
 
 @route("POST", "/preview", {200: Preview}, body=PreviewRequest)
-def post_preview(call: Request) -> bottle.HTTPResponse:
+def post_preview(call: Request, request: PreviewRequest) -> bottle.HTTPResponse:
     """What /generate would make, up to 100 records, at once; nothing is stored."""
-    request = call.body(PreviewRequest)
     with call.computing():
         return reply(preview(request.with_defaults(call.engine.settings, call.engine.clock)))
 
@@ -8653,28 +8638,19 @@ def _snake(name: str) -> str:
     return re.sub(r"([A-Z])", lambda match: "_" + match[1].lower(), name)
 
 
-def bug_report(what: str) -> TaskError:
-    """Logs the exception at hand, and returns the error to answer: it names the log's entry and nothing else."""
-    number = secrets.token_hex(4)
-    _LOG.exception("error %s: %s", number, what)
-    return TaskError(f"internal error {number}: the server's log has the details")
+def told(error: Exception, what: str) -> TaskError:
+    """The error to answer. A bug, or what is wrong with the database or the disk, is logged, and names that entry.
 
-
-def reported(error: TaskError, what: str) -> TaskError:
-    """The error to answer: what is wrong with the database or the disk is logged too, and names the log's entry."""
-    if not isinstance(error, StorageError):
+    Of a bug it shows nothing else.
+    """
+    if isinstance(error, TaskError) and not isinstance(error, StorageError):
         return error
     number = secrets.token_hex(4)
-    _LOG.error("error %s: %s: %s", number, what, error)
-    return type(error)(f"{error} (error {number} in the server's log)")
-
-
-def check_path(raw: str) -> None:
-    """Refuses a path that is not UTF-8; Bottle leaves its bad bytes out. `raw` is in WSGI's Latin-1 form."""
-    try:
-        raw.encode("latin-1").decode()
-    except UnicodeError:
-        raise BadRequest("the path is not UTF-8") from None
+    if isinstance(error, StorageError):
+        _LOG.error("error %s: %s: %s", number, what, error)
+        return type(error)(f"{error} (error {number} in the server's log)")
+    _LOG.error("error %s: %s", number, what, exc_info=error)
+    return TaskError(f"internal error {number}: the server's log has the details")
 
 
 def _pack(call: Request, response: bottle.HTTPResponse) -> None:
@@ -8688,8 +8664,7 @@ def _pack(call: Request, response: bottle.HTTPResponse) -> None:
         response.set_header("Content-Length", str(len(response.body)))
 
 
-class NoQuery(ApiModel):
-    """The query of a call that takes none."""
+UNROUTED = "none"  # the path under which requests count that no route takes
 
 
 class Middleware:
@@ -8700,29 +8675,26 @@ class Middleware:
 
     def wrapped(self, entry: Route) -> Callable[..., bottle.HTTPResponse]:
         """A route's handler as Bottle calls it."""
-        return lambda **arguments: self.measured(entry.path, entry.query or NoQuery, entry.handler, **arguments)
+        return lambda **arguments: self.measured(entry, **arguments)
 
-    def measured(self, rule: str, query: type[ApiModel] | None, handler: Callable[..., bottle.HTTPResponse],
-                 **arguments: Any) -> bottle.HTTPResponse:
-        """Like `answer`, and counted under the route's rule."""
+    def measured(self, entry: Route, **arguments: Any) -> bottle.HTTPResponse:
+        """Like `answer`, and counted under the route's path."""
         began, metrics = monotonic(), self._engine.queue.metrics
-        response = self.answer(query, handler, **arguments)
-        metrics.observe("request_seconds", monotonic() - began, route=rule)
-        metrics.add("requests_total", method=bottle.request.method, route=rule, status=response.status_code)
+        response = self.answer(entry, **arguments)
+        metrics.observe("request_seconds", monotonic() - began, route=entry.path)
+        metrics.add("requests_total", method=bottle.request.method, route=entry.path, status=response.status_code)
         return response
 
-    def answer(self, query: type[ApiModel] | None, handler: Callable[..., bottle.HTTPResponse],
-               **arguments: Any) -> bottle.HTTPResponse:
+    def answer(self, entry: Route, **arguments: Any) -> bottle.HTTPResponse:
         """What the handler answers, or the answer to what it raises."""
         call = Request(self._engine)
         mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
         try:
             call.flight.enter_context(self._engine.queue.gate.request())
-            response = self._checked(call, query, handler, **arguments)
-        except TaskError as error:
-            response = error_reply(reported(error, f"{call.method} {call.path}"))
-        except Exception:  # noqa: BLE001  # no traceback reaches a client
-            response = error_reply(bug_report(f"{call.method} {call.path}"))
+            response = self._checked(call, entry, arguments)
+        except Exception as error:  # noqa: BLE001  # no traceback reaches a client
+            answered = told(error, f"{call.method} {call.path}")
+            response = reply(answered.body(), answered.http_status, **answered.headers)
         finally:
             call.flight.close()
             MOUNT.reset(mount)
@@ -8737,29 +8709,36 @@ class Middleware:
         _pack(call, response)
         return response
 
-    def _checked(self, call: Request, query: type[ApiModel] | None, handler: Callable[..., bottle.HTTPResponse],
-                 **arguments: Any) -> bottle.HTTPResponse:
+    def _checked(self, call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
         raw_path = call.environ.get("bottle.raw_path", "")
-        check_path(raw_path)
+        try:
+            raw_path.encode("latin-1").decode()
+        except UnicodeError:  # Bottle leaves its bad bytes out
+            raise BadRequest("the path is not UTF-8") from None
         check_head(call.method, call.path, call.header, call.length, self._engine.settings, self._engine.allowed_hosts)
-        if query:
-            call.query(query)
+        if entry.path == UNROUTED:
+            return entry.handler(call, **arguments)
+        query = call.query(entry.query or NoQuery)
         if MOUNT.get() and not raw_path:  # relative links would miss the mount
             return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
-        return handler(call, **arguments)
+        models = [query] if entry.query else []
+        if entry.body and entry.body is not UploadForm:
+            models.append(call.body(entry.body))
+        return entry.handler(call, *models, **arguments)
 
 
 def all_routes() -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
-    def poster(kind: JobType) -> Callable[[Request], bottle.HTTPResponse]:
-        def post_job(call: Request) -> bottle.HTTPResponse:
-            wait, request, key = call.query(WaitQuery).wait, call.body(kind.model), _idempotency_key(call)
+    def poster(kind: JobType) -> Callable[..., bottle.HTTPResponse]:
+        def post_job(call: Request, query: WaitQuery, request: JobRequest) -> bottle.HTTPResponse:
+            key = _idempotency_key(call)
             digest = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest() if key else ""
             engine = call.engine
             if request.heavy:
                 with call.computing():
                     request.with_defaults(engine.settings, engine.clock)  # and is light from now on
-            return _made(call, call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202, wait)
+            return _made(call, call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202,
+                         query.wait)
 
         post_job.__doc__ = kind.run.__doc__
         return post_job
@@ -8913,7 +8892,7 @@ def build_app(engine: Engine) -> bottle.Bottle:
         raise error.exception if isinstance(error.exception, Exception) else error
 
     def unrouted(error: bottle.HTTPError) -> bytes:
-        response = middleware.measured("none", None, refuse, error=error)
+        response = middleware.measured(Route("*", UNROUTED, refuse, None, None, {}), error=error)
         response.apply(bottle.response)
         return cast(bytes, response.body)
 
