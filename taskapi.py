@@ -5579,12 +5579,12 @@ def _without_lines(texts: Iterator[str], count: int) -> Iterator[str]:
 
 
 class ColumnBatch(NamedTuple):
-    """Some records by columns: of each field the cells as the file has them. Fields may be missing, meaning null.
+    """Some records by columns: of each field the cells as CSV has them. Fields may be missing, meaning null.
 
     `part` names the list in the file that they stand in, where a file is split.
     """
 
-    columns: Mapping[str, Sequence[Json]]
+    columns: Mapping[str, Sequence[str]]
     length: int
     part: str = ""
 
@@ -5601,14 +5601,15 @@ class FieldNames:
 
     `renamed` has the new name of each that was changed: by the old one, or by its position where two were equal.
     `spare` are columns at the end of a header that it does not name; without a value they are left out. `quoted` says
-    that the header is in quotes throughout: then these are what tells texts from numbers.
+    that quotes tell texts from numbers; in CSV the header, if that is in quotes throughout. `null` is a cell that is no
+    value, beside the empty one.
     """
 
     def __init__(self) -> None:
         self.by_key: dict[str, str] = {}  # of JSON
         self.renamed: dict[str, str] = {}
         self.spare: list[str] = []
-        self.quoted, self.count = False, 0
+        self.quoted, self.null, self.count = True, "", 0
         self._taken: set[str] = set()  # in lower case, since SQLite sees no difference
 
     def of_header(self, header: Sequence[str], line: int) -> list[str]:
@@ -5797,16 +5798,17 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
     _check_rest(rest, delimiter, between, line, last=True)
 
 
-def _header(first: Sequence[str], told: str, line: int) -> tuple[list[str], bool]:
-    """The header that `told` means, and whether it is the first record."""
+def _header(first: Sequence[str], told: str, line: int, *, texts_only: bool = False) -> tuple[list[str], bool]:
+    """The header that `told` means, and whether it is the first record; whose cells are all names if `texts_only`."""
     if told == "none":
         return [f"column_{number}" for number in range(1, len(first) + 1)], False
     if told != "auto":
         names: list[str] = next(csv.reader([told], skipinitialspace=True))
-        if not _fits(first, len(names)):
+        if not _fits(first, len(names)) or (texts_only and len(first) > len(names)):
             raise _bad_line(line, f"{_fields(len(first))} instead of the {len(names)} that header names")
         return names, False
-    if all(map(_NUMERIC.fullmatch, first)):
+    texts = map(_unquoted, first) if texts_only else first
+    if all(map(_NUMERIC.fullmatch, texts)) or (texts_only and not all(cell[:1] == '"' for cell in first)):
         raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names there, "
                               "do without, and skip leaves out lines above it")
     # Spaces before a quote are a habit of some; in other cells they stay what they are.
@@ -5837,6 +5839,7 @@ def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, 
     header, is_first = _header(first, options.header, line)
     fields = names[""].of_header(header, line)
     names[""].quoted = is_first and all(cell[:1] == '"' for cell in first)
+    names[""].null = '""' if len(fields) == 1 else ""  # instead of a line that is empty, in our own exports
     yield ColumnBatch(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
     if is_first:
         end = _end_of(_LINE_END, text, end)
@@ -5846,7 +5849,8 @@ def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, 
     yield from _csv_rows(texts, delimiter, between, fields, options.ragged == "pad", line)
 
 
-# JSON. Cells are what json.loads makes of them, but for numbers with a point or an exponent: they keep their digits.
+# JSON. Its values become cells as CSV has them, so that all that follows is the same: texts in quotes, null as nothing,
+# anything else as compact JSON, in which numbers keep the digits that they came with.
 
 
 class _JsonNumber(str):
@@ -5867,8 +5871,10 @@ def _refuse_constant(name: str) -> Json:
 
 
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_JsonNumber, parse_constant=_refuse_constant)
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _JSON_SPACES = " \t\r\n"
 _JSON_SPACE = re.compile(f"[{_JSON_SPACES}]*")
+_UNSOUND_JSON = re.compile(r"[\ud800-\udfff]|(?<!\\)(?:\\\\)*\\u0000")  # as `_UNSOUND`, in compact JSON
 
 
 def _compact(value: Json) -> str:
@@ -5877,18 +5883,13 @@ def _compact(value: Json) -> str:
         return "{" + ",".join(f"{_compact(key)}:{_compact(member)}" for key, member in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_compact, value)) + "]"
-    return value if isinstance(value, _JsonNumber) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, _JsonNumber) else _JSON_ENCODER.encode(value)
 
 
-def _strings(value: Json) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for member in chain(value, value.values() if isinstance(value, dict) else ()):
-            yield from _strings(member)
-
-
-_BATCH = 4096  # records of JSON at most in a batch
+def _json_cells(values: Iterable[Json]) -> list[str]:
+    return ['"' + value.replace('"', '""') + '"' if (kind := type(value)) is str else
+            "" if value is None else
+            str(value) if kind is int or kind is _JsonNumber else _compact(value) for value in values]
 
 
 class _TooLong(JobFailed):
@@ -5898,13 +5899,12 @@ class _TooLong(JobFailed):
 class _JsonText:
     """A JSON text that is taken value by value; of all the text one value and one piece are held at a time.
 
-    `line` is that in which what is held begins.
+    `line` is that in which what is held begins, `start` the place in it of the value taken last.
     """
 
-    def __init__(self, texts: Iterator[str], options: IngestOptions):
-        self._texts, self._options = texts, options
-        self._text, self._place, self._start, self.line = "", 0, 0, 1  # start: of the last value
-        self._escaped, self._refills = False, 0
+    def __init__(self, texts: Iterator[str]):
+        self._texts, self._text, self._place = texts, "", 0
+        self.start, self.line, self.refills = 0, 1, 0
 
     def error(self, reason: str, place: int | None = None) -> JobFailed:
         """What is wrong here, or at another place of what is held."""
@@ -5923,8 +5923,7 @@ class _JsonText:
         while size <= len(held) and (piece := next(self._texts, "")):
             pieces.append(piece)
             size += len(piece)
-        self._text, self._place = "".join(pieces), 0
-        self._escaped, self._refills = "\\u" in self._text, self._refills + 1
+        self._text, self._place, self.refills = "".join(pieces), 0, self.refills + 1
         return size > 0
 
     def peek(self) -> str:
@@ -5942,19 +5941,17 @@ class _JsonText:
         self._place += 1
         return found
 
-    def value(self, check: Callable[[Json], object] = lambda value: None, limit: int = _RECORD_LIMIT) -> Json:
-        """The value that comes next, if `check` raises no ValueError, and an end is found within the limit."""
+    def value(self, limit: int = _RECORD_LIMIT) -> Json:
+        """The value that comes next, if an end of it is found within the limit."""
         self.peek()
         while True:
             try:
                 value, end = _JSON_DECODER.raw_decode(self._text, self._place)
-                size = end - self._place
+                if self._text.find("\\u", self._place, end) >= 0 and _UNSOUND_JSON.search(_compact(value)):
+                    raise ValueError("a text has a NUL or half a surrogate pair")
                 if end == len(self._text) and not isinstance(value, (str, list, dict)) and self._more(limit):
                     continue  # a number may go on
-                if self._escaped and any(map(_UNSOUND.search, _strings(value))):
-                    raise ValueError("a text has a NUL or half a surrogate pair")
-                check(value)
-                self._start, self._place = self._place, self._place + size
+                self.start, self._place = self._place, self._place + len(self._text[self._place:end])
                 return value
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self._text) - 20 or error.msg.startswith("Unterminated")
@@ -5965,45 +5962,6 @@ class _JsonText:
                 raise self.error("the record is nested too deeply") from None
             except ValueError as error:
                 raise self.error(str(error)) from None
-
-    def _checked(self, *before: Json, rows: bool) -> Callable[[Json], None]:
-        """What refuses a value of a list that does not go with the first one; of `rows`, also by their length."""
-        first = [*before]
-
-        def check(value: Json) -> None:
-            if not first:
-                first.append(value)
-            if rows and not isinstance(first[0], (dict, list)):
-                raise ValueError("a record must be a JSON object")
-            if isinstance(first[0], (dict, list)) and type(value) is not type(first[0]):
-                raise ValueError(f"a record must be a JSON {'array' if isinstance(first[0], list) else 'object'}, "
-                                 "as the first one is")
-            if rows and isinstance(value, list) and (len(value) > len(first[0]) or (
-                    len(value) < len(first[0]) and self._options.ragged != "pad")):
-                raise ValueError(f"{_fields(len(value))} instead of {len(first[0])}; ragged=pad ends short rows in "
-                                 "nulls")
-
-        return check
-
-    def values(self, ended: Callable[[], bool], *first: Json, rows: bool = False) -> Iterator[list[Json]]:
-        """Values until they have ended, some at a time, of one kind with a first one."""
-        check, batch, refills = self._checked(*first, rows=rows), list[Json](), self._refills
-        while True:
-            batch.append(self.value(check))
-            end = ended()
-            if end or self._refills != refills or len(batch) == _BATCH:
-                yield batch
-                batch, refills = [], self._refills
-            if end:
-                return
-
-    def elements(self, *, rows: bool = False) -> Iterator[list[Json]]:
-        """The elements of the array that comes next, arrays only of one length if they are `rows`."""
-        self._expect("[")
-        if self.peek() == "]":
-            self._place += 1
-        else:
-            yield from self.values(lambda: self._expect(",]") == "]", rows=rows)
 
     def steps(self) -> Iterator[str]:
         """The keys of the object that comes next, or the indices of the array; each value is to be taken in between."""
@@ -6020,11 +5978,6 @@ class _JsonText:
             if self._expect(f",{end}") == end:
                 return
 
-    def members(self) -> Iterator[tuple[str, Json]]:
-        """The members of the object that comes next; arrays as iterators of their elements, to be taken in between."""
-        for key in self.steps():
-            yield key, self.elements() if self.peek() == "[" else self.value()
-
     def skip(self) -> None:
         """Takes the value that comes next, however long it is."""
         try:
@@ -6037,135 +5990,159 @@ class _JsonText:
 
     def back(self, *, if_last: bool) -> bool:
         """Goes back before the value just taken, `if_last` only where nothing comes behind it."""
-        start, line = self._start, self.line + _lines_in(self._text[:self._start])
-        text = self._text[start:]
+        line, text = self.line + _lines_in(self._text[:self.start]), self._text[self.start:]
         if if_last and self.peek():
             return False
-        self._text, self._place, self.line, self._escaped = text, 0, line, "\\u" in text
+        self._text, self._place, self.line = text, 0, line
         return True
 
 
-def _keyed(key: str, record: dict[str, Json]) -> dict[str, Json]:
-    if record.get("key", key) != key:
-        raise JobFailed(f"line 1: the object {key[:80]!r} has a member 'key', where its own name is to stand; the part "
-                        "path names other records")
-    return {"key": key, **record}
-
-
 _LIST_LENGTH = 2**20  # characters of an object that has to be one with records in it, not the first of several records
-
-
 _HELD_MEMBERS = 1000  # objects in an object that are held until it shows whether they are the records
+_JsonRecords = Iterator[tuple[str, Json]]  # with the name of the list that each is in, where the file is split
 
 
-def _listed(text: _JsonText, whole: Json, split: bool) -> Iterator[tuple[str, list[Json]]]:
+def _keyed(pairs: Iterable[tuple[str, dict[str, Json]]]) -> _JsonRecords:
+    for key, record in pairs:
+        if record.get("key", key) != key:
+            raise JobFailed(f"line 1: the object {key[:80]!r} has a member 'key', where its own name is to stand; the "
+                            "part path names other records")
+        yield "", {"key": key, **record}
+
+
+def _listed(text: _JsonText, whole: Json, split: bool) -> _JsonRecords:
     """The records in the object that comes next: in its one list of objects, or in each such list if `split`; or else
     its members, if all are objects; or else `whole`, which is that object, unless it is too long."""
     found = nested = ""
     objects, keyed, others = list[tuple[str, dict[str, Json]]](), False, False
-    for key, member in text.members():
-        if isinstance(member, Iterator):
-            for batch in member:
-                others = True
-                if isinstance(batch[0], dict):
-                    if not split and found not in ("", key):
+    for key in text.steps():
+        if text.peek() == "[":
+            kind: type = type(None)
+            for index in text.steps():
+                element = text.value()
+                if index == "0":
+                    others, kind = True, type(element)
+                    nested = key if kind is list else nested
+                    if kind is dict and not split and found not in ("", key):
                         raise JobFailed(f"line 1: several lists hold objects, {found[:80]!r} and {key[:80]!r}: path "
                                         f"names one (path=/{found[:80]}), split=true makes a record type of each")
-                    found = key
-                    yield key if split else "", batch
-                elif isinstance(batch[0], list):
-                    nested = key
-        elif not isinstance(member, dict):
+                    found = key if kind is dict else found
+                if kind is dict:
+                    yield key if split else "", element
+        elif not isinstance(member := text.value(), dict):
             others = True
         elif not others:
             objects.append((key, member))
         if keyed and others:
             raise text.error(f"{key[:80]!r} is no object, as the members before it are")
-        if len(objects) > _HELD_MEMBERS:
+        if keyed or len(objects) > _HELD_MEMBERS:
             keyed = True
-            yield "", [_keyed(*pair) for pair in objects]
+            yield from _keyed(objects)
             objects.clear()
     if objects and not others:
-        yield "", [_keyed(*pair) for pair in objects]
+        yield from _keyed(objects)
     elif nested and not found:
         raise JobFailed(f"line 1: the list {nested[:80]!r} holds lists; path=/{nested[:80]} takes these as records")
     elif others and not found:
         if whole is None:
             raise _bad_line(1, f"a record is longer than {_LIST_LENGTH} characters; in a file named .ndjson it may be")
-        yield "", [whole]
+        yield "", whole
 
 
-def _value_records(text: _JsonText, options: IngestOptions, lines: bool = False,
-                   alone: bool = True) -> Iterator[tuple[str, list[Json]]]:
-    """The records of the value that comes next, and the name of the list they are in where the file is split.
-
-    Objects one after another are records too, unless `alone`; of `lines` also the only one.
-    """
+def _json_records(text: _JsonText, options: IngestOptions, lines: bool) -> _JsonRecords:
+    """The records of the value that comes next. Objects one after another are records too, but at a path; of `lines`
+    also the only one."""
+    first, lines = None, lines and not options.path
     if text.peek() == "[":
-        yield from (("", batch) for batch in text.elements(rows=True))
-    elif text.peek() != "{":
+        for _ in text.steps():
+            yield "", text.value()
+        return
+    if text.peek() != "{":
         raise text.error("expected objects one after another, a JSON array of them, or an object that holds such an "
                          "array")
-    else:
-        try:
-            first = text.value(limit=_RECORD_LIMIT if lines else _LIST_LENGTH)
-        except _TooLong:
-            if lines:
-                raise
-            first = None  # so it is rather a list of records than one of them
-        if first is None or (not lines and text.back(if_last=not alone)):
-            yield from _listed(text, first, options.split)
-        else:
-            yield "", [first]
-            if text.peek():
-                yield from (("", batch) for batch in text.values(lambda: not text.peek(), first))
+    try:
+        first = text.value(limit=_RECORD_LIMIT if lines else _LIST_LENGTH)
+    except _TooLong:
+        if lines:
+            raise  # otherwise it is rather a list of records than one of them
+    if first is None or (not lines and text.back(if_last=not options.path)):
+        yield from _listed(text, first, options.split)
+        return
+    yield "", first
+    while text.peek():
+        yield "", text.value()
 
 
-def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
+def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions, lines: bool) -> _JsonRecords:
     """The records at a JSON Pointer."""
     if not pointer:
-        yield from _value_records(text, options)
+        yield from _json_records(text, options, lines)
         return
     found = False
     if text.peek() in ("{", "["):
         for step in text.steps():
             if step == pointer[0] and not found:
                 found = True
-                yield from _pointed(text, pointer[1:], options)
+                yield from _pointed(text, pointer[1:], options, lines)
             else:
                 text.skip()
     if not found:
         raise JobFailed(f"line 1: there is nothing at path {options.path!r}: no {pointer[0][:80]!r}")
 
 
-def _json_header(first: Sequence[Json], told: str, line: int) -> tuple[list[str], bool]:
-    """The header that `told` means for a list of lists, and whether it is the first one."""
-    if told == "auto" and not all(isinstance(name, str) and not isinstance(name, _JsonNumber) for name in first):
-        raise _bad_line(line, "there is no header: the first list must name the fields; header=none, or names there, "
-                              "do without")
-    return _header([*map(str, first)], told, line)
+_BATCH = 4096  # records of JSON at most in a batch
+
+
+def _check_record(record: Json, first: Json, options: IngestOptions) -> None:
+    """ValueError for a record that does not go with the first one."""
+    if not isinstance(first, (dict, list)) or type(record) is not type(first):
+        raise ValueError(f"a record must be a JSON {'array' if isinstance(first, list) else 'object'}")
+    if isinstance(first, list) and len(record) != len(first) and (len(record) > len(first) or options.ragged != "pad"):
+        raise ValueError(f"{_fields(len(record))} instead of {len(first)}; ragged=pad ends short rows in nulls")
+
+
+def _json_batches(text: _JsonText, records: _JsonRecords, options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
+    """Records of one kind, some at a time, so that of the text no more than a piece stands behind them."""
+    batch, last, first, refills = list[Json](), "", None, 0
+    for part, record in records:
+        first = record if first is None else first
+        try:
+            _check_record(record, first, options)
+        except ValueError as error:
+            raise text.error(str(error), text.start) from None
+        if batch and part != last:
+            yield last, batch
+            batch = []
+        refills = refills if batch else text.refills
+        batch.append(record)
+        last = part
+        if text.refills != refills or len(batch) == _BATCH:
+            yield part, batch
+            batch = []
+    if batch:
+        yield last, batch
+    if text.peek():
+        raise text.error("there is text behind the records")
 
 
 def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
                lines: bool) -> Iterator[ColumnBatch]:
     """Records of any JSON text that holds some; of `lines` each is one, also if there is only one."""
-    text = _JsonText(texts, options)
+    text, header = _JsonText(texts), list[str]()
     pointer = [step.replace("~1", "/").replace("~0", "~") for step in (options.path or "").split("/")[1:]]
-    header: list[str] | None = None
-    for part, values in _pointed(text, pointer, options) if pointer else _value_records(text, options, lines, False):
+    for part, values in _json_batches(text, _pointed(text, pointer, options, lines), options):
         if isinstance(values[0], dict):
             fields = names[part].of_keys(chain.from_iterable(values), text.line)
-            yield ColumnBatch({name: [record.get(key) for record in values] for key, name in fields.items()},
-                              len(values), part)
-        else:
-            rows = values
-            if header is None:
-                told, is_first = _json_header(values[0], options.header, text.line)
-                header, rows = names[part].of_header(told, text.line), values[is_first:]
-            cells = zip(*(row + [None] * (len(header) - len(row)) for row in rows), strict=True)
-            yield ColumnBatch(dict(zip(header, cells, strict=True)) if rows else dict.fromkeys(header, ()), len(rows))
-    if text.peek():
-        raise text.error("there is text behind the records")
+            yield ColumnBatch({name: _json_cells(record.get(key) for record in values)
+                               for key, name in fields.items()}, len(values), part)
+            continue
+        rows = [_json_cells(row) for row in values]
+        if not header:
+            told, is_first = _header(rows[0], options.header, text.line, texts_only=True)
+            header, rows = names[part].of_header(told, text.line), rows[is_first:]
+        padded = (row + [""] * (len(header) - len(row)) for row in rows)
+        yield ColumnBatch(dict(zip(header, zip(*padded, strict=True), strict=True)) if rows else
+                          dict.fromkeys(header, ()), len(rows))
 
 
 # Kinds: what a column holds, told without loss from all of its cells
@@ -6190,42 +6167,39 @@ def _is_decimal(cell: str) -> bool:
     return not match[1] or abs(Decimal(cell).adjusted()) <= 400
 
 
-def _is_date(text: str) -> bool:
+def _is_date(cell: str) -> bool:
+    text = _unquoted(cell)
     return bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and date.fromisoformat(text))
 
 
-def _is_datetime(text: str) -> bool:
+def _is_datetime(cell: str) -> bool:
+    text = _unquoted(cell)
     return bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?"
                              r"(Z|[+-][0-9]{2}:[0-9]{2})?", text) and datetime.fromisoformat(text))
 
 
-def _all(test: Callable[[str], bool], cells: Iterable[str]) -> bool:
-    """Whether a test holds for all cells; one that cannot be read does not pass."""
-    try:
-        return all(map(test, cells))
-    except (ValueError, RecursionError):
-        return False
-
-
 _JSON_SCALAR = re.compile(r"true|false|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_CSV_TESTS: Mapping[Kind, Callable[[str], bool]] = {
-    # A quoted cell is no number, whatever it reads: in our own exports the quotes are what makes a text.
+_KIND_TESTS: Mapping[Kind, Callable[[str], bool]] = {
+    # A quoted cell is no number, whatever it reads: the quotes are what makes a text.
     "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
-    "date": lambda cell: _is_date(_unquoted(cell)), "datetime": lambda cell: _is_datetime(_unquoted(cell)),
-    "text": lambda cell: cell[:1] == '"',
+    "date": _is_date, "datetime": _is_datetime, "text": lambda cell: cell[:1] == '"',
     "any": lambda cell: cell[:1] == '"' or cell == _exact_float(float(cell)) or _is_int(cell),
     "json": lambda cell: cell[:1] == '"' or bool(_JSON_SCALAR.fullmatch(cell)),
 }
-
-
 _FITTING_TOO: Mapping[Kind, set[Kind]] = {  # what fits one of these
     "decimal": {"int"}, "any": {"int", "float", "text"}, "json": {"int", "float", "decimal", "bool", "text"}}
 
 
-def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
-    distinct = {cell for cell in cells if cell}
-    if names.count == 1:
-        distinct.discard('""')  # the null of an only field, which would be an empty line, in our own exports
+def _all_fit(kind: Kind, cells: Iterable[str]) -> bool:
+    try:
+        return all(map(_KIND_TESTS[kind], cells))
+    except ValueError:  # one that cannot be read
+        return False
+
+
+def _kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
+    """Those of the kinds that fit all cells."""
+    distinct = {*cells} - {"", names.null}
     if not distinct:
         return [*candidates]
     found: list[Kind] = []
@@ -6233,78 +6207,45 @@ def _csv_kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNam
         if kind in ("text", "any", "json") and not names.quoted:
             fits = kind == "text"
         else:
-            fits = not _FITTING_TOO.get(kind, set()).isdisjoint(found) or _all(_CSV_TESTS[kind], distinct)
+            fits = not _FITTING_TOO.get(kind, set()).isdisjoint(found) or _all_fit(kind, distinct)
         if fits:
             found.append(kind)
     return found
 
 
-def _json_kinds(cells: Sequence[Json], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
-    """What differs in type has the kind json in common, and numbers that differ in form the kind decimal."""
-    values = [cell for cell in cells if cell is not None]
-    types = set(map(type, values))
-    tests: Mapping[Kind, Callable[[], bool]] = {
-        "int": lambda: types == {int} and min(values) >= -2**63 and max(values) < 2**63,
-        "float": lambda: types == {_JsonNumber} and _all(_is_float, values),
-        "decimal": lambda: types <= {int, _JsonNumber} and _all(_is_decimal, map(str, values)),
-        "bool": lambda: types == {bool},
-        "date": lambda: types == {str} and _all(_is_date, values),
-        "datetime": lambda: types == {str} and _all(_is_datetime, values),
-        "text": lambda: types == {str},
-        "json": lambda: True,
-    }
-    return [kind for kind in candidates if not types or tests[kind]()]
-
-
-_TO_VALUE: Mapping[Kind, Callable[[Json], Json]] = {
-    "int": int, "float": float, "bool": lambda cell: int(cell in (True, "true")), "decimal": str,
-    "text": str, "date": str, "datetime": str, "none": str,
-}
-
-
-def _csv_value(cell: str) -> Json:
-    """What a cell stands for where quotes tell texts from numbers."""
+def _any_value(cell: str) -> Json:
     return _unquoted(cell) if cell[:1] == '"' else int(cell) if cell.lstrip("-").isdigit() else float(cell)
 
 
-def _csv_json(cell: str) -> str:
-    """Likewise, as JSON, with every number as it is written."""
-    return _compact(_unquoted(cell)) if cell[:1] == '"' else cell
+_TO_VALUE: Mapping[Kind, Callable[[str], Json]] = {  # any other is a text
+    "int": int, "float": float, "bool": lambda cell: int(cell == "true"), "any": _any_value,
+    "json": lambda cell: _compact(_unquoted(cell)) if cell[:1] == '"' else cell,
+}
 
 
-def _csv_values(cells: Sequence[str], kind: Kind) -> list[Json]:
+def _values(cells: Sequence[str], kind: Kind) -> list[Json]:
     """Cells as the record tables store them."""
-    special: Mapping[Kind, Callable[[str], Json]] = {"int": int, "float": float, "bool": _TO_VALUE["bool"],
-                                                     "any": _csv_value, "json": _csv_json}
-    convert = special.get(kind, _unquoted)
+    convert = _TO_VALUE.get(kind, _unquoted)
     null = ("",) if kind in ("text", "any", "json") else ("", '""')
     return [None if cell in null else convert(cell) for cell in cells]
 
 
-def _json_values(cells: Sequence[Json], kind: Kind) -> list[Json]:
-    """Cells as the record tables store them."""
-    convert = _compact if kind == "json" else _TO_VALUE[kind]
-    return [None if cell is None else convert(cell) for cell in cells]
-
-
 class IngestFormat(NamedTuple):
-    """How files become records: how they are cut into cells, which kinds cells fit, and the values they stand for."""
+    """How files become records: how they are cut into cells, and of which kinds their columns may be."""
 
     read: Callable[[Iterator[str], IngestOptions, Mapping[str, FieldNames]], Iterator[ColumnBatch]]
-    kinds_of: Callable[[Sequence[Json], Sequence[Kind], FieldNames], list[Kind]]
-    values_of: Callable[[Sequence[Json], Kind], list[Json]]
-    kinds: Sequence[Kind]  # the first that fits is taken, or else text
+    kinds: Sequence[Kind]  # the first that fits is taken
+    other: Kind  # where none fits
     head: re.Pattern[str] | None = None  # by which a text is known whatever its name says
 
 
 def _csv_format(likely: str) -> IngestFormat:
-    return IngestFormat(lambda texts, options, names: _read_csv(texts, options, names, likely), _csv_kinds, _csv_values,
-                        [*_CSV_TESTS])
+    return IngestFormat(lambda texts, options, names: _read_csv(texts, options, names, likely), [*_KIND_TESTS], "text")
 
 
 def _json_format(lines: bool) -> IngestFormat:
-    return IngestFormat(lambda texts, options, names: _read_json(texts, options, names, lines), _json_kinds,
-                        _json_values, ("int", "float", "decimal", "bool", "date", "datetime", "text", "json"),
+    return IngestFormat(lambda texts, options, names: _read_json(texts, options, names, lines),
+                        ("int", "float", "decimal", "bool", "date", "datetime", "text"), "json",
                         re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])'))
 
 
@@ -6398,7 +6339,10 @@ class RecordReader:
         known = (each for each in INGEST_FORMATS.values() if each.head and each.head.match(head))
         if not self._format.head and not self._options.delimiter:
             self._format = next(known, self._format)
-        yield from self._format.read(chain([head] if head else [], texts), self._options, self.names)
+        try:
+            yield from self._format.read(chain([head] if head else [], texts), self._options, self.names)
+        except RecursionError:
+            raise JobFailed("a record is nested too deeply") from None
 
     def _blocks(self, stream: BinaryIO) -> Iterator[bytes]:
         blocks = iter(lambda: stream.read(_PIECE), b"")
@@ -6425,18 +6369,17 @@ class RecordReader:
 
     def learn(self, batch: ColumnBatch) -> None:
         """Counts the records, and narrows the kinds of the fields to those that fit these cells too."""
-        if batch.columns:
+        if batch.columns or batch.length:
             self.counts[batch.part] += batch.length
         fitting = self._fitting[batch.part]
         for field, column in batch.columns.items():
-            fitting[field] = self._format.kinds_of(column, fitting.get(field, self._format.kinds),
-                                                   self.names[batch.part])
+            fitting[field] = _kinds(column, fitting.get(field, self._format.kinds), self.names[batch.part])
 
     def kinds(self, part: str = "") -> dict[str, Kind]:
         """The kind of each field, by all that was learned: the narrowest that fits; none if all is null."""
-        return {field: "none" if len(fitting) == len(self._format.kinds) else fitting[0] if fitting else "text"
-                for field, fitting in self._fitting[part].items()
-                if len(fitting) < len(self._format.kinds) or field not in self.names[part].spare}
+        found = {field: "none" if len(fitting) == len(self._format.kinds) else [*fitting, self._format.other][0]
+                 for field, fitting in self._fitting[part].items()}
+        return {field: kind for field, kind in found.items() if kind != "none" or field not in self.names[part].spare}
 
     def renamed(self) -> dict[str, str]:
         """The new names of fields by the old ones; those of a list in the file with its name in front."""
@@ -6445,11 +6388,8 @@ class RecordReader:
 
     def rows(self, batch: ColumnBatch, kinds: Mapping[str, Kind]) -> list[tuple[Json, ...]]:
         """The records as the tables store them, values in the order of `kinds`."""
-        try:
-            columns = [self._format.values_of(batch.columns[field], kind) if field in batch.columns else
-                       [None] * batch.length for field, kind in kinds.items()]
-        except RecursionError:
-            raise JobFailed("a record is nested too deeply") from None
+        columns = [_values(batch.columns[field], kind) if field in batch.columns else [None] * batch.length
+                   for field, kind in kinds.items()]
         return [*zip(*columns, strict=True)]
 
 
@@ -7113,7 +7053,7 @@ def inferred_field(name: str, kind: Kind, values: Sequence[Json], depth: int = 1
     `depth` tells in how many lists and objects they are, of which a schema takes MAX_DEPTH.
     """
     def nested(key: str, cells: Sequence[Json]) -> Json:
-        reader, column = RecordReader("sample.json"), ColumnBatch({"": cells}, len(cells))
+        reader, column = RecordReader("sample.json"), ColumnBatch({"": _json_cells(cells)}, len(cells))
         reader.learn(column)
         inner = reader.kinds()[""]
         return inferred_field(key, inner, [row[0] for row in reader.rows(column, {"": inner})], depth + 1)

@@ -41,7 +41,7 @@ import urllib
 import urllib.request
 import warnings
 import wsgiref.util
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -3759,18 +3759,32 @@ def test_csv_that_pythons_csv_writes_is_read_back(rows, delimiter, end):
     assert read("a.csv", out.getvalue().encode())[1] == [tuple(row) for row in rows]
 
 
+class Slow(io.BytesIO):
+    """A file of which no more than `size` bytes come at a time."""
+
+    def __init__(self, content: bytes, size: int):
+        super().__init__(content)
+        self.size = size
+
+    def read(self, most: int | None = -1) -> bytes:
+        """The next bytes."""
+        return super().read(min(most or -1, self.size))
+
+
 @settings(max_examples=50, deadline=None)
-@given(records=st.lists(st.dictionaries(st.sampled_from("abc"), FILE_TEXTS, min_size=1), min_size=1, max_size=6),
+@given(records=st.lists(st.dictionaries(st.sampled_from("abc"), FILE_TEXTS), max_size=6).filter(any),
        indent=st.sampled_from([None, 1]), escaped=st.booleans(), piece=st.integers(1, 40))
 def test_json_is_read_alike_however_it_is_laid_out_and_cut(records, indent, escaped, piece):
     """json.loads is the referee; pieces end anywhere."""
-    text = json.dumps(records, indent=indent, ensure_ascii=escaped)
-    pieces = (text[start:start + piece] for start in range(0, len(text), piece))
-    got = []
-    for cells in taskapi.INGEST_FORMATS["json"].read(pieces, taskapi.IngestOptions(), defaultdict(taskapi.FieldNames)):
-        got += [{key: column[row] for key, column in cells.columns.items() if column[row] is not None}
-                for row in range(cells.length)]
-    assert got == records
+    text = json.dumps(records, indent=indent, ensure_ascii=escaped).encode()
+    reader = taskapi.RecordReader("a.json")
+    batches = [*reader.read(Slow(text, piece))]
+    for batch in batches:
+        reader.learn(batch)
+    kinds = reader.kinds()
+    assert reader.counts.total() == len(records)
+    assert [{key: value for key, value in zip(kinds, row, strict=True) if value is not None}
+            for batch in batches for row in reader.rows(batch, kinds)] == records
 
 
 @settings(max_examples=200, deadline=None)
@@ -3779,10 +3793,6 @@ def test_json_is_read_alike_however_it_is_laid_out_and_cut(records, indent, esca
        options=st.sampled_from([{}, {"comment": "#"}, {"ragged": "pad"}, {"skip": 1}, {"header": "x,y"}]))
 def test_csv_is_read_alike_however_it_is_cut(text, size, options):
     """Blocks end inside of cells, line ends, comments and characters; a refusal names the same line."""
-    class Slow(io.BytesIO):
-        def read(self, most: int = -1) -> bytes:
-            return super().read(min(most, size))
-
     def outcome(stream: io.BytesIO) -> Any:
         reader = taskapi.RecordReader("a.csv", taskapi.IngestOptions(delimiter=",", **options))
         try:
@@ -3793,7 +3803,7 @@ def test_csv_is_read_alike_however_it_is_cut(text, size, options):
                                   for row in zip(*batch.columns.values(), strict=True)]
 
     content = ("a,b\n" + text).encode()
-    assert outcome(Slow(content)) == outcome(io.BytesIO(content))
+    assert outcome(Slow(content, size)) == outcome(io.BytesIO(content))
 
 
 NO_HEADER = "header=none"
