@@ -71,7 +71,7 @@ import tomllib
 import types
 import zlib
 from bisect import bisect, bisect_left
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     Callable,
     Collection,
@@ -5202,11 +5202,6 @@ class IngestOptions(ApiModel):
 INGEST_OPTIONS = [to_camel(name) for name in IngestOptions.model_fields]
 
 
-def _file_type(suffix: str) -> FileType:
-    """How a file of this name is served; of those that only the settings know, the content is not checked."""
-    return FILE_TYPES.get(suffix, FileType("application/octet-stream"))
-
-
 _UNSOUND = re.compile("[\0\ud800-\udfff]")  # what SQLite, or UTF-8, cannot hold
 _UNLIKELY = re.compile("[\0-\x08\x0e-\x1f\x7f]")  # no text in an encoding of single bytes has these
 
@@ -5245,27 +5240,16 @@ class TextEncoding:
             raise UnicodeError("it is not text in UTF-8, in UTF-16 with a byte order mark, or in windows-1252")
 
 
-class _ContentCheck:
-    """Tells, block by block, whether content is what its name says; raises BadRequest at the first block that isn't."""
+class _Beginning:
+    """Tells block by block whether content begins as its type does; ValueError says that it does not."""
 
-    def __init__(self, suffix: str, encoding: str | None = None):
-        self._suffix, self._known = suffix, suffix in FILE_TYPES
-        self._magic = _file_type(suffix).magic
-        self._text = None if self._magic else TextEncoding(encoding)
-        self._head = b""
+    def __init__(self, magic: tuple[bytes, ...]):
+        self._magic, self._head = magic, b""
 
     def feed(self, block: bytes, last: bool = False) -> None:
-        if not self._known:
-            return
-        if not self._text:
-            self._head = (self._head + block)[:16]
-            if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
-                raise BadRequest.of("file", f"is not {self._suffix}: it does not begin as such a file does")
-            return
-        try:
-            self._text.feed(block, last)
-        except UnicodeError as error:
-            raise BadRequest.of("file", f"is not {self._suffix}: {error}") from None
+        self._head = (self._head + block)[:16]
+        if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
+            raise ValueError("it does not begin as such a file does")
 
 
 def upload_too_large(settings: Settings) -> BadRequest:
@@ -5280,15 +5264,16 @@ def check_upload_head(content_type: str, length: int, settings: Settings) -> tup
     """What an upload's headers alone can tell: the boundary of its form, or else the suffix of the file that its body
     is; the other is empty. Raises BadRequest, UnsupportedMedia. `length` is -1 where unknown."""
     kind, options = multipart.parse_options_header(content_type)
-    boundary = str(options.get("boundary", ""))
-    if kind != "multipart/form-data" and kind not in RAW_TYPES:
+    if kind not in ("multipart/form-data", *RAW_TYPES):
         raise UnsupportedMedia("send the file as multipart/form-data, in a part named file; or as the body, which may "
                                f"be {', '.join(RAW_TYPES)}")
-    if kind == "multipart/form-data" and not boundary:
+    suffix = RAW_TYPES.get(kind, "")
+    boundary = "" if suffix else str(options.get("boundary", ""))
+    if not suffix and not boundary:
         raise BadRequest("the Content-Type multipart/form-data has no boundary")
     if length > settings.max_upload_bytes + MULTIPART_OVERHEAD:
         raise upload_too_large(settings)
-    return ("", RAW_TYPES[kind]) if kind in RAW_TYPES else (boundary, "")
+    return boundary, suffix
 
 
 def _readable(text: str) -> str:
@@ -5320,12 +5305,11 @@ class Upload:
     """
 
     def __init__(self, file: AtomicFile, settings: Settings, options: Mapping[str, str]):
-        self.file, self.options = file, dict(options)
+        self.file, self.options = file, ChainMap({}, dict(options))  # those of the form win
         self.filename = self.content_type = ""
         self._settings = settings
-        self._check: _ContentCheck | None = None
+        self._check: _Beginning | TextEncoding | None = None  # of a type that only the settings know, nothing
         self._name, self._text = "", b""  # of the part that is being read
-        self._names: set[str] = set()  # of the parts so far, which win over the query
 
     def begin(self, filename: str, declared: str) -> None:
         """The file's name, and the media type that the client declares, if any."""
@@ -5336,17 +5320,22 @@ class Upload:
             raise BadRequest.of("file", f"files {f'of type {suffix!r}' if suffix else 'without an extension'} are not "
                                         f"accepted; accepted are: {', '.join(allowed)}")
         # Clients declare texts in many ways; a binary type that is another one than the name's is a contradiction.
-        others = {kind.content_type for kind in FILE_TYPES.values() if kind.magic}
-        if suffix in FILE_TYPES and declared in others and declared != FILE_TYPES[suffix].content_type:
+        others = {other.content_type for other in FILE_TYPES.values() if other.magic}
+        kind = FILE_TYPES.get(suffix)
+        if kind and declared in others and declared != kind.content_type:
             raise BadRequest.of("file", f"is declared as {declared} but named .{suffix}")
-        self.content_type = _file_type(suffix).content_type
-        self._check = _ContentCheck(suffix, self.options.get("encoding"))  # which so has to stand before the file
+        self.content_type = kind.content_type if kind else "application/octet-stream"
+        if kind:  # the option encoding so has to stand before the file
+            self._check = _Beginning(kind.magic) if kind.magic else TextEncoding(self.options.get("encoding"))
 
     def write(self, block: bytes) -> None:
         """More of the file; an empty block ends it."""
-        assert self._check is not None
         room = self._settings.max_upload_bytes - self.file.bytes
-        self._check.feed(block[:room], last=not block)  # what is wrong first is said, wherever blocks end
+        try:
+            if self._check:
+                self._check.feed(block[:room], last=not block)  # what is wrong first is said, wherever blocks end
+        except ValueError as error:
+            raise BadRequest.of("file", f"is not {self.filename.rpartition('.')[2].lower()}: {error}") from None
         if len(block) > room:
             raise upload_too_large(self._settings)
         self.file.write(block)
@@ -5375,7 +5364,7 @@ class Upload:
         if name == "file":
             if filename is None:
                 raise BadRequest.of("file", "has no file name")
-            if self._check:
+            if self.filename:
                 raise BadRequest.of("file", "is one file too many: send one")
             self.begin(filename, (part.content_type or "").partition(";")[0].strip().lower())
         elif filename is not None:
@@ -5383,13 +5372,12 @@ class Upload:
         elif name not in INGEST_OPTIONS:
             hint = did_you_mean(name, INGEST_OPTIONS) or f"; known are: file, {', '.join(INGEST_OPTIONS)}"
             raise BadRequest.of(name, f"is not known here{hint}")
-        elif name in self._names:
+        elif name in self.options.maps[0]:
             raise BadRequest.of(name, "is given twice")
-        self._names.add(name)
 
     def end(self) -> None:
         """All of the body is here; raises BadRequest if no file was in it."""
-        if not self._check:
+        if not self.filename:
             raise BadRequest.of("file", "is missing")
 
 
@@ -5567,14 +5555,11 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 
 def _without_lines(texts: Iterator[str], count: int) -> Iterator[str]:
     """The texts without their first lines."""
-    for text in texts:
-        place = 0
-        while count and (end := _LINE_END.search(text, place)):
-            place, count = end.end(), count - 1
-        if not count:
-            if rest := text[place:]:
-                yield rest
-            break
+    while count and (text := next(texts, "")):
+        *left, rest = _LINE_END.split(text, count)
+        count -= len(left)
+        if rest and not count:
+            yield rest
     yield from texts
 
 
@@ -5664,6 +5649,11 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if cell[:1] == '"' else cell
 
 
+def _end_of(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
+    match = pattern.match(text, start)
+    return match.end() if match else start
+
+
 def _first_record(text: str, delimiter: str, start: int = 0) -> tuple[list[str], int]:
     """The cells of the record at `start`, and where they end: before a line end, unless the record is broken or cut."""
     cell, cells = re.compile(_cell_pattern(delimiter)), []
@@ -5679,13 +5669,11 @@ def _sample_rows(sample: str, delimiter: str, gap: re.Pattern[str]) -> list[list
     """The cells of up to a hundred records, until one that is broken or cut; at least one record."""
     rows: list[list[str]] = []
     end = 0
-    while len(rows) < 100 and (match := gap.match(sample, end)) and match.end() < len(sample):
-        cells, end = _first_record(sample, delimiter, match.end())
+    while len(rows) < 100 and (start := _end_of(gap, sample, end)) < len(sample):
+        cells, end = _first_record(sample, delimiter, start)
         if rows and sample[end:end + 1] not in ("\r", "\n"):
             break
         rows.append(cells)
-        if end == len(sample):
-            break
     return rows or [[""]]
 
 
@@ -5727,11 +5715,6 @@ def _find_delimiter(samples: Mapping[str, list[list[str]]], line: int) -> str:
                               "lines above the header, comment those that begin with it, header names the fields, and "
                               "delimiter tells what is between them")
     return best[0]
-
-
-def _end_of(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
-    match = pattern.match(text, start)
-    return match.end() if match else start
 
 
 def _check_rest(rest: str, delimiter: str, gap: re.Pattern[str], line: int, last: bool) -> None:
@@ -6852,10 +6835,6 @@ class IngestRequest(JobRequest, IngestOptions):
         """What reads the file, whose encoding may be known; BadRequest if it is of a type that holds no records."""
         return RecordReader(self.filename, self, encoding)
 
-    def record_types(self, reader: RecordReader) -> dict[str, str]:
-        """The record type of each part that a reader found."""
-        return _types_of_parts(reader.counts, self.filename) if self.split else {"": str(self.record_type)}
-
 
 def _surveyed(context: JobContext, request: IngestRequest, file: StoredFile) -> Generator[None, None, dict[str, Json]]:
     """What there is in a file: the first checkpoint of its job, which has all that a later attempt needs to go on."""
@@ -6864,8 +6843,9 @@ def _surveyed(context: JobContext, request: IngestRequest, file: StoredFile) -> 
         for batch in reader.read(stream):
             reader.learn(batch)
             yield
+    types = _types_of_parts(reader.counts, request.filename) if request.split else {"": request.record_type}
     tables = {part: {"recordType": record_type, "kinds": reader.kinds(part), "records": reader.counts[part]}
-              for part, record_type in request.record_types(reader).items()}
+              for part, record_type in types.items()}
     if not any(table["kinds"] for table in tables.values()):
         raise JobFailed("line 1: there are no records, so there are no fields")
     return {"tables": tables, "total": reader.counts.total(), "done": 0, "encoding": reader.encoding,
@@ -6882,11 +6862,8 @@ def _load(context: JobContext, request: IngestRequest, file: StoredFile, state: 
             if seen > done:
                 table = state["tables"][batch.part]
                 rows = reader.rows(batch, table["kinds"])[done - seen:]
-                columns = table["recordType"], [*table["kinds"]], rows
-
-                def add(connection: sqlite3.Connection, columns: tuple[str, list[str], list[Json]] = columns) -> None:
-                    context.records.append(connection, context.job, *columns)
-
+                add = partial(context.records.append, job=context.job, record_type=table["recordType"],
+                              fields=[*table["kinds"]], rows=rows)
                 done = seen
                 context.save(Progress(done=done, total=state["total"]), {**state, "done": done}, add)
             yield
@@ -7073,35 +7050,24 @@ def inferred_field(name: str, kind: Kind, values: Sequence[Json], depth: int = 1
     return field["type"] if len(field) == 1 else field
 
 
-def _sample(reader: RecordReader, stream: BinaryIO) -> Iterator[ColumnBatch]:
-    """The first batches of a file, a bounded number of records and characters."""
-    count = 0
-    for batch in reader.read(stream):
-        yield batch
-        count += batch.length
-        if count >= SAMPLE or reader.enough:
-            return
-
-
-def _inferred_schema(kinds: Mapping[str, Kind], rows: Sequence[tuple[Json, ...]]) -> dict[str, Json]:
-    return {field: inferred_field(field, kind, column)
-            for (field, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
-
-
 def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json]:
     """A body for POST /generate that makes records like the first ones of a file; BadRequest if it has none."""
-    reader = RecordReader(filename, options, limit=_SAMPLE_TEXT)
-    rows: dict[str, list[tuple[Json, ...]]] = {}
+    reader, batches = RecordReader(filename, options, limit=_SAMPLE_TEXT), list[ColumnBatch]()
     try:
-        for batch in _sample(reader, stream):
+        for batch in reader.read(stream):
             reader.learn(batch)
-        for batch in _sample(reader, stream):
-            if batch.length:
-                rows.setdefault(batch.part, []).extend(reader.rows(batch, reader.kinds(batch.part)))
+            batches.append(batch)
+            if reader.counts.total() >= SAMPLE or reader.enough:
+                break
     except JobFailed as error:
         raise BadRequest(str(error), [FieldProblem("file", str(error))]) from None
-    specs = {part: {"count": len(found[:SAMPLE]), "schema": _inferred_schema(reader.kinds(part), found[:SAMPLE])}
-             for part, found in rows.items() if reader.kinds(part)}
+    specs: dict[str, Json] = {}
+    for part, kinds in ((part, reader.kinds(part)) for part, count in reader.counts.items() if count):
+        rows = [*chain.from_iterable(reader.rows(batch, kinds) for batch in batches if batch.part == part)][:SAMPLE]
+        if kinds:
+            columns = zip(kinds.items(), zip(*rows, strict=True), strict=True)
+            specs[part] = {"count": len(rows), "schema": {
+                field: inferred_field(field, kind, column) for (field, kind), column in columns}}
     if not specs:
         raise BadRequest("there are no records to infer a schema from", [FieldProblem("file", "has no records")])
     if options.split:

@@ -4138,13 +4138,13 @@ def test_an_upload_that_fails_leaves_no_record_and_no_file(app, tmp_path):
 KILLED = """
     import sys, taskapi, webtest
     append, calls = taskapi.RecordStore.append, 0
-    def dying(*arguments):
+    def dying(*arguments, **named):
         global calls
         calls += 1
         if calls == 4:
             import os, signal
             os.kill(os.getpid(), signal.SIGKILL)
-        return append(*arguments)
+        return append(*arguments, **named)
     taskapi.RecordStore.append = dying
     with taskapi.open_service(data_dir=sys.argv[1], inline=True) as service:
         files = [("file", "a.csv", open(sys.argv[2], "rb").read())]
