@@ -2754,6 +2754,7 @@ BLOOM_BYTES = 2**24  # for all the unique fields of a job
 EXACT = Context(prec=10_000, rounding=ROUND_HALF_UP)  # money is added and multiplied without loss
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+_T = TypeVar("_T")
 Draw = Callable[[], Any]
 Row = tuple[Any, ...]
 Domain = tuple[int, Callable[[int], Any]]  # how many values there are, and the n-th of them
@@ -3151,38 +3152,6 @@ def _plain_locale(name: str) -> str:
     return locales.normalize((name or DEFAULT_LOCALE).replace("-", "_")).split(".")[0]
 
 
-class Chance:
-    """A Random and the Fakers that draw from it: what one record type's values come from. Used by one at a time."""
-
-    _idle: ClassVar[deque[Chance]] = deque(maxlen=8)
-
-    def __init__(self) -> None:
-        self.rng, self.now, self.fakers = random.Random(0), EPOCH, dict[str, FastFaker]()
-
-    @classmethod
-    def take(cls, now: datetime) -> Chance:
-        """One that nobody uses: building a Faker takes longer than many a job."""
-        try:
-            chance = cls._idle.pop()
-        except IndexError:
-            chance = cls()
-        chance.rng.seed(0)
-        chance.now = now
-        return chance
-
-    def give_back(self) -> None:
-        """After the last draw."""
-        if len(self.fakers) <= 16:
-            self._idle.append(self)
-
-    def faker(self, locale: str) -> FastFaker:
-        """The Faker of a locale."""
-        name = _plain_locale(locale)
-        if name not in self.fakers:
-            self.fakers[name] = FastFaker(name, self.rng, lambda: self.now)
-        return self.fakers[name]
-
-
 def known_locales() -> list[str]:
     """Those that Faker has, told without building it."""
     from faker.config import AVAILABLE_LOCALES
@@ -3305,8 +3274,8 @@ class ForeignRow:
     but of a type that grows `together` with the record's, only those rows count that there are by then.
     """
 
-    def __init__(self, key: int, target: str, index: Mapping[str, int], together: bool) -> None:
-        self.key, self.target, self.index, self.together = key, target, index, together
+    def __init__(self, target: str, index: Mapping[str, int], together: bool) -> None:
+        self.key, self.target, self.index, self.together = 0, target, index, together
         self.fields: list[str] = []
         self.row: Row | None = None
         self.block: dict[int, Row] = {}  # by the ordinal of the record that looks
@@ -3330,18 +3299,16 @@ class ForeignRow:
 
 
 class RecipeType:
-    """One record type of a recipe: what does not change from one use of the recipe to the next."""
+    """One record type of a recipe, checked."""
 
     def __init__(self, name: str, spec: RecordSpec, path: str) -> None:
         self.name, self.spec, self.path = name, spec, path
         self.index = {column: slot for slot, column in enumerate(spec.schema_)}
         self.fields: dict[str, Any] = {}  # the checked description of each, in the order in which they are made
-        self.kinds: dict[str, Kind] = {}
         self.deferred: set[str] = set()  # fields that wait for the children: sums, and what reads them
         self.parent: RecipeType | None = None
         self.children: list[RecipeType] = []
         self.bound = spec.range[1]  # the most records there can be
-        self.size = 0  # characters of a large record
 
     def at(self, *steps: str) -> str:
         """The path of a part of this description."""
@@ -3358,14 +3325,25 @@ class RecipeType:
 
 
 class RecordGenerator:
-    """Makes the records of one type, one after the other, in one use of a recipe."""
+    """Makes the records of one type, one after the other.
 
-    def __init__(self, record_type: RecipeType, seed: int, chance: Chance) -> None:
-        self.type, self.name, self.seed = record_type, record_type.name, seed
-        self.key = _hash64(seed, self.name)
-        self.chance, self.rng = chance, chance.rng
-        self.parent: RecordGenerator | None = None
+    Its functions are compiled once; then each use of it has a seed and an instant of its own.
+    """
+
+    def __init__(self, record_type: RecipeType, others: dict[str, RecordGenerator], several: bool,
+                 now: datetime) -> None:
+        self.type, self.name, self.others, self.several = record_type, record_type.name, others, several
+        others[self.name] = self
+        self.parent = others[record_type.parent.name] if record_type.parent else None
         self.children: list[RecordGenerator] = []
+        if self.parent:
+            self.parent.children.append(self)
+        self.rng, self.fakers = random.Random(0), dict[str, FastFaker]()
+        self.now, self.seed, self.key = now, 0, 0
+        self.dated = False  # whether it is compiled for this instant alone
+        self.settled: list[Callable[[], None]] = []  # what finds anew all that depends on seed or instant
+        self.kinds: dict[str, Kind] = {}
+        self.size = 0  # characters of a large record
         self.lookups: dict[RecordGenerator, ForeignRow] = {}
         self.steps: list[tuple[_Steps, _Steps]] = []  # by locale: those at first, those that are deferred
         self.values: list[Any] = [None] * len(record_type.index)  # the record that is being made
@@ -3373,12 +3351,18 @@ class RecordGenerator:
         self.seen: dict[str, UniqueSet] = {}
         self.done = self.locale = 0
 
+    def faker(self, locale: str) -> FastFaker:
+        """The Faker of a locale; built when a field first asks for it."""
+        name = _plain_locale(locale)
+        if name not in self.fakers:
+            self.fakers[name] = FastFaker(name, self.rng, lambda: self.now)
+        return self.fakers[name]
+
     def lookup(self, target: RecordGenerator) -> ForeignRow:
         """The one random row of this type that all fields of a record read."""
         if target not in self.lookups:
             together = target.type.root is self.type.root
-            self.lookups[target] = ForeignRow(
-                _hash64(self.seed, self.name, target.name), target.name, target.type.index, together)
+            self.lookups[target] = ForeignRow(target.name, target.type.index, together)
         return self.lookups[target]
 
     def child_count(self, parent_ordinal: int) -> int:
@@ -3447,45 +3431,46 @@ class RecordGenerator:
         packed = base64.b64encode(struct.pack("<625I", *words)).decode()
         return [self.done, packed, left_over and left_over.hex()]
 
+    def settle(self, seed: int, now: datetime) -> None:
+        """Let all that is made be settled by this seed and instant. BadRequest if dates do not fit that."""
+        self.seed, self.key, self.now = seed, _hash64(seed, self.name), now
+        for target, lookup in self.lookups.items():
+            lookup.key = _hash64(seed, self.name, target.name)
+        for find in self.settled:
+            find()
+
     def start(self, seed: int, state: Json | None) -> None:
         """Go to where a `state` says, or to the beginning."""
         self.rng.seed(seed)
         self.done = 0
-        for lookup in self.lookups.values():
-            lookup.block = {}
+        self.forget()
         if state:
             self.done, packed, left_over = state
             words = struct.unpack("<625I", base64.b64decode(packed))
             self.rng.setstate((3, words, left_over and float.fromhex(left_over)))
 
-
-@dataclass
-class Build:
-    """What is shared while a recipe's fields become functions: to try the recipe, or to use it."""
-
-    now: datetime
-    generators: dict[str, RecordGenerator]
-    trial: bool
-    found: dict[tuple[str, str], Any]  # what the trial showed, by locale and path
-    dated: bool = False  # whether a field looked at the clock
+    def forget(self) -> None:
+        """Keep no value of a record."""
+        self.values[:] = [None] * len(self.values)
+        self.siblings.clear()
+        self.seen = {column: UniqueSet(1, 1) for column in self.seen}
+        for lookup in self.lookups.values():
+            lookup.block, lookup.row = {}, None
 
 
 @dataclass(slots=True)
 class Scope:
     """What a field type may use to become a function: chance, the instant, one locale's Faker, the other fields."""
 
-    build: Build
     generator: RecordGenerator
     locale: str
-    several: bool  # locales
     path: str
-    depth: int = 0
 
     @property
     def now(self) -> datetime:
-        """The instant that relative dates count from."""
-        self.build.dated = True
-        return self.build.now
+        """The instant that relative dates count from; who asks for it is compiled anew for another."""
+        self.generator.dated = True
+        return self.generator.now
 
     @property
     def rng(self) -> random.Random:
@@ -3494,8 +3479,8 @@ class Scope:
 
     @property
     def fast(self) -> FastFaker:
-        """Faker of this locale; built when a field first asks for it."""
-        return self.generator.chance.faker(self.locale)
+        """Faker of this locale."""
+        return self.generator.faker(self.locale)
 
     @property
     def faker(self) -> FakerGenerator:
@@ -3504,27 +3489,22 @@ class Scope:
 
     def at(self, *steps: str | int) -> Scope:
         """The same for an option of this field, or a field inside it."""
-        path = ".".join([self.path, *map(str, steps)])
-        return Scope(self.build, self.generator, self.locale, self.several, path, self.depth)
+        return Scope(self.generator, self.locale, ".".join([self.path, *map(str, steps)]))
 
     def refuse(self, message: str, *steps: str | int) -> BadRequest:
         """The error that names this field, or an option of it."""
         return BadRequest.of(self.at(*steps).path, message)
 
-    def tried(self, find: Callable[[], Any], what: str = "") -> Any:
-        """What `find` finds by trying; that is done once, when the recipe is checked.
-
-        It is known by this field's path, or by `what` if it is the same for all fields of that description.
-        """
-        key = self.locale, what or self.path
-        if self.build.trial and not (what and key in self.build.found):
-            self.build.found[key] = find()
-        return self.build.found[key]
+    def settled(self, find: Callable[[], _T]) -> list[_T]:
+        """What `find` finds, the only item; it is found again for each seed and instant."""
+        found = [find()]
+        self.generator.settled.append(lambda: found.__setitem__(0, find()))
+        return found
 
     def longest(self, draw: Draw, *steps: str | int) -> int:
-        """The length, as JSON, of the longest of a few values; 0 once the recipe has been checked."""
+        """The length, as JSON, of the longest of a few values."""
         try:
-            return max(len(_dumps(draw())) for _ in range(TRIALS)) if self.build.trial else 0
+            return max(len(_dumps(draw())) for _ in range(TRIALS))
         except Exception as error:  # noqa: BLE001  # a field type's or Faker's; either way this request can not be made
             raise self.refuse(str(error) or type(error).__name__, *steps) from None
 
@@ -3540,14 +3520,14 @@ class Scope:
 
     def owner(self, name: str) -> tuple[RecordGenerator, str]:
         """Whose field a name stands for: "age" for one of this record, "customer.id" for one of a related record."""
-        mine = name in self.generator.type.index
-        return (self.generator, name) if mine else self.find(name, self.build.generators.values())
+        me = self.generator
+        return (me, name) if name in me.type.index else self.find(name, me.others.values())
 
     def kind(self, owner: RecordGenerator, column: str) -> Kind:
         """The kind of a field; an error that names nothing if it has none, being at fault itself."""
-        if column not in owner.type.kinds:
+        if column not in owner.kinds:
             raise BadRequest("a field that this one needs is at fault")
-        return owner.type.kinds[column]
+        return owner.kinds[column]
 
     def reader(self, name: str) -> tuple[Draw, Kind]:
         """The present value of a field of this record, "age", or of the one it is related to, "customer.id"."""
@@ -3593,14 +3573,23 @@ class FieldType(BaseModel):
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         """The function that makes a value as JSON would have it, and the kind of the values.
 
-        Called for each locale, to check a recipe and again for each use of it. `scope.rng` is the only source of
-        chance, so that a seed settles everything. Raises `scope.refuse(...)` if the options make no sense.
+        Called for each locale when a recipe is checked, and again if it is used twice at a time. `scope.rng` is the
+        only source of chance, so that a seed settles everything. Raises `scope.refuse(...)` if the options make no
+        sense.
         """
-        size, nth = self.domain(scope) or (0, str)
-        if size < 1:
-            raise scope.refuse("no value lies between these bounds")
-        index = _pick(scope.rng, range(size))
-        return lambda: nth(index()), self.kind
+        def evenly() -> tuple[Draw, Callable[[int], Any]]:
+            size, nth = self.domain(scope) or (0, str)
+            if size < 1:
+                raise scope.refuse("no value lies between these bounds")
+            return _pick(scope.rng, range(size)), nth
+
+        found = scope.settled(evenly)
+
+        def draw() -> Any:
+            index, nth = found[0]
+            return nth(index())
+
+        return draw, self.kind
 
 
 _F = TypeVar("_F", bound=type[FieldType])
@@ -3705,16 +3694,15 @@ class FakerField(FieldType):
                        if 0 < size <= MAX_SIZE_ARG)
 
     def domain(self, scope: Scope) -> Domain | None:
-        table = None if self.args or scope.several else scope.fast.table(self.type)
+        table = None if self.args or scope.generator.several else scope.fast.table(self.type)
         values = list(dict.fromkeys(table or ()))
         return (len(values), values.__getitem__) if values else None
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        if problem := scope.tried(lambda: self._problem(scope.fast)):
+        if problem := self._problem(scope.fast):
             raise scope.refuse(*problem)
         call = self._call(scope)
-        alike = "" if self.holes else f"{self.type} {self.args}"
-        kind = scope.at("kind").tried(lambda: self._tried(scope, call), alike)
+        kind = self._tried(scope, call)
         plain = kind == "text" and not self.holes and scope.fast.signature(self.type).return_annotation is str
         return (call if plain else _mapped(call, partial(self._held, kind))), kind
 
@@ -3818,8 +3806,10 @@ def _option_problem(cls: type[FieldType], name: str, problem: Mapping[str, Any])
     return f"{name} has no option {option!r}{did_you_mean(option, options)}; it takes {', '.join(options)}{arguments}"
 
 
-def parse_field(raw: Any, path: str) -> FieldType:
+def parse_field(raw: Any, path: str, depth: int = 0) -> FieldType:
     """A field's description, checked: a type's name or an object with `type`. BadRequest names each option at fault."""
+    if depth > MAX_DEPTH:
+        raise BadRequest.of(path, f"fields go at most {MAX_DEPTH} deep")
     spec = {"type": raw} if isinstance(raw, str) else raw
     if not isinstance(spec, dict) or not isinstance(name := spec.get("type"), str):
         raise BadRequest.of(path, "should be the name of a type, or an object with a type")
@@ -3828,7 +3818,7 @@ def parse_field(raw: Any, path: str) -> FieldType:
     cls = FIELD_TYPES.get(name, FakerField)
     try:
         # A program's own types may be called by the names in Python, ours only by those on the wire.
-        return cls.model_validate(spec, by_alias=True, by_name=cls.__module__ != __name__)
+        return cls.model_validate(spec, context=(path, depth), by_alias=True, by_name=cls.__module__ != __name__)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
         raise _refusal([FieldProblem(".".join([path, *map(str, detail["loc"])]), _option_problem(cls, name, detail))
@@ -3836,40 +3826,35 @@ def parse_field(raw: Any, path: str) -> FieldType:
 
 
 class _Container(FieldType):
-    """A type with fields inside: their descriptions are checked once."""
+    """A type with fields inside, which are checked with it."""
+
+    _inner: list[tuple[tuple[str | int, ...], FieldType]]
 
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
         """The way to each of them, and its description."""
         raise NotImplementedError
 
-    @functools.cached_property
-    def models(self) -> list[FieldType | None]:
-        """Each of them checked; None for one at fault, which is refused when it is compiled."""
-        models: list[FieldType | None] = []
-        for _, raw in self.inner():
-            try:
-                models.append(parse_field(raw, ""))
-            except BadRequest:
-                models.append(None)
-        return models
+    def model_post_init(self, context: tuple[str, int]) -> None:
+        """Check the fields inside."""
+        path, depth = context
+        self._inner = []
+        for steps, raw in self.inner():
+            at = ".".join([path, *map(str, steps)])
+            self._inner.append((steps, model := parse_field(raw, at, depth + 1)))
+            if model.unique:
+                raise BadRequest.of(f"{at}.unique", "only the fields of the record itself can be unique")
 
     def reads(self) -> Iterable[str]:
-        return [name for model in self.models if model for name in model.reads()]
+        return [name for _, model in self._inner for name in model.reads()]
 
     def work(self) -> int:
-        return 1 + sum(model.work() for model in self.models if model)
+        return 1 + sum(model.work() for _, model in self._inner)
 
-    def nested(self, scope: Scope, number: int = 0) -> tuple[Draw, Kind]:
-        """One of them as a function."""
-        steps, raw = list(self.inner())[number]
-        inner = replace(scope.at(*steps), depth=scope.depth + 1)
-        if inner.depth > MAX_DEPTH:
-            raise inner.refuse(f"fields go at most {MAX_DEPTH} deep")
-        model = self.models[number] or parse_field(raw, inner.path)
-        if model.unique:
-            raise inner.refuse("only the fields of the record itself can be unique", "unique")
-        draw, kind = model.draw(inner)
-        return _nullable(draw, model.null, scope.rng), kind
+    def nested(self, scope: Scope) -> Iterator[tuple[Draw, Kind]]:
+        """Each of them as a function."""
+        for steps, model in self._inner:
+            draw, kind = model.draw(scope.at(*steps))
+            yield _nullable(draw, model.null, scope.rng), kind
 
 
 # ---- Field types: the built-in ones ----
@@ -4108,24 +4093,31 @@ class DatetimeField(FieldType):
     def reads(self) -> Iterable[str]:
         return [found["field"] for found in map(_BOUND.fullmatch, (self.from_, self.to)) if found and found["field"]]
 
+    def parts(self, scope: Scope, option: str) -> re.Match[str]:
+        """What a bound is made of."""
+        if (text := getattr(self, option)) and (found := _BOUND.fullmatch(text)):
+            return found
+        raise scope.refuse(f"{text!r} is no date such as 2024-12-31, -90d, now or {{joined}}", option.rstrip("_"))
+
+    def fixed(self, scope: Scope, option: str) -> int:
+        """A bound that is no other field's value, in milliseconds since 1970."""
+        found, now = self.parts(scope, option), scope.generator.now
+        iso = found["iso"] or (now.date().isoformat() if found["name"] == "today" else now.isoformat())
+        try:
+            return _shifted(_moment(iso, option == "to"), found["shift"])
+        except (ValueError, OverflowError) as error:
+            raise scope.refuse(f"{found[0]!r}: {error}", option.rstrip("_")) from None
+
     def bound(self, scope: Scope, option: str) -> Draw:
         """A function that gives a record's bound in milliseconds since 1970, null where the field it reads is null."""
-        text, last, steps = getattr(self, option), option == "to", [option.rstrip("_")]
-        found = _BOUND.fullmatch(text)
-        if not found or not text:
-            raise scope.refuse(f"{text!r} is no date such as 2024-12-31, -90d, now or {{joined}}", *steps)
-        shift = found["shift"]
-        if found["field"]:
-            read, kind = scope.reader(found["field"])
-            if kind not in ("date", "datetime"):
-                raise scope.refuse(f"{found['field']} is no date", *steps)
-            return _mapped(read, lambda value: _shifted(_moment(value, last), shift))
-        iso = found["iso"] or (scope.now.date().isoformat() if found["name"] == "today" else scope.now.isoformat())
-        try:
-            fixed = _shifted(_moment(iso, last), shift)
-        except (ValueError, OverflowError) as error:
-            raise scope.refuse(f"{text!r}: {error}", *steps) from None
-        return lambda: fixed
+        found = self.parts(scope, option)
+        if not found["field"]:
+            fixed = scope.settled(partial(self.fixed, scope, option))
+            return lambda: fixed[0]
+        read, kind = scope.reader(found["field"])
+        if kind not in ("date", "datetime"):
+            raise scope.refuse(f"{found['field']} is no date", option.rstrip("_"))
+        return _mapped(read, lambda value: _shifted(_moment(value, option == "to"), found["shift"]))
 
     def ends(self, scope: Scope) -> tuple[str, str] | None:
         """The earliest and the latest value there can be; None if that is not known."""
@@ -4134,9 +4126,9 @@ class DatetimeField(FieldType):
 
     def extreme(self, scope: Scope, option: str, end: int) -> int | None:
         """How early (end 0) or late (end 1) a bound can be, in milliseconds since 1970; None if that is not known."""
-        found = _BOUND.fullmatch(getattr(self, option))
-        if not found or not found["field"]:
-            return int(self.bound(scope, option)())
+        found = self.parts(scope, option)
+        if not found["field"]:
+            return self.fixed(scope, option)
         owner, column = scope.owner(found["field"])
         model = owner.type.fields[column]
         ends = model.ends(replace(scope, generator=owner)) if isinstance(model, DatetimeField) else None
@@ -4153,7 +4145,7 @@ class DatetimeField(FieldType):
     def domain(self, scope: Scope) -> Domain | None:
         if self.reads():
             return None
-        first, last = self.first(self.bound(scope, "from_")()), self.bound(scope, "to")() // self.unit()
+        first, last = self.first(self.fixed(scope, "from_")), self.fixed(scope, "to") // self.unit()
         if first > last:
             raise scope.refuse(f"from {self.from_!r} comes after to {self.to!r}", "from")
         return last - first + 1, lambda i: self.text(first + i)
@@ -4162,7 +4154,7 @@ class DatetimeField(FieldType):
         if not self.reads():
             return super().draw(scope)
         low, high, uniform, unit = self.bound(scope, "from_"), self.bound(scope, "to"), scope.rng.random, self.unit()
-        self.check_order(scope)
+        scope.settled(partial(self.check_order, scope))
 
         def draw() -> str | None:
             u, start, end = uniform(), low(), high()
@@ -4301,7 +4293,7 @@ class ListField(_Container):
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         if self.min > self.max:
             raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
-        draw, _ = self.nested(scope)
+        ((draw, _),) = self.nested(scope)
         if self.max * scope.longest(draw, "of") > MAX_TEXT:
             raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
         length = _pick(scope.rng, range(self.min, self.max + 1))
@@ -4318,7 +4310,7 @@ class ObjectField(_Container):
         return [(("fields", name), raw) for name, raw in self.fields.items()]
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        draws = [(name, self.nested(scope, number)[0]) for number, name in enumerate(self.fields)]
+        draws = [(name, draw) for name, (draw, _) in zip(self.fields, self.nested(scope), strict=True)]
         return lambda: {name: draw() for name, draw in draws}, "json"
 
 
@@ -4399,19 +4391,17 @@ class FirstOfField(_Container):
         return [(("of", number), raw) for number, raw in enumerate(self.of)]
 
     def work(self) -> int:
-        return 1 + max(model.work() if model else 1 for model in self.models)
+        return 1 + max(model.work() for _, model in self._inner)
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        def first() -> int:
-            for number in range(len(self.of)):
-                try:
-                    scope.longest(self.nested(scope, number)[0], "of", number)
-                    return number
-                except BadRequest as refusal:
-                    last = refusal
-            raise last
-
-        return self.nested(scope, scope.tried(first))
+        for steps, model in self._inner:
+            try:
+                draw, kind = model.draw(scope.at(*steps))
+                scope.longest(draw, *steps)
+                return _nullable(draw, model.null, scope.rng), kind
+            except BadRequest as refusal:
+                last = refusal
+        raise last
 
 
 # ---- Recipe and plan: record types checked and put in order; then made into functions for each use ----
@@ -4477,116 +4467,203 @@ def _order_fields(record_type: RecipeType) -> None:
             record_type.deferred.add(name)
 
 
-class _FieldCompiler:
-    """Makes the functions of one record type's fields, and tries them where the recipe is being checked."""
+def _compiled_field(scope: Scope, name: str) -> tuple[Draw, Kind]:
+    """What draws a field's values in this locale, tried on some, and their kind."""
+    generator, model = scope.generator, scope.generator.type.fields[name]
+    draw, kind = model.draw(scope)
+    if (longest := scope.longest(draw)) > MAX_TEXT:
+        raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
+    generator.size += longest
+    generator.values[generator.type.index[name]] = _mapped(draw, _STORE.get(kind))()
+    # another locale's values may be of another kind: text holds both
+    generator.kinds[name] = kind if generator.kinds.get(name, kind) == kind else "text"
+    return _unique(scope, name, draw) if model.unique else draw, kind
 
-    def __init__(self, generator: RecordGenerator) -> None:
-        self.generator, self.type = generator, generator.type
-        self.draws: list[dict[str, tuple[Draw, Kind]]] = []  # by locale
 
-    def compile(self, scope: Scope, deferred: bool) -> Iterator[FieldProblem]:
-        """Make the functions for one more locale, and tell what is wrong."""
-        for name in [name for name in self.type.fields if (name in self.type.deferred) is deferred]:
-            try:
-                self._compile(scope.at(name), name)
-            except BadRequest as refusal:
-                yield from refusal.fields
-        self.generator.siblings[:] = [tuple(self.generator.values)]
-
-    def _compile(self, scope: Scope, name: str) -> None:
-        model = self.type.fields[name]
-        draw, kind = model.draw(scope)
-        if scope.build.trial:
-            alike = "" if model.reads() else repr(model)
-            if (longest := scope.at("size").tried(lambda: scope.longest(draw), alike)) > MAX_TEXT:
-                raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
-            self.type.size += longest
-            self.generator.values[self.type.index[name]] = _mapped(draw, _STORE.get(kind))()
-            # another locale's values may be of another kind: text holds both
-            self.type.kinds[name] = kind if self.type.kinds.get(name, kind) == kind else "text"
-        self.draws[-1][name] = self._unique(scope, name, draw), kind
-
-    def _unique(self, scope: Scope, name: str, draw: Draw) -> Draw:
-        """What draws the field's values: `draw`, or where they are to be unique what sees to that."""
-        model, generator, bound = self.type.fields[name], self.generator, self.type.bound
-        if not model.unique:
-            return draw
-        size, nth = (None if model.distinct else model.domain(scope)) or (2**64 + 1, str)
-        if size < bound:
-            raise scope.refuse(f"has only {size} different values for {bound} records", "unique")
-        if size <= 2**64:
-            key = _hash64(generator.seed, self.type.name, name)
-            return lambda: nth(_shuffled(size, key, generator.done))
-        if model.distinct:
-            return draw
-        if model.redraws is None or self.type.kinds[name] == "json":
+def _unique(scope: Scope, name: str, draw: Draw) -> Draw:
+    """What draws unique values of a field: a shuffle, where they can be counted."""
+    generator, model, bound = scope.generator, scope.generator.type.fields[name], scope.generator.type.bound
+    if model.distinct:
+        return draw
+    if (model.domain(scope) or (math.inf,))[0] > 2**64:
+        if model.redraws is None or generator.kinds[name] == "json":
             raise scope.refuse("unique needs a type whose values are text or can be counted", "unique")
         generator.seen[name] = UniqueSet(1, 1)
-        return partial(self._new, name, draw, model.redraws)
+        return partial(_new, generator, name, draw, model.redraws)
 
-    def _new(self, name: str, draw: Draw, redraws: int) -> Any:
-        """Draw until a value is new; text, after a few times, gets a number, before the @ or at its end.
+    def counted() -> tuple[int, int, Callable[[int], Any]]:
+        size, nth = model.domain(scope) or (0, str)
+        if size < bound:
+            raise scope.refuse(f"has only {size} different values for {bound} records", "unique")
+        return size, _hash64(generator.seed, generator.name, name), nth
 
-        No two records try the same number, so this does not get slower as values run out.
-        """
-        add = self.generator.seen[name].add
-        for tries in itertools.count(1):
-            value = draw()
-            if value is None or add(value):
-                return value
-            if tries > redraws and isinstance(value, str):
-                break
-            if tries >= UNIQUE_TRIES:
-                raise TaskError(f"{self.type.name}.{name}: no new value in {tries} draws")
-        start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
-        n = self.generator.done + 1
-        while not add(numbered := f"{start}{n}{at}{end}"):
-            n += self.type.bound
-        return numbered
+    found = scope.settled(counted)
 
-    def finish(self) -> None:
-        """Settle the steps of a record, now that the kinds of all fields are known."""
-        kinds, rng = self.type.kinds, self.generator.rng
-        for draws in self.draws:
-            steps: tuple[_Steps, _Steps] = ([], [])
-            for name, (draw, kind) in draws.items():
-                stored = _mapped(draw, _STORE.get(kind, None if kinds[name] == kind else str))
-                step = self.type.index[name], _nullable(stored, self.type.fields[name].null, rng)
-                steps[name in self.type.deferred].append(step)
-            self.generator.steps.append(steps)
+    def shuffled() -> Any:
+        size, key, nth = found[0]
+        return nth(_shuffled(size, key, generator.done))
+
+    return shuffled
 
 
-def _compiled(types: Mapping[str, RecipeType], locales_: Sequence[str], seed: int, build: Build) -> list[FieldProblem]:
-    """Fill `build` with generators that are ready to start, and tell what is wrong."""
-    shared = Chance.take(build.now) if build.trial else None
-    for name, record_type in types.items():
-        build.generators[name] = generator = RecordGenerator(record_type, seed, shared or Chance.take(build.now))
-        if record_type.parent:
-            generator.parent = build.generators[record_type.parent.name]
-            generator.parent.children.append(generator)
-    compilers = {name: _FieldCompiler(generator) for name, generator in build.generators.items()}
-    problems: list[FieldProblem] = []
-    for locale in locales_:
-        if problems:  # another locale would repeat them
+def _new(generator: RecordGenerator, name: str, draw: Draw, redraws: int) -> Any:
+    """Draw until a value is new; text, after a few times, gets a number, before the @ or at its end.
+
+    No two records try the same number, so this does not get slower as values run out.
+    """
+    add = generator.seen[name].add  # another one in each use
+    for tries in itertools.count(1):
+        value = draw()
+        if value is None or add(value):
+            return value
+        if tries > redraws and isinstance(value, str):
             break
-        for _, tree in itertools.groupby(compilers.values(), key=lambda compiler: compiler.type.root):
-            scopes = {}
-            for compiler in tree:
-                several, path = len(locales_) > 1, compiler.type.at("schema")
-                scopes[compiler] = scope = Scope(build, compiler.generator, locale, several, path)
-                compiler.draws.append({})
-                problems += compiler.compile(scope, deferred=False)
-            for compiler, scope in reversed(scopes.items()):
-                problems += compiler.compile(scope, deferred=True)
-    for compiler in compilers.values() if not problems else ():
-        compiler.finish()
-    if shared:
-        shared.give_back()
-    return problems
+        if tries >= UNIQUE_TRIES:
+            raise TaskError(f"{generator.name}.{name}: no new value in {tries} draws")
+    start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
+    n = generator.done + 1
+    while not add(numbered := f"{start}{n}{at}{end}"):
+        n += generator.type.bound
+    return numbered
+
+
+class Chunk(NamedTuple):
+    """How many rows are made of how many, at a pause; `whole` if no record waits for those made per it."""
+
+    done: int
+    total: int
+    whole: bool
+
+
+class Plan:
+    """A recipe's record types as functions; once it has `begun`, seed and instant settle all that is drawn.
+
+    It is one job's at a time, and to be closed after that: then the next one need not compile it. `problems` tells
+    what is wrong, found by making some values of every field for every locale.
+    """
+
+    def __init__(self, types: Mapping[str, RecipeType], locales_: Sequence[str], now: datetime,
+                 idle: deque[Plan]) -> None:
+        self.generators: dict[str, RecordGenerator] = {}
+        self.problems: list[FieldProblem] = []
+        self._idle = idle
+        for record_type in types.values():
+            RecordGenerator(record_type, self.generators, len(locales_) > 1, now)
+        draws: list[dict[RecordGenerator, dict[str, tuple[Draw, Kind]]]] = []  # by locale
+        for locale in locales_:
+            if not self.problems:  # another locale would repeat them
+                draws.append({generator: {} for generator in self.generators.values()})
+                for _, tree in itertools.groupby(draws[-1].items(), key=lambda pair: pair[0].type.root):
+                    self._compile(locale, dict(tree))
+        for by_generator in draws if not self.problems else ():
+            for generator, drawn in by_generator.items():
+                generator.steps.append(self._steps(generator, drawn))
+        self.columns = {name: {column: generator.kinds.get(column, "text") for column in generator.type.index}
+                        for name, generator in self.generators.items()}
+
+    def _compile(self, locale: str, tree: dict[RecordGenerator, dict[str, tuple[Draw, Kind]]]) -> None:
+        """Make the functions of a tree of types; fields that wait for the children come last, from the leaves up."""
+        for deferred, generators in ((False, tree), (True, reversed(tree))):
+            for generator in generators:
+                scope = Scope(generator, locale, generator.type.at("schema"))
+                for name in [n for n in generator.type.fields if (n in generator.type.deferred) is deferred]:
+                    try:
+                        tree[generator][name] = _compiled_field(scope.at(name), name)
+                    except BadRequest as refusal:
+                        self.problems += refusal.fields
+                generator.siblings[:] = [tuple(generator.values)]
+
+    @staticmethod
+    def _steps(generator: RecordGenerator, draws: dict[str, tuple[Draw, Kind]]) -> tuple[_Steps, _Steps]:
+        """The steps of a record, now that the kinds of all fields are known."""
+        steps: tuple[_Steps, _Steps] = ([], [])
+        for name, (draw, kind) in draws.items():
+            stored = _mapped(draw, _STORE.get(kind, None if generator.kinds[name] == kind else str))
+            step = _nullable(stored, generator.type.fields[name].null, generator.rng)
+            steps[name in generator.type.deferred].append((generator.type.index[name], step))
+        return steps
+
+    def begin(self, seed: int, now: datetime) -> None:
+        """Begin a use of it. BadRequest if dates do not fit that instant."""
+        for generator in self.generators.values():
+            generator.settle(seed, now)
+
+    def close(self) -> None:
+        """End its use; it is kept for the next one, unless that takes much memory or is at another instant."""
+        generators = self.generators.values()
+        if sum(len(generator.fakers) for generator in generators) <= 8 and not any(g.dated for g in generators):
+            for generator in generators:
+                generator.forget()
+            self._idle.append(self)
+
+    def expected(self) -> int:
+        """How many rows there will be: those made, and the mean of what is to come."""
+        expected: dict[str, float] = {}
+        for name, generator in self.generators.items():
+            if generator.parent:
+                to_come = expected[generator.parent.name] - generator.parent.done
+                expected[name] = generator.done + to_come * sum(generator.type.spec.range) / 2
+            else:
+                expected[name] = generator.child_count(0)
+        return round(sum(expected.values()))
+
+    def chunks(self, rows: RowSource, checkpoint: Json | None = None, size: int = 40) -> Iterator[Chunk]:
+        """Add to `rows` those that come after `checkpoint`, with a pause after about `size`, sooner if they are large.
+
+        A chunk that is not whole is a pause only. Use one iterator of a plan at a time. TaskError tells a value that
+        fails.
+        """
+        self._start(checkpoint, rows)
+        generators = self.generators.values()
+        size = max(1, min(size, 2**17 // max(1, *(generator.size for generator in generators))))
+        for root in [generator for generator in generators if not generator.parent]:
+            try:
+                for whole in self._pauses(root, rows, size):
+                    yield Chunk(sum(generator.done for generator in generators), self.expected(), whole)
+            except TaskError:
+                raise
+            except Exception as error:
+                raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
+
+    def state(self) -> Json:
+        """From where to go on after a whole chunk, JSON-able."""
+        return {name: generator.state() for name, generator in self.generators.items()}
+
+    def _start(self, checkpoint: Json | None, rows: RowSource) -> None:
+        """Put every type where the checkpoint says, or at its beginning."""
+        room = BLOOM_BYTES // max(1, sum(len(generator.seen) for generator in self.generators.values()))
+        for i, (name, generator) in enumerate(self.generators.items()):
+            # the first type's values are stock Faker's under seed_instance(seed)
+            generator.start(generator.key if i else generator.seed, checkpoint and checkpoint[name])
+            for column in generator.seen:
+                generator.seen[column] = seen = UniqueSet(generator.type.bound, room)
+                for value in rows.column(name, column) if generator.done else ():
+                    seen.add(value)
+
+    def _pauses(self, root: RecordGenerator, rows: RowSource, size: int) -> Iterator[bool]:
+        """Make all of a type and what is made per it; each pause says whether it is between two records of the type."""
+        tree = [generator for generator in self.generators.values() if generator.type.root is root.type]
+        made, at, total = 0, sum(generator.done for generator in tree), root.child_count(0)
+        while root.plain and root.done < total:
+            root.make_plain(rows, min(size, total - root.done))
+            yield True
+        while root.done < total:
+            if root.children:
+                for _ in root.make_family(rows):
+                    yield False
+                made = sum(generator.done for generator in tree) - at
+            else:
+                root.make_one(rows)
+                made += 1
+            if made >= size:
+                made, at = 0, at + made
+                yield True
+        if made:
+            yield True
 
 
 class Recipe:
-    """What a request asks for, checked: how to make records, whatever the seed and the instant. It does not change.
+    """What a request asks for, checked: how to make records, whatever the seed and the instant.
 
     `records` are the record types by name; `now` is the instant it is tried at; `locale` is one of Faker's or a list,
     of which each record draws one (what is made per it follows). Paths in errors begin with `where`: "" for the
@@ -4594,25 +4671,39 @@ class Recipe:
     Raises BadRequest with every problem that is found.
     """
 
-    columns: dict[str, dict[str, Kind]]  # record type -> field -> kind; parents before children
-    bounds: dict[str, int]  # the most rows each type can have; their number, where no range is asked for
-    dated: bool  # whether it depends on the instant
-
     def __init__(self, records: Mapping[str, RecordSpec], *, now: datetime, locale: str | Sequence[str],
                  where: str = "") -> None:
         self.locales = [locale] if isinstance(locale, str) else list(dict.fromkeys(locale))
         where = where or ("records" if len(records) > 1 else "")
         self.types = {name: RecipeType(name, spec, f"{where}.{name}" if where else "")
                       for name, spec in records.items()}
-        self.found: dict[tuple[str, str], Any] = {}
+        self._idle: deque[Plan] = deque(maxlen=2)  # compiled already
         problems = [problem for record_type in self.types.values() for problem in _parsed(record_type)]
         related = list(self._relate(where or "schema"))
-        problems += related or list(_unknown_locales(self.locales))[:1] or self._too_much(where or "schema") or (
-            self._try(now.astimezone(UTC)))
-        if problems := list(dict.fromkeys(problems)):
-            raise _refusal(problems)
-        self.columns = {name: {column: t.kinds[column] for column in t.index} for name, t in self.types.items()}
-        self.bounds = {name: t.bound for name, t in self.types.items()}
+        if more := related or list(_unknown_locales(self.locales))[:1] or self._too_much(where or "schema"):
+            raise _refusal(list(dict.fromkeys(problems + more)))
+        plan = Plan(self.types, self.locales, now.astimezone(UTC), self._idle)
+        problems += plan.problems + [
+            FieldProblem(generator.type.at("schema"), f"makes records longer than {MAX_RECORD} characters")
+            for generator in plan.generators.values() if generator.size > MAX_RECORD * len(self.locales)]
+        if problems:
+            raise _refusal(list(dict.fromkeys(problems)))
+        self.columns = plan.columns  # kinds by field by record type; parents before children
+        # the most rows each type can have; their number, where no range is asked for
+        self.bounds = {name: record_type.bound for name, record_type in self.types.items()}
+        plan.close()
+
+    def plan(self, seed: int, now: datetime) -> Plan:
+        """One use of it, to be closed: `seed` and `now` settle all that is drawn. BadRequest if dates do not fit."""
+        now = now.astimezone(UTC)
+        try:
+            plan = self._idle.pop()
+        except IndexError:
+            plan = Plan(self.types, self.locales, now, self._idle)
+        if plan.problems:
+            raise _refusal(list(dict.fromkeys(plan.problems)))
+        plan.begin(seed, now)
+        return plan
 
     def _relate(self, where: str) -> Iterator[FieldProblem]:
         """Find each type's parent, put types and their fields in order, and tell what can not be."""
@@ -4662,116 +4753,11 @@ class Recipe:
             f"arguments ask for count too, {most} is {works[most]}) in {len(self.types)} record types (10 each) and "
             f"{len(self.locales)} locales it takes {work} values, of at most {MAX_WORK}"))]
 
-    def _try(self, now: datetime) -> list[FieldProblem]:
-        """Make some values of every field for every locale."""
-        build = Build(now, {}, True, self.found)
-        problems = _compiled(self.types, self.locales, 0, build)
-        self.dated = build.dated
-        return problems + [
-            FieldProblem(t.at("schema"), f"makes records longer than {MAX_RECORD} characters")
-            for t in self.types.values() if t.size > MAX_RECORD * len(self.locales)]
-
     @property
     def total(self) -> int:
         """Rows of all types, an estimate where ranges are asked for."""
-        expected: dict[str, float] = {}
-        for name, record_type in self.types.items():
-            parents = expected[record_type.parent.name] if record_type.parent else 1
-            expected[name] = parents * sum(record_type.spec.range) / 2
-        return round(sum(expected.values()))
-
-
-class Chunk(NamedTuple):
-    """How many rows are made of how many, at a pause; `whole` if no record waits for those made per it."""
-
-    done: int
-    total: int
-    whole: bool
-
-
-class Plan:
-    """One use of a recipe: `seed` and `now` settle all that is drawn. BadRequest if dates do not fit that instant.
-
-    To be closed after its use, so that others need not build what it was made with.
-    """
-
-    def __init__(self, recipe: Recipe, seed: int, now: datetime) -> None:
-        self.recipe, self.seed = recipe, seed
-        build = Build(now.astimezone(UTC), {}, False, recipe.found)
-        if problems := _compiled(recipe.types, recipe.locales, seed, build):
-            raise _refusal(list(dict.fromkeys(problems)))
-        self.generators = build.generators
-
-    def close(self) -> None:
-        """End its use."""
-        for generator in self.generators.values():
-            generator.chance.give_back()
-        self.generators = {}
-
-    def expected(self) -> int:
-        """How many rows there will be: those made, and the mean of what is to come."""
-        expected: dict[str, float] = {}
-        for name, generator in self.generators.items():
-            if generator.parent:
-                to_come = expected[generator.parent.name] - generator.parent.done
-                expected[name] = generator.done + to_come * sum(generator.type.spec.range) / 2
-            else:
-                expected[name] = generator.child_count(0)
-        return round(sum(expected.values()))
-
-    def chunks(self, rows: RowSource, checkpoint: Json | None = None, size: int = 40) -> Iterator[Chunk]:
-        """Add to `rows` those that come after `checkpoint`, with a pause after about `size`, sooner if they are large.
-
-        A chunk that is not whole is a pause only. Use one iterator of a plan at a time. TaskError tells a value that
-        fails.
-        """
-        self._start(checkpoint, rows)
-        generators = self.generators.values()
-        size = max(1, min(size, 2**17 // max(1, *(generator.type.size for generator in generators))))
-        for root in [generator for generator in generators if not generator.parent]:
-            try:
-                for whole in self._pauses(root, rows, size):
-                    yield Chunk(sum(generator.done for generator in generators), self.expected(), whole)
-            except TaskError:
-                raise
-            except Exception as error:
-                raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
-
-    def state(self) -> Json:
-        """From where to go on after a whole chunk, JSON-able."""
-        return {name: generator.state() for name, generator in self.generators.items()}
-
-    def _start(self, checkpoint: Json | None, rows: RowSource) -> None:
-        """Put every type where the checkpoint says, or at its beginning."""
-        room = BLOOM_BYTES // max(1, sum(len(generator.seen) for generator in self.generators.values()))
-        for i, (name, generator) in enumerate(self.generators.items()):
-            # the first type's values are stock Faker's under seed_instance(seed)
-            generator.start(generator.key if i else self.seed, checkpoint and checkpoint[name])
-            for column in generator.seen:
-                generator.seen[column] = seen = UniqueSet(generator.type.bound, room)
-                for value in rows.column(name, column) if generator.done else ():
-                    seen.add(value)
-
-    def _pauses(self, root: RecordGenerator, rows: RowSource, size: int) -> Iterator[bool]:
-        """Make all of a type and what is made per it; each pause says whether it is between two records of the type."""
-        tree = [generator for generator in self.generators.values() if generator.type.root is root.type]
-        made, at, total = 0, sum(generator.done for generator in tree), root.child_count(0)
-        while root.plain and root.done < total:
-            root.make_plain(rows, min(size, total - root.done))
-            yield True
-        while root.done < total:
-            if root.children:
-                for _ in root.make_family(rows):
-                    yield False
-                made = sum(generator.done for generator in tree) - at
-            else:
-                root.make_one(rows)
-                made += 1
-            if made >= size:
-                made, at = 0, at + made
-                yield True
-        if made:
-            yield True
+        means = {t: sum(t.spec.range) / 2 for t in self.types.values()}
+        return round(sum(math.prod(means[t] for t in [one, *one.ancestors()]) for one in means))
 
 
 # ---- Presets: plain schemas, to be read, copied and changed ----
@@ -4890,7 +4876,7 @@ def _samples(locale: str, fields: Mapping[str, Any]) -> dict[str, tuple[Kind, An
             raise
         return _samples(locale, {name: spec for name, spec in fields.items() if name not in faulty})
     rows = RowSource(recipe.columns)
-    with closing(Plan(recipe, 1, now)) as plan:
+    with closing(recipe.plan(1, now)) as plan:
         next(plan.chunks(rows))
     kinds, row = recipe.columns["sample"], rows.fresh["sample"][0]
     values = dict(zip(kinds, row, strict=True))
@@ -4910,7 +4896,7 @@ def _args(model: type[FieldType] | None, method: Any) -> list[dict[str, Any]]:
 @functools.lru_cache(256)  # there are about a hundred
 def _entries(locale: str) -> list[dict[str, Any]]:
     samples = _samples(locale, {name: cls.example for name, cls in FIELD_TYPES.items()})  # refuses an unknown locale
-    fast = Chance().faker(locale)
+    fast = FastFaker(_plain_locale(locale), random.Random(0), lambda: EPOCH)
     methods = {name: getattr(type(fast.provider(name)), name) for name in fast.names()}
     samples |= _samples(locale, {name: {"type": name} for name in methods if name not in FIELD_TYPES})
     entries = []
@@ -6524,7 +6510,6 @@ def job_type(name: str, model: type[R], *, posted: bool = True, computes: bool =
 
 _RECIPES_LOCK = threading.Lock()
 _RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text, the one used last at the end
-_LARGE_RECIPES: OrderedDict[str, Recipe] = OrderedDict()
 
 
 _COUNT_OR_RECORDS: Json = [  # for who reads the schema
@@ -6557,29 +6542,26 @@ class GenerateRequest(JobRequest):
         recipe = filled.recipe()
         if recipe.total > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
-        filled._moment()
-        if recipe.dated and (self.schema_ or self.records):  # it may not fit this request's instant; presets fit any
-            filled.plan().close()
+        filled.plan().close()  # its dates may not fit this request's instant
         return filled
 
     def recipe(self) -> Recipe:
         """What to make, checked; raises BadRequest with every problem it has.
 
         Checking takes many times as long as answering, and clients post the same recipe again and again, so the last
-        ones are kept: of the large ones few.
+        ones are kept: of large ones fewer.
         """
         moment, text = self._moment() if self.now else utc_now(), self._text
         with _RECIPES_LOCK:
-            kept = _RECIPES if len(text) < 2**15 else _LARGE_RECIPES
-            if text in kept:
-                kept.move_to_end(text)
-                return kept[text]
+            if text in _RECIPES:
+                _RECIPES.move_to_end(text)
+                return _RECIPES[text]
         recipe = Recipe(self._specs(), now=moment, locale=self.locale or "en_US",
                         where="records" if self.records else "")
         with _RECIPES_LOCK:
-            kept[text] = recipe
-            while len(_RECIPES) > 64 or len(_LARGE_RECIPES) > 4:
-                (_RECIPES if len(_RECIPES) > 64 else _LARGE_RECIPES).popitem(last=False)
+            _RECIPES[text] = recipe
+            while len(_RECIPES) > 64 or (sum(map(len, _RECIPES)) > 2**17 and len(_RECIPES) > 1):
+                _RECIPES.popitem(last=False)
         return recipe
 
     @functools.cached_property
@@ -6596,12 +6578,11 @@ class GenerateRequest(JobRequest):
     @property
     def heavy(self) -> bool:
         """Not if the same recipe was checked lately."""
-        text = self._text
-        return text not in _RECIPES and text not in _LARGE_RECIPES
+        return self._text not in _RECIPES
 
     def plan(self) -> Plan:
         """The recipe made ready for this request's seed and instant; to be closed."""
-        return Plan(self.recipe(), self.seed or 0, self._moment())
+        return self.recipe().plan(self.seed or 0, self._moment())
 
     @property
     def weight(self) -> int:
@@ -6650,9 +6631,9 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     versions = {"taskapi": __version__, **library_versions()}
     job, records = context.job, context.records
     with closing(request.plan()) as plan:
-        columns, state = plan.recipe.columns, context.checkpoint
+        columns, state = plan.columns, context.checkpoint
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
-            records.open_job(job, columns, plan.recipe.bounds)
+            records.open_job(job, columns, request.recipe().bounds)
             state = {"versions": versions, "plan": None}
         rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
                          partial(records.own_column, job))

@@ -1976,12 +1976,12 @@ def plan(schema: dict[str, Any], count: int = 10, **options: Any) -> Plan:
 def related(records: Mapping[str, Any], seed: int = 1, now: datetime = NOW, **options: Any) -> Plan:
     """A plan of several record types."""
     specs = {name: RecordSpec.model_validate(spec) for name, spec in records.items()}
-    return Plan(Recipe(specs, now=now, **{"locale": "en_US", **options}), seed, now)
+    return Recipe(specs, now=now, **{"locale": "en_US", **options}).plan(seed, now)
 
 
 def rows(a_plan: Plan, size: int = 500) -> dict[str, list[tuple[Any, ...]]]:
     """All rows of a plan, whose only use it is."""
-    made = RowSource(a_plan.recipe.columns)
+    made = RowSource(a_plan.columns)
     with closing(a_plan):
         for _ in a_plan.chunks(made, size=size):
             pass
@@ -1990,7 +1990,7 @@ def rows(a_plan: Plan, size: int = 500) -> dict[str, list[tuple[Any, ...]]]:
 
 def column(a_plan: Plan, field: str, record_type: str = "thing") -> list[Any]:
     """One field of all rows of a plan."""
-    slot = list(a_plan.recipe.columns[record_type]).index(field)
+    slot = list(a_plan.columns[record_type]).index(field)
     return [row[slot] for row in rows(a_plan)[record_type]]
 
 
@@ -2011,7 +2011,7 @@ class SqliteRows:
     """Rows in SQLite, as the store has them; a plan goes on with `source`."""
 
     def __init__(self, a_plan: Plan) -> None:
-        self.columns, self.db = a_plan.recipe.columns, sqlite3.connect(":memory:")
+        self.columns, self.db = a_plan.columns, sqlite3.connect(":memory:")
         for name, columns in self.columns.items():
             names = ", ".join(f'"{column}"' for column in columns)
             self.db.execute(f'create table "{name}" (_id integer primary key, {names})')
@@ -2249,7 +2249,7 @@ CONTRACT: dict[str, Any] = {
 def test_the_contracts_example_makes_the_records_it_describes() -> None:
     """Every built-in of the contract's example, checked value by value."""
     a_plan = plan(CONTRACT, 1000)
-    assert list(a_plan.recipe.columns["thing"].values()) == (
+    assert list(a_plan.columns["thing"].values()) == (
         ["int", "text", "text", "text", "int", "float", "text", "date", "datetime", "text", "text", "json", "json"]
     )
     made = [dict(zip(CONTRACT, row, strict=True)) for row in rows(a_plan)["thing"]]
@@ -2396,7 +2396,7 @@ def test_several_locales_give_each_record_one_of_them() -> None:
 def test_a_field_of_two_kinds_in_two_locales_is_text() -> None:
     """The table has one type for a column."""
     a_plan = plan({"x": {"type": "first_of", "of": ["state_abbr", {"type": "int"}]}}, 50, locale=["en_US", "de_DE"])
-    assert a_plan.recipe.columns == {"thing": {"x": "text"}}
+    assert a_plan.columns == {"thing": {"x": "text"}}
     assert {type(value) for value in column(a_plan, "x")} == {str}
 
 
@@ -2565,8 +2565,8 @@ SHOP: dict[str, Any] = {
 def test_children_belong_to_their_parents_and_totals_to_their_items() -> None:
     """Foreign keys hold, sums are exact, dates come after the customer's, refs of one record read one row."""
     a_plan = related(SHOP)
-    assert list(a_plan.recipe.columns)[:4] == ["customer", "order", "item", "payment"]
-    kinds, all_rows = a_plan.recipe.columns, rows(a_plan)
+    assert list(a_plan.columns)[:4] == ["customer", "order", "item", "payment"]
+    kinds, all_rows = a_plan.columns, rows(a_plan)
     made = {name: [dict(zip(kinds[name], row, strict=True)) for row in some] for name, some in all_rows.items()}
     customers, orders = ({r["id"]: r for r in made[name]} for name in ("customer", "order"))
     for order in made["order"]:
@@ -2644,7 +2644,7 @@ def test_the_same_request_makes_the_same_records_whatever_python_hashes_to() -> 
         "import random, sys; from datetime import *; from taskapi import *; random.seed(int(sys.argv[1]));"
         "now, locale = datetime(2026, 1, 1, tzinfo=UTC), ['de_DE', 'uk_UA'];"
         "recipe = Recipe(preset_records('ticket', 30), now=now, locale=locale); rows = RowSource(recipe.columns);"
-        "print([*Plan(recipe, 9, now).chunks(rows, size=int(sys.argv[1]))][-1].done, rows.fresh)"
+        "print([*recipe.plan(9, now).chunks(rows, size=int(sys.argv[1]))][-1].done, rows.fresh)"
     )
     here = Path(__file__).parent
     outputs = [
@@ -2660,7 +2660,7 @@ def test_the_same_request_makes_the_same_records_whatever_python_hashes_to() -> 
 def test_chunks_are_about_as_large_as_asked_and_checkpoints_small() -> None:
     """A chunk goes over by what one record brings along; a checkpoint is a few kilobytes a type."""
     a_plan, before = related(SHOP), 0
-    for chunk in a_plan.chunks(RowSource(a_plan.recipe.columns), size=10):
+    for chunk in a_plan.chunks(RowSource(a_plan.columns), size=10):
         assert chunk.done - before <= 10 + 1 + 4 + 12 + 1
         assert len(json.dumps(a_plan.state())) < 4000 * len(SHOP)
         before = chunk.done
@@ -2672,7 +2672,7 @@ def test_a_record_that_brings_many_along_is_made_with_pauses() -> None:
     schema = {"x": "uuid"}
     a_plan = related({"a": {"count": 2, "schema": schema}, "b": {"per": "a", "count": 30, "schema": schema},
                       "c": {"per": "b", "count": 200, "schema": schema}})
-    source, before, whole = RowSource(a_plan.recipe.columns), 0, []
+    source, before, whole = RowSource(a_plan.columns), 0, []
     for chunk in a_plan.chunks(source):
         made = sum(map(len, source.fresh.values()))
         assert made - before <= 60
@@ -2786,12 +2786,12 @@ ARGUMENTS: list[Any] = [
 
 def fuzz(locale_names: Sequence[str], share: float) -> int:
     """Gives methods a share of all arguments, as literals and from a field: a value has a ceiling in work and size."""
-    chance, chosen, seen, made = taskapi.Chance(), Random(1), set(), 0
-    chance.rng, chance.now = CountedRandom(0), NOW
+    chosen, seen, made = Random(1), set(), 0
     record_type = taskapi.RecipeType("thing", RecordSpec(count=1, schema={"v": "uuid", "x": "uuid"}), "")
-    record_type.kinds["v"] = "json"
     for locale in locale_names:
-        generator, fast = taskapi.RecordGenerator(record_type, 1, chance), chance.faker(locale)
+        generator = taskapi.RecordGenerator(record_type, {}, False, NOW)
+        generator.rng, generator.kinds["v"] = CountedRandom(0), "json"
+        fast = generator.faker(locale)
         words = ({}, {"max_nb_chars": 5}, {"max_nb_chars": 25})
         for name, value, way, more in itertools.product(fast.names(), ARGUMENTS, ("literal", "field"), words):
             for argument in fast.signature(name).parameters:
@@ -2802,7 +2802,7 @@ def fuzz(locale_names: Sequence[str], share: float) -> int:
                 seen.add(case)
                 generator.values[0] = json.dumps(value)
                 field = {"type": name, "args": {**more, argument: value if way == "literal" else "{v}"}}
-                scope = taskapi.Scope(taskapi.Build(NOW, {"thing": generator}, True, {}), generator, locale, False, "x")
+                scope = taskapi.Scope(generator, locale, "x")
                 CountedRandom.left = 10_000 * 50  # what the trial draws too
                 with suppress(TaskError):
                     draw, _ = taskapi.parse_field(field, "x").draw(scope)
@@ -2936,15 +2936,15 @@ def test_a_preset_is_a_plain_schema_of_coherent_records(name: str, locale: str) 
     """Copied through JSON it makes the same; times are in order, addresses are the name's own."""
     specs = preset_records(name, 60)
     copied = {key: RecordSpec.model_validate_json(spec.model_dump_json(by_alias=True)) for key, spec in specs.items()}
-    a_plan, again = (Plan(Recipe(some, now=NOW, locale=locale), 3, NOW) for some in (specs, copied))
+    a_plan, again = (Recipe(some, now=NOW, locale=locale).plan(3, NOW) for some in (specs, copied))
     made = rows(a_plan)[name]
     assert made == rows(again)[name]
     for row in made:
-        record = dict(zip(a_plan.recipe.columns[name], row, strict=True))
+        record = dict(zip(a_plan.columns[name], row, strict=True))
         if "firstName" in record:
             slugs = f"{taskapi._slug(record['firstName'])}.{taskapi._slug(record['lastName'])}"
             assert record["email"].startswith(slugs)
-        times = [record[k] for k, kind in a_plan.recipe.columns[name].items() if kind == "datetime" and record[k]]
+        times = [record[k] for k, kind in a_plan.columns[name].items() if kind == "datetime" and record[k]]
         assert times == sorted(times)
         assert all(moment <= "2026-03-15T12:30:45Z" for moment in times)
         if name == "person" and locale == "en_US":
@@ -2999,9 +2999,10 @@ def test_faker_is_built_only_for_a_field_that_needs_it_and_used_again(
             super().__init__(locale, *args)
 
     monkeypatch.setattr(taskapi, "FastFaker", Counted)
-    monkeypatch.setattr(taskapi.Chance, "_idle", deque())
-    for _ in range(3):
-        rows(plan({"a": field, "b": field}))
+    spec = RecordSpec(count=5, schema={"a": field, "b": field})
+    recipe = Recipe({"thing": spec}, now=NOW, locale="en_US")
+    for seed in range(3):
+        rows(recipe.plan(seed, NOW))
     assert len(built) == builds
     assert "locale" in problems(lambda: plan({"a": field}, locale="xx_XX"))
 
@@ -3026,9 +3027,9 @@ def test_a_recipe_that_is_used_again_makes_what_a_new_one_makes(name: str) -> No
         return Recipe(specs, now=now, locale=["en_US", "de_DE"])
 
     recipe, uses = fresh(EARLIER), ((1, EARLIER), (2, NOW), (2, NOW), (1, EARLIER))
-    expected = {(seed, now): rows(Plan(fresh(now), seed, now)) for seed, now in uses}
-    assert [rows(Plan(recipe, *use)) for use in uses] == [expected[use] for use in uses]
-    plans = [Plan(recipe, *use) for use in uses]
+    expected = {(seed, now): rows(fresh(now).plan(seed, now)) for seed, now in uses}
+    assert [rows(recipe.plan(*use)) for use in uses] == [expected[use] for use in uses]
+    plans = [recipe.plan(*use) for use in uses]
     made = [RowSource(recipe.columns) for _ in uses]
     for _ in itertools.zip_longest(*(plans[n].chunks(made[n], size=7) for n in range(len(plans)))):
         pass
