@@ -2984,34 +2984,26 @@ def _drawn_table(cls: Any, name: str) -> tuple[Any, bool] | None:
 
     Found by trying: it must give back each element of the table, or what `parse` makes of it, when that is drawn.
     """
-    asked: list[Any] = []
-    given: list[Any] = []  # what is drawn next, once
-
     def random_element(elements: Any) -> Any:
-        asked.append(elements)
-        return given.pop()
+        tables.append(elements)
+        return drawn
 
-    def given_back(element: Any) -> Any:
-        """The table that is asked for an element, and whether that comes back parsed; whatever else it does raises."""
-        asked.clear()
-        given.append(element)
-        value = method()
-        (table,) = asked
-        if value is not element and value != ("parsed", element):
-            raise LookupError(name)
-        return table, value is not element
-
-    provider = cls.__new__(cls)
+    tables: list[Any] = []
+    provider, drawn = cls.__new__(cls), ""
     parse = types.SimpleNamespace(parse=lambda text: ("parsed", text))
     vars(provider).update(random_element=random_element, generator=parse)
     try:
         method = getattr(provider, name)
-        table, patterns = given_back("")
-        known = type(table) in (OrderedDict, tuple, list) and table and not inspect.signature(method).parameters
-        same = known and all(other is table and parsed is patterns for other, parsed in map(given_back, table))
+        patterns = method() is not drawn
+        (table,) = tables
+        if type(table) not in (OrderedDict, tuple, list) or inspect.signature(method).parameters:
+            return None
+        for drawn in table:
+            if method() != (("parsed", drawn) if patterns else drawn):
+                return None
     except Exception:  # noqa: BLE001  # whatever it does with what it is given here
         return None
-    return (table, patterns) if same else None
+    return (table, patterns) if all(other is table for other in tables) else None
 
 
 def _quick_date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> Callable[..., str]:
@@ -3054,7 +3046,6 @@ class FastFaker:
         self._template = functools.lru_cache(1024)(partial(self._split, generator.parse))
         self._shadow_primitives()
         generator.parse = lambda text: self._template(text)()  # type: ignore[method-assign]
-        self._providers: dict[str, Any] = {}
 
     def _frozen(self, more: dict[int, Any]) -> FakerGenerator:
         from faker.factory import Factory
@@ -3092,20 +3083,12 @@ class FastFaker:
             return partial(stock, text)
         draws = [self.quick(token) for token in pieces[1::3]]
         form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
-        if len(draws) == 1:  # the usual numbers need no list
-            (a,) = draws
-            return lambda: form % (a(),)
-        if len(draws) == 2:
-            a, b = draws
-            return lambda: form % (a(), b())
         return lambda: form % tuple([draw() for draw in draws])
 
     def provider(self, name: str) -> Any:
         """The provider that answers for a method; None for what is no public method, or withheld."""
-        if name not in self._providers:
-            offered = self.generator.providers if not name.startswith("_") and name not in _WITHHELD else []
-            self._providers[name] = next((p for p in offered if inspect.isroutine(getattr(type(p), name, None))), None)
-        return self._providers[name]
+        offered = [] if name.startswith("_") or name in _WITHHELD else self.generator.providers
+        return next((p for p in offered if inspect.isroutine(getattr(type(p), name, None))), None)
 
     def names(self) -> list[str]:
         """Every public method, by name."""
@@ -3573,9 +3556,9 @@ class FieldType(BaseModel):
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         """The function that makes a value as JSON would have it, and the kind of the values.
 
-        Called for each locale when a recipe is checked, and again if it is used twice at a time. `scope.rng` is the
-        only source of chance, so that a seed settles everything. Raises `scope.refuse(...)` if the options make no
-        sense.
+        Called for each locale when a recipe is checked, and the function then serves one use of it after another: it
+        keeps nothing between two values. `scope.rng` is the only source of chance, so that a seed settles everything.
+        Raises `scope.refuse(...)` if the options make no sense.
         """
         def evenly() -> tuple[Draw, Callable[[int], Any]]:
             size, nth = self.domain(scope) or (0, str)
@@ -4435,10 +4418,6 @@ def _ordered(graph: Mapping[str, Iterable[str]]) -> list[str]:
 def _parsed(record_type: RecipeType) -> Iterator[FieldProblem]:
     """Check all that can be checked of a description by itself, and keep its fields."""
     low, high = record_type.spec.range
-    if not RECORD_TYPE.fullmatch(record_type.name) or re.match(r"sqlite|jobs$|job_", record_type.name):
-        yield FieldProblem(record_type.path or "recordType", (
-            f"{record_type.name!r} should be 1 to 63 small letters, digits and _, a letter first, and not one that "
-            "is taken: jobs, job_..., sqlite..."))
     if low > high or high < 1:
         yield FieldProblem(record_type.at("count"), "should be 1 or more, or a range from less to more")
     folded: dict[str, str] = {}
@@ -4467,17 +4446,25 @@ def _order_fields(record_type: RecipeType) -> None:
             record_type.deferred.add(name)
 
 
-def _compiled_field(scope: Scope, name: str) -> tuple[Draw, Kind]:
-    """What draws a field's values in this locale, tried on some, and their kind."""
-    generator, model = scope.generator, scope.generator.type.fields[name]
-    draw, kind = model.draw(scope)
-    if (longest := scope.longest(draw)) > MAX_TEXT:
-        raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
-    generator.size += longest
-    generator.values[generator.type.index[name]] = _mapped(draw, _STORE.get(kind))()
-    # another locale's values may be of another kind: text holds both
-    generator.kinds[name] = kind if generator.kinds.get(name, kind) == kind else "text"
-    return _unique(scope, name, draw) if model.unique else draw, kind
+def _new(generator: RecordGenerator, name: str, draw: Draw, redraws: int) -> Any:
+    """Draw until a value is new; text, after a few times, gets a number, before the @ or at its end.
+
+    No two records try the same number, so this does not get slower as values run out.
+    """
+    add = generator.seen[name].add  # another one in each use
+    for tries in itertools.count(1):
+        value = draw()
+        if value is None or add(value):
+            return value
+        if tries > redraws and isinstance(value, str):
+            break
+        if tries >= UNIQUE_TRIES:
+            raise TaskError(f"{generator.name}.{name}: no new value in {tries} draws")
+    start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
+    n = generator.done + 1
+    while not add(numbered := f"{start}{n}{at}{end}"):
+        n += generator.type.bound
+    return numbered
 
 
 def _unique(scope: Scope, name: str, draw: Draw) -> Draw:
@@ -4506,25 +4493,17 @@ def _unique(scope: Scope, name: str, draw: Draw) -> Draw:
     return shuffled
 
 
-def _new(generator: RecordGenerator, name: str, draw: Draw, redraws: int) -> Any:
-    """Draw until a value is new; text, after a few times, gets a number, before the @ or at its end.
-
-    No two records try the same number, so this does not get slower as values run out.
-    """
-    add = generator.seen[name].add  # another one in each use
-    for tries in itertools.count(1):
-        value = draw()
-        if value is None or add(value):
-            return value
-        if tries > redraws and isinstance(value, str):
-            break
-        if tries >= UNIQUE_TRIES:
-            raise TaskError(f"{generator.name}.{name}: no new value in {tries} draws")
-    start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
-    n = generator.done + 1
-    while not add(numbered := f"{start}{n}{at}{end}"):
-        n += generator.type.bound
-    return numbered
+def _compiled_field(scope: Scope, name: str) -> tuple[Draw, Kind]:
+    """What draws a field's values in this locale, tried on some, and their kind."""
+    generator, model = scope.generator, scope.generator.type.fields[name]
+    draw, kind = model.draw(scope)
+    if (longest := scope.longest(draw)) > MAX_TEXT:
+        raise scope.refuse(f"makes values longer than {MAX_TEXT} characters")
+    generator.size += longest
+    generator.values[generator.type.index[name]] = _mapped(draw, _STORE.get(kind))()
+    # another locale's values may be of another kind: text holds both
+    generator.kinds[name] = kind if generator.kinds.get(name, kind) == kind else "text"
+    return _unique(scope, name, draw) if model.unique else draw, kind
 
 
 class Chunk(NamedTuple):
@@ -4851,7 +4830,8 @@ def _specs(records: Mapping[str, Any]) -> dict[str, RecordSpec]:
 def preset_records(name: str, count: int) -> dict[str, RecordSpec]:
     """The record types of a preset, `count` records of the first. BadRequest names the nearest presets."""
     if name not in PRESETS:
-        raise BadRequest.of("recordType", f"no such preset {name!r}{did_you_mean(name, PRESETS)}")
+        raise BadRequest.of("recordType", f"there is no preset {name!r}{did_you_mean(name, PRESETS)}; "
+                                          f"give a schema, or one of: {', '.join(PRESETS)}")
     records = PRESETS[name].get("records") or {name: PRESETS[name]}
     return _specs({key: {"count": count, **spec} for key, spec in records.items()})
 
@@ -6610,14 +6590,10 @@ class GenerateRequest(JobRequest):
                     raise BadRequest.of(name, "cannot be given together with records")
             return self.records
         record_type = self.record_type or "person"
-        if self.schema_ is None and record_type not in PRESETS:
-            raise BadRequest.of("recordType", f"there is no preset {record_type!r}{did_you_mean(record_type, PRESETS)}"
-                                              f"; give a schema, or one of: {', '.join(PRESETS)}")
+        preset = None if self.schema_ else preset_records(record_type, self.count or 1)
         if self.count is None:
             raise BadRequest.of("count", "is required")
-        if self.schema_ is not None:
-            return {record_type: RecordSpec(count=self.count, schema=self.schema_)}
-        return preset_records(record_type, self.count)
+        return preset or _specs({record_type: {"count": self.count, "schema": self.schema_}})
 
 
 _CHUNK_ROWS = 40  # made between two pauses: a millisecond or two, which is how long a request may have to wait
