@@ -3083,6 +3083,12 @@ class FastFaker:
             return partial(stock, text)
         draws = [self.quick(token) for token in pieces[1::3]]
         form = "%s".join(piece.replace("%", "%%") for piece in pieces[::3])
+        if len(draws) == 1:  # the usual numbers need no list
+            (a,) = draws
+            return lambda: form % (a(),)
+        if len(draws) == 2:
+            a, b = draws
+            return lambda: form % (a(), b())
         return lambda: form % tuple([draw() for draw in draws])
 
     def provider(self, name: str) -> Any:
