@@ -3148,11 +3148,10 @@ def known_locales() -> list[str]:
     return sorted(AVAILABLE_LOCALES)
 
 
-def _unknown_locales(names: Iterable[str]) -> Iterator[FieldProblem]:
+def _unknown_locale(names: Iterable[str]) -> list[FieldProblem]:
     known = known_locales()
-    for name in names:
-        if _plain_locale(name) not in known:
-            yield FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, known)}")
+    return [FieldProblem("locale", f"no such locale {name!r}{did_you_mean(name, known)}")
+            for name in names if _plain_locale(name) not in known][:1]
 
 
 # ---- Rows: those made so far, and what refers to them ----
@@ -4574,11 +4573,10 @@ class Plan:
             generator.settle(seed, now)
 
     def close(self) -> None:
-        """End its use; it is kept for the next one, unless that takes much memory or is at another instant."""
-        generators = self.generators.values()
-        if sum(len(generator.fakers) for generator in generators) <= 8 and not any(g.dated for g in generators):
-            for generator in generators:
-                generator.forget()
+        """End its use; it is kept for the next one, unless it is made for this instant alone."""
+        for generator in self.generators.values():
+            generator.forget()
+        if not any(generator.dated for generator in self.generators.values()):
             self._idle.append(self)
 
     def expected(self) -> int:
@@ -4665,7 +4663,7 @@ class Recipe:
         self._idle: deque[Plan] = deque(maxlen=2)  # compiled already
         problems = [problem for record_type in self.types.values() for problem in _parsed(record_type)]
         related = list(self._relate(where or "schema"))
-        if more := related or list(_unknown_locales(self.locales))[:1] or self._too_much(where or "schema"):
+        if more := related or _unknown_locale(self.locales) or self._too_much(where or "schema"):
             raise _refusal(list(dict.fromkeys(problems + more)))
         plan = Plan(self.types, self.locales, now.astimezone(UTC), self._idle)
         problems += plan.problems + [
@@ -4737,6 +4735,11 @@ class Recipe:
             f"is too much to try: with {len(works)} fields (those inside them, elements of lists and what large "
             f"arguments ask for count too, {most} is {works[most]}) in {len(self.types)} record types (10 each) and "
             f"{len(self.locales)} locales it takes {work} values, of at most {MAX_WORK}"))]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes while it is kept, about: each type has a Faker of each locale."""
+        return 2**17 * len(self.types) * len(self.locales) + 2**12 * sum(len(t.fields) for t in self.types.values())
 
     @property
     def total(self) -> int:
@@ -6535,7 +6538,7 @@ class GenerateRequest(JobRequest):
         """What to make, checked; raises BadRequest with every problem it has.
 
         Checking takes many times as long as answering, and clients post the same recipe again and again, so the last
-        ones are kept: of large ones fewer.
+        ones are kept, of large ones fewer.
         """
         moment, text = self._moment() if self.now else utc_now(), self._text
         with _RECIPES_LOCK:
@@ -6546,7 +6549,7 @@ class GenerateRequest(JobRequest):
                         where="records" if self.records else "")
         with _RECIPES_LOCK:
             _RECIPES[text] = recipe
-            while len(_RECIPES) > 64 or (sum(map(len, _RECIPES)) > 2**17 and len(_RECIPES) > 1):
+            while len(_RECIPES) > 1 and sum(len(text) + kept.memory for text, kept in _RECIPES.items()) > 2**24:
                 _RECIPES.popitem(last=False)
         return recipe
 
@@ -6583,8 +6586,7 @@ class GenerateRequest(JobRequest):
 
     def _moment(self) -> datetime:
         try:
-            now = datetime.fromisoformat(str(self.now))
-            return now.astimezone(UTC) if now.tzinfo else now.replace(tzinfo=UTC)
+            return _moment(str(self.now), last=False)
         except (ValueError, OverflowError):
             raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z") from None
 
