@@ -5569,7 +5569,7 @@ class FieldNames:
         self.by_key: dict[str, str] = {}  # of JSON
         self.renamed: dict[str, str] = {}
         self.spare: list[str] = []
-        self.quoted, self.null, self.count = True, "", 0
+        self.quoted, self.null = True, ""
         self._taken: set[str] = set()  # in lower case, since SQLite sees no difference
 
     def of_header(self, header: Sequence[str], line: int) -> list[str]:
@@ -5585,9 +5585,8 @@ class FieldNames:
         return self.by_key
 
     def _add(self, texts: Sequence[str], line: int) -> list[str]:
-        first = self.count + 1
-        self.count += len(texts)
-        if self.count > MAX_FIELDS:
+        first = len(self._taken) + 1
+        if len(self._taken) + len(texts) > MAX_FIELDS:
             raise _bad_line(line, f"there are more than {MAX_FIELDS} fields")
         wanted = [_field_name(text, position) for position, text in enumerate(texts, first)]
         if long := next((name for name in wanted if len(name) > MAX_FIELD_NAME), None):
@@ -5737,9 +5736,9 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
     """The records after the header, in which rows with too few cells end in nulls if `pad`."""
     width, rest, enough = len(fields), "", 0
     pattern, between = _row_pattern(delimiter, width, gap), re.compile(gap)
-    for text in chain(texts, [""]):
-        rest += text
-        if text and len(rest) < enough:
+    for piece in chain(texts, [""]):
+        rest += piece
+        if piece and len(rest) < enough:
             continue  # a record that was cut is looked at again once there is as much again, not piece by piece
         text = rest
         rows = pattern.findall(text)
@@ -5751,9 +5750,8 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
         if rows:
             yield ColumnBatch(dict(zip(fields, columns, strict=False)), len(rows))
         line += _lines_in(text[:len(text) - len(rest)])
-        _check_rest(rest, delimiter, between, line, last=not text)
+        _check_rest(rest, delimiter, between, line, last=not piece)
         enough = 2 * len(rest)
-    _check_rest(rest, delimiter, between, line, last=True)
 
 
 def _header(first: Sequence[str], told: str, line: int, *, texts_only: bool = False) -> tuple[list[str], bool]:
@@ -5774,7 +5772,7 @@ def _header(first: Sequence[str], told: str, line: int, *, texts_only: bool = Fa
 
 
 def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
-              likely: str) -> Iterator[ColumnBatch]:
+              likely: str = "") -> Iterator[ColumnBatch]:
     """Records of delimited text (RFC 4180, and what is usual beside it); `likely` delimits if the first line has it."""
     texts, text = _without_lines(_whole_lines(texts), options.skip), ""
     while len(text) < _PIECE and (piece := next(texts, "")):
@@ -6051,12 +6049,13 @@ def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions, li
 _BATCH = 4096  # records of JSON at most in a batch
 
 
-def _check_record(record: Json, first: Json, options: IngestOptions) -> None:
-    """ValueError for a record that does not go with the first one."""
+def _misfit(record: Json, first: Json, options: IngestOptions) -> str:
+    """What is wrong with a record that does not go with the first one."""
     if not isinstance(first, (dict, list)) or type(record) is not type(first):
-        raise ValueError(f"a record must be a JSON {'array' if isinstance(first, list) else 'object'}")
+        return f"a record must be a JSON {'array' if isinstance(first, list) else 'object'}"
     if isinstance(first, list) and len(record) != len(first) and (len(record) > len(first) or options.ragged != "pad"):
-        raise ValueError(f"{_fields(len(record))} instead of {len(first)}; ragged=pad ends short rows in nulls")
+        return f"{_fields(len(record))} instead of {len(first)}; ragged=pad ends short rows in nulls"
+    return ""
 
 
 def _json_batches(text: _JsonText, records: _JsonRecords, options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
@@ -6064,10 +6063,8 @@ def _json_batches(text: _JsonText, records: _JsonRecords, options: IngestOptions
     batch, last, first, refills = list[Json](), "", None, 0
     for part, record in records:
         first = record if first is None else first
-        try:
-            _check_record(record, first, options)
-        except ValueError as error:
-            raise text.error(str(error), text.start) from None
+        if wrong := _misfit(record, first, options):
+            raise text.error(wrong, text.start)
         if batch and part != last:
             yield last, batch
             batch = []
@@ -6084,7 +6081,7 @@ def _json_batches(text: _JsonText, records: _JsonRecords, options: IngestOptions
 
 
 def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
-               lines: bool) -> Iterator[ColumnBatch]:
+               lines: bool = False) -> Iterator[ColumnBatch]:
     """Records of any JSON text that holds some; of `lines` each is one, also if there is only one."""
     text, header = _JsonText(texts), list[str]()
     pointer = [step.replace("~1", "/").replace("~0", "~") for step in (options.path or "").split("/")[1:]]
@@ -6197,14 +6194,11 @@ class IngestFormat(NamedTuple):
     head: re.Pattern[str] | None = None  # by which a text is known whatever its name says
 
 
-def _csv_format(likely: str) -> IngestFormat:
-    return IngestFormat(lambda texts, options, names: _read_csv(texts, options, names, likely), [*_KIND_TESTS], "text")
-
-
-def _json_format(lines: bool) -> IngestFormat:
-    return IngestFormat(lambda texts, options, names: _read_json(texts, options, names, lines),
-                        ("int", "float", "decimal", "bool", "date", "datetime", "text"), "json",
-                        re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])'))
+_CSV_FORMAT = IngestFormat(_read_csv, [*_KIND_TESTS], "text")
+_TSV_FORMAT = _CSV_FORMAT._replace(read=partial(_read_csv, likely="\t"))
+_JSON_FORMAT = IngestFormat(_read_json, ("int", "float", "decimal", "bool", "date", "datetime", "text"), "json",
+                             re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])'))
+_NDJSON_FORMAT = _JSON_FORMAT._replace(read=partial(_read_json, lines=True))
 
 
 # The one table of formats
@@ -6246,12 +6240,12 @@ def _csv_writer(delimiter: str) -> Writer:
 
 
 file_format("csv", "csv", content_type="text/csv; charset=utf-8", write=_csv_writer(","),
-            read=_csv_format(""))
+            read=_CSV_FORMAT)
 file_format("tsv", "tsv", content_type="text/tab-separated-values; charset=utf-8", write=_csv_writer("\t"),
-            read=_csv_format("\t"))
-file_format("json", "json", content_type="application/json", read=_json_format(False),
+            read=_TSV_FORMAT)
+file_format("json", "json", content_type="application/json", read=_JSON_FORMAT,
             write=partial(_write_text, RecordText(",\n", before="[\n", after="\n]\n", empty="[]\n")))
-file_format("ndjson", "ndjson", "jsonl", content_type="application/x-ndjson", read=_json_format(True),
+file_format("ndjson", "ndjson", "jsonl", content_type="application/x-ndjson", read=_NDJSON_FORMAT,
             write=partial(_write_text, RecordText(after="\n")))
 file_format("sqlite", "sqlite", "db", content_type="application/vnd.sqlite3", magic=(b"SQLite format 3\0",),
             write=_write_database)
@@ -6766,12 +6760,9 @@ def _types_of_parts(parts: Iterable[str], filename: str) -> dict[str, str]:
     """A record type for each list in a file, by its name; that of the file where the file is the list."""
     types: dict[str, str] = {}
     for part in parts:
-        base = name = _type_named_like(part or filename)
-        for number in itertools.count(2):
-            if name not in types.values():
-                break
-            name = f"{base[:58]}_{number}"
-        types[part] = name
+        base = _type_named_like(part or filename)
+        names = chain([base], (f"{base[:58]}_{number}" for number in itertools.count(2)))
+        types[part] = next(name for name in names if name not in types.values())
     return types
 
 
