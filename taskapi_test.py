@@ -3069,13 +3069,6 @@ def assert_nothing_left(service: taskapi.Service) -> None:
     assert_sound(service.folder.root)
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_content_that_is_not_what_its_name_says_is_refused(service: taskapi.Service, url: str, name: str) -> None:
-    """400, and nothing is left."""
-    assert refused(ask(url, "POST", "/upload", form(BAD_FILES[name], name), FORM), 400)["fields"][0]["field"] == "file"
-    assert_nothing_left(service)
-
-
 @pytest.mark.parametrize(("name", "label"), [
     ("../../x.csv", "x.csv"), ("..\\..\\x.csv", "x.csv"), ("/etc/cron.d/x.csv", "x.csv"), ("C:\\a\\x.csv", "x.csv"),
     ("n" * 300 + ".csv", "n" * 196 + ".csv"), ("naïve ☃ \U0001f600.csv", "naïve ☃ \U0001f600.csv"),
@@ -3119,13 +3112,6 @@ BROKEN_FORMS = {
     "parts without number": b"".join(part(field=f"f{n}") for n in range(100)) + b"--XX--\r\n",
     "a declared type that the name denies": form(extra="Content-Type: image/png\r\n"),
     "line feeds alone": form().replace(b"\r\n", b"\n")}
-
-
-@pytest.mark.parametrize("body", BROKEN_FORMS.values(), ids=BROKEN_FORMS)
-def test_a_broken_form_is_refused_and_nothing_is_left(service: taskapi.Service, url: str, body: bytes) -> None:
-    """400 in our shape for every kind of broken multipart."""
-    refused(ask(url, "POST", "/upload", body, FORM), 400)
-    assert_nothing_left(service)
 
 
 @pytest.mark.parametrize(("content_type", "status"), [
@@ -3356,13 +3342,19 @@ def gist(answer: Any) -> Any:
             {**body.get("request", {}), "draft": None})
 
 
-@pytest.mark.parametrize("body", EQUAL_FORMS.values(), ids=EQUAL_FORMS)
-def test_an_upload_is_answered_alike_however_it_comes(tmp_path: Path, body: bytes) -> None:
-    """Through another WSGI server at once, and through ours at once, in pieces, and in chunks."""
+@pytest.mark.parametrize("name", EQUAL_FORMS)
+def test_an_upload_is_answered_alike_however_it_comes(tmp_path: Path, name: str) -> None:
+    """Through another WSGI server at once, and through ours at once, in pieces, and in chunks.
+
+    Content that is not what its name says, and every kind of broken form, are a 400 that leaves nothing.
+    """
+    body = EQUAL_FORMS[name]
     with taskapi.open_service(tmp_path, inline=True, max_upload_bytes=90_000) as service, (
             service.serving(port=0)) as url:
         answer = webtest.TestApp(service.app).post("/upload", body, headers=FORM, expect_errors=True)
         expected = gist(Answer(answer.status_int, answer.headers, answer.body))
+        assert (expected[0] == 400) >= (name in BAD_FILES or name in BROKEN_FORMS)
+        assert name not in BAD_FILES or expected[2][0]["field"] == "file"
         assert gist(ask(url, "POST", "/upload", body, FORM)) == expected
         step = max(1, len(body) // 40)
         pieces = [body[at:at + step] for at in range(0, len(body), step)]
@@ -3373,6 +3365,8 @@ def test_an_upload_is_answered_alike_however_it_comes(tmp_path: Path, body: byte
                     for piece in [first, *later]:
                         connection.sendall(piece)
                 assert gist(parsed(rest(connection))) == expected
+        if expected[0] == 400:
+            assert_nothing_left(service)
 
 
 def test_a_body_is_asked_for_only_if_it_is_wanted(small: tuple[taskapi.Service, str]) -> None:
@@ -3462,8 +3456,7 @@ def test_a_job_without_a_file_has_no_download(service: taskapi.Service, url: str
 @pytest.mark.parametrize("path", ["/upload", "/infer"])
 def test_an_encoding_that_is_none_is_named(url: str, name: str, path: str) -> None:
     """Whether it comes before the file or after it."""
-    text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{name}\r\n'.encode()
-    kind = b'--XX\r\nContent-Disposition: form-data; name="recordType"\r\n\r\nthing\r\n'
+    text, kind = text_part("encoding", name), text_part("recordType", "thing")
     for body in (kind + text + form(), part() + kind + text + b"--XX--\r\n"):
         refused(ask(url, "POST", path, body, FORM), 400, "encoding")
 
@@ -3471,8 +3464,8 @@ def test_an_encoding_that_is_none_is_named(url: str, name: str, path: str) -> No
 def test_utf_16_without_its_mark_is_refused(url: str) -> None:
     """Named as the encoding, it could be either order; with the order in the name it is read."""
     def asked(encoding: str) -> Answer:
-        text = f'--XX\r\nContent-Disposition: form-data; name="encoding"\r\n\r\n{encoding}\r\n'.encode()
-        return ask(url, "POST", "/infer", text + form("a,b\n1,2\n".encode("utf-16-le")), FORM)
+        body = text_part("encoding", encoding) + form("a,b\n1,2\n".encode("utf-16-le"))
+        return ask(url, "POST", "/infer", body, FORM)
 
     assert asked("utf-16-le").status == 200
     refused(asked("utf-16"), 400, "is not csv")
@@ -3555,7 +3548,8 @@ def export(app, record_type: str, export_format: str, **options) -> bytes:
 
 
 FILE_TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(
-    ["", '"', '""', ",", "\r\n", "\r", "1", "01234", "true", "null", "2026-01-31", "[1]", "=1+1", "é😀", " ", "1e5"])
+    ["", '"', '""', ",", "\r\n", "\r", "1", "01234", "true", "null", "2026-01-31", "[1]", "=1+1", "é😀", " ", "1e5",
+     "\\", "\\n", '\\\\"', "\u2028", "\x01\x1f\x7f"])
 NESTED = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | FILE_TEXTS,
                       lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FILE_TEXTS, inner, max_size=3),
                       max_leaves=6)
@@ -3677,28 +3671,6 @@ def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Servi
     assert [float(cell) for cell, _ in rows] == held
 
 
-@pytest.mark.parametrize("export_format", ["csv", "json", "ndjson"])
-def test_what_is_generated_exported_uploaded_and_exported_again_is_the_same_file(app, export_format):
-    """Every preset of one type, and values that are hard on any format."""
-    hard = ["", '"', '\\', '\\n', '\\\\"', "\r\n", "a,b", "null", "\u2028", "\x01\x1f\x7f", "é😀",
-            "=1+1", " ", "01", "[1]"]
-    schemas = dict.fromkeys(("person", "company", "product", "order", "transaction", "event", "ticket"))
-    schemas["hard"] = {"t": {"type": "choice", "values": hard, "null": 0.1},
-                       "x": {"type": "float", "min": -1, "max": 1},
-                       "d": {"type": "decimal", "min": 0, "max": 9, "places": 2},
-                       "l": {"type": "list", "of": {"type": "choice", "values": hard}, "min": 0, "max": 2},
-                       "o": {"type": "object", "fields": {"k": {"type": "choice", "values": hard}}},
-                       "b": {"type": "bool", "null": 0.2}}
-    for name, schema in schemas.items():
-        body = {"recordType": name, "count": 150, "seed": 3} | ({"schema": schema} if schema else {})
-        job = app.post_json("/generate", body).json
-        assert job["status"] == "completed", job["error"]
-        made = export(app, name, export_format, filters={"recordType": name, "jobId": job["jobId"]})
-        again = f"{name}_{export_format}"
-        assert upload(app, f"a.{export_format}", made, recordType=again)["error"] is None
-        assert export(app, again, export_format) == made
-
-
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.lists(FILE_TEXTS, min_size=2, max_size=2), max_size=6), delimiter=st.sampled_from(",;\t|"),
        end=st.sampled_from(["\n", "\r\n"]))
@@ -3797,6 +3769,7 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         ["line 2", "0xe9, is not utf-8", "encoding"]),
     "cp437, told": ("a.csv", b"a\ncaf\x82\n", {"encoding": "cp437"}, [{"a": "café"}]),
     "UTF-16 of a spreadsheet": ("a.txt", "\ufeffa\tb\r\n1\té\r\n".encode("utf-16-le"), {}, [{"a": 1, "b": "é"}]),
+    "UTF-8 with its mark": ("a.csv", "\ufeffnäme,b\né,😀\n", {}, [{"näme": "é", "b": "😀"}]),
     "UTF-16 without its mark": ("a.txt", "a\tb\n1\té\n".encode("utf-16-le"), {}, ["line 1", "NUL", "encoding"]),
     "UTF-16, told": ("a.txt", "a\tb\n1\té\n".encode("utf-16-le"), {"encoding": "utf-16-le"}, [{"a": 1, "b": "é"}]),
     # rows
@@ -3840,6 +3813,9 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"n": 300}, {"n": "title"}, {"n": 1.5}, {"n": "7"}]),
     "quotes where they are needed": ("a.csv", 'n,m\n300,x\n"1,000",y\n', {}, [
         {"n": "300", "m": "x"}, {"n": "1,000", "m": "y"}]),
+    "null and an empty text": ("a.csv", 'a,b\n,""\n', {}, [{"a": None, "b": ""}]),
+    "null and an empty text in one column": ("a.csv", 'a\n\n""\nx\n\n', {}, [
+        {"a": None}, {"a": ""}, {"a": "x"}, {"a": None}]),
     "nulls of an only field": ("a.csv", '"n"\n1\n""\n2\n', {}, [{"n": 1}, {"n": None}, {"n": 2}]),
     "JSON in a cell": ("a.csv", 'a,b\n"{""x"": 1.0}",[1]\n', {}, [{"a": '{"x": 1.0}', "b": "[1]"}]),
     "beyond 64 bits": ("a.csv", "n\n18446744073709551616\n-1\n", {}, [{"n": "18446744073709551616"}, {"n": "-1"}]),
@@ -3877,6 +3853,8 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "pandas' split": ("a.json", '{"columns": ["a"], "index": [0], "data": [[1]]}', {}, ["'data'", "path=/data"]),
     "pandas' split, told": ("a.json", '{"columns": ["a"], "index": [0], "data": [[1]]}',
                             {"path": "/data", "header": "a"}, [{"a": 1}]),
+    "digits of numbers": ("a.ndjson", '{"a":12.50,"b":12345678901234567890,"c":1}\n{"c":"x"}', {}, [
+        {"a": "12.50", "b": "12345678901234567890", "c": "1"}, {"a": None, "b": None, "c": '"x"'}]),
     "a list in which one is no object": ("a.json", '{"users": [{"a": 1},\n2]}', {}, ["line 2", "object"]),
 }
 
@@ -4007,12 +3985,11 @@ def test_a_column_has_the_narrowest_kind_that_keeps_its_text(text, kind):
 
 
 @pytest.mark.parametrize(("name", "data", "error"), [
-    ("a.csv", b"a,b\n1,2\n3\n", "line 3: 1 field instead of 2"),
     ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "line 3: the quote that opens field 1 is never closed"),
     ("a.csv", b'a,b\n"1"x,2\n', "line 2: there is text behind the closing quote"),
     ("a.csv", b",".join(b"c%d" % n for n in range(1991)) + b"\n", "line 1: there are more than 1990 fields"),
     ("a.csv", b"x" * 256 + b"\n1\n", "line 1: the name of a field is longer than 255 characters"),
-    ("a.csv", b"1,2\n3,4\n", "line 1: there is no header"), ("a.csv", b"", "line 1: there is no header"),
+    ("a.csv", b"", "line 1: there is no header"),
     ("a.csv", b"a\nx\n\xff\x81\n", "line 3: byte 5 of the text, 0x81, is not windows-1252"),
     ("a.csv", b"a,b\n1,\0\n", "line 2: there is a NUL"),
     ("a.csv.gz", gzip.compress(b"a,b\n1,2\n", mtime=0)[:-4], "line 3: the gzip data is cut off"),
@@ -4042,19 +4019,6 @@ def test_a_gzip_bomb_is_stopped_by_its_ratio(monkeypatch):
             pass
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_text_with_a_byte_order_mark_needs_no_telling(encoding):
-    """UTF-8 with or without, UTF-16 with."""
-    assert read("a.csv", "näme,b\né,😀\n".encode(encoding)) == ({"näme": "text", "b": "text"}, [("é", "😀")])
-
-
-def test_null_and_the_empty_text_are_told_apart():
-    """Nothing is null; a pair of quotes is an empty text; with one field an empty line is a record."""
-    assert read("a.csv", b'a,b\n,""\n')[1] == [(None, "")]
-    assert read("a.csv", b'a\n\n""\nx\n\n')[1] == [(None,), ("",), ("x",), (None,)]
-    assert read("a.csv", b'"n"\n""\n1\n')[1] == [(None,), (1,)]  # as our own exports write the null of an only field
-
-
 def test_a_number_with_an_exponent_among_others_is_a_decimal_as_it_is_written(app):
     """Where that is not very long; otherwise the column keeps what JSON said."""
     assert read("a.ndjson", b'{"a":-0.0,"b":1}\n{"a":1e+16,"b":1.5E-7}\n{"a":1e999}') == (
@@ -4064,12 +4028,6 @@ def test_a_number_with_an_exponent_among_others_is_a_decimal_as_it_is_written(ap
         first = export(app, "powers", export_format)
         assert upload(app, f"a.{export_format}", first, recordType=f"powers_{export_format}")["error"] is None
         assert export(app, f"powers_{export_format}", export_format) == first
-
-
-def test_numbers_of_json_keep_their_digits():
-    """Beyond 64 bits and with zeros at the end they are decimals; what is mixed is kept as JSON."""
-    assert read("a.ndjson", b'{"a":12.50,"b":12345678901234567890,"c":1}\n{"c":"x"}') == (
-        {"a": "decimal", "b": "decimal", "c": "json"}, [("12.50", "12345678901234567890", "1"), (None, None, '"x"')])
 
 
 def test_an_upload_that_fails_leaves_no_record_and_no_file(app, tmp_path):
