@@ -6138,7 +6138,7 @@ _KIND_TESTS: Mapping[Kind, Callable[[str], bool]] = {
     # A quoted cell is no number, whatever it reads: the quotes are what makes a text.
     "int": _is_int, "float": _is_float, "decimal": _is_decimal, "bool": ("true", "false").__contains__,
     "date": _is_date, "datetime": _is_datetime, "text": lambda cell: cell[:1] == '"',
-    "any": lambda cell: cell[:1] == '"' or cell == _exact_float(float(cell)) or _is_int(cell),
+    "any": lambda cell: cell[:1] == '"' or _is_float(cell) or _is_int(cell),
     "json": lambda cell: cell[:1] == '"' or bool(_JSON_SCALAR.fullmatch(cell)),
 }
 _FITTING_TOO: Mapping[Kind, set[Kind]] = {  # what fits one of these

@@ -3811,6 +3811,7 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     # texts that stay what they are
     "quotes that tell texts from numbers": ("a.csv", '"n"\n300\n"title"\n1.5\n"7"\n', {}, [
         {"n": 300}, {"n": "title"}, {"n": 1.5}, {"n": "7"}]),
+    "a zero with a sign among texts": ("a.csv", '"n"\n-0.0\n"x"\n', {}, [{"n": "-0.0"}, {"n": '"x"'}]),
     "quotes where they are needed": ("a.csv", 'n,m\n300,x\n"1,000",y\n', {}, [
         {"n": "300", "m": "x"}, {"n": "1,000", "m": "y"}]),
     "null and an empty text": ("a.csv", 'a,b\n,""\n', {}, [{"a": None, "b": ""}]),
