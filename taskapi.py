@@ -128,6 +128,7 @@ from typing import (
 )
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 PACKAGES = {"bottle": "0.12.25", "click": "8.1", "Faker": "30", "multipart": "1.0", "pydantic": "2.11",
             "sqlite-utils": "3.38", "tabulate": "0.9", "waitress": "2.1.2"}  # the least versions that will do
@@ -7042,7 +7043,7 @@ _CHECK_SECONDS = 0.1  # between looks of a job that waits for its turn whether i
 _TURN_SECONDS = 1.0  # a job that computes for longer without a check does not keep the others waiting any more
 _FRESH_SECONDS = 0.02  # a job that computes for longer is not left to the run that has it
 _CALL_SECONDS = 1.0  # a run that was called and has not begun for longer is taken for lost
-_RETRY_SECONDS = (0.5, 8.0)  # first and longest pause between tries to write down how a job ended
+_RETRY_SECONDS = 1.0  # between tries to write down how a job ended
 _MOST_THREADS = 1000  # of the workers, stuck ones included; how many runs there are is the queue's to say
 
 
@@ -7250,7 +7251,8 @@ class Workers:
         self._active: dict[object, JobContext | None] = {}  # by run: what it is at
         self._abandoned: set[object] = set()  # runs whose job was given up, and that have not come back
         self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
-        self._waiters: dict[str, list[threading.Event]] = {}  # by job
+        # By job: set when it ends. Gone with the last one who waits for it.
+        self._waiters: WeakValueDictionary[str, threading.Event] = WeakValueDictionary()
 
     def wake(self, anyway: bool = False) -> None:
         """There may be work: calls a run, unless one is on its way, or enough are there, or, but for `anyway`, soon."""
@@ -7317,7 +7319,7 @@ class Workers:
     def release_waiters(self) -> None:
         """Answers everybody who waits for a job, as it is now."""
         with self._state:
-            for finished in chain.from_iterable(self._waiters.values()):
+            for finished in [*self._waiters.values()]:
                 finished.set()
 
     def halt(self) -> None:
@@ -7372,7 +7374,7 @@ class Workers:
         """A claimed job; None if none is due, and then the run is not active any more."""
         while True:
             with self._state:
-                if not self._due or self.stopping.is_set() or run in self._abandoned:
+                if not self._due or self.stopping.is_set() or run not in self._active:
                     self._active.pop(run, None)
                     return None
                 self._due, self._active[run] = False, None
@@ -7485,7 +7487,7 @@ class Workers:
 
     def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
         """Writes down how a job ended; tries until the storage takes it, or the process ends."""
-        job, (pause, longest) = context.job, _RETRY_SECONDS
+        job = context.job
         with suppress(LeaseLost):
             while not context.ended:
                 try:
@@ -7493,9 +7495,8 @@ class Workers:
                     return
                 except StorageError as error:
                     _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
-                if self.stopping.wait(pause):
+                if self.stopping.wait(_RETRY_SECONDS):
                     return  # it is still in progress in the table, so the next start takes it up
-                pause = min(2 * pause, longest)
 
     def _ended(self, job: Job) -> None:
         """Tells all who want to know that a job has ended, or was put back."""
@@ -7503,7 +7504,7 @@ class Workers:
         with self._state:
             if job.status.finished or self.stopping.is_set():
                 self._canceled.discard(job.job_id)
-                for finished in self._waiters.get(job.job_id, ()):
+                if finished := self._waiters.pop(job.job_id, None):
                     finished.set()
         if not job.status.finished:
             return
@@ -7587,25 +7588,16 @@ class JobQueue(Workers):
 
         It is looked up at most twice.
         """
-        finished = threading.Event()
         with self._state:
-            self._waiters.setdefault(job_id, []).append(finished)
-        try:
-            job = self.jobs.get(job_id)
-            if job.status.finished or seconds == 0 or self.stopping.is_set():
-                return job
-            until = math.inf if seconds is None else monotonic() + seconds
-            while not finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))) and monotonic() < until:
-                if gone():
-                    break
-            return self.jobs.get(job_id)
-        finally:
-            with self._state:
-                waiters = self._waiters.get(job_id, [])
-                if finished in waiters:
-                    waiters.remove(finished)
-                if not waiters:
-                    self._waiters.pop(job_id, None)
+            finished = self._waiters.setdefault(job_id, threading.Event())
+        job = self.jobs.get(job_id)
+        if job.status.finished or seconds == 0 or self.stopping.is_set():
+            return job
+        until = math.inf if seconds is None else monotonic() + seconds
+        while not finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))) and monotonic() < until:
+            if gone():
+                break
+        return self.jobs.get(job_id)
 
     def cancel(self, job_id: str) -> Job:
         """Cancels a pending job at once; a running one is asked to stop, and given a second to do so, if not up."""
@@ -7656,82 +7648,6 @@ class JobQueue(Workers):
         return True
 
 
-class Housekeeping(threading.Thread):
-    """What has to be done now and then: once a second, on a thread of its own, each task whatever the others meet."""
-
-    def __init__(self, queue: JobQueue, database: Database, folder: DataFolder, settings: Settings, clock: Clock,
-                 first: Callable[[], None]):
-        super().__init__(name="taskapi-housekeeping")
-        self.first = first  # what may take long at the start
-        self._queue, self._database, self._folder = queue, database, folder
-        self._settings, self._clock = settings, clock
-        self._stuck: list[JobContext] = []
-        self._said: dict[str, str] = {}  # by task, so that what lasts is logged once
-
-    def run(self) -> None:
-        """A round a second, until the queue is stopped."""
-        self._queue.wake()
-        self.first()
-        while True:
-            self.round()
-            if self._queue.stopping.wait(1.0):
-                return
-
-    def round(self) -> None:
-        """All tasks, once."""
-        for task in (self.watch_jobs, self.discard_orphans, self.retire, self._queue.fail_dependents, self.keep_room,
-                     self.wake):
-            said = ""
-            try:
-                task()
-            except StorageError as error:
-                said = f"housekeeping has to wait: {error}"
-            except Exception:  # noqa: BLE001  # it is tried again
-                _LOG.exception("housekeeping met a bug")
-            if said and said != self._said.get(task.__name__):
-                _LOG.warning("%s", said)
-            self._said[task.__name__] = said
-
-    def wake(self) -> None:
-        """Has a run look for what errors left."""
-        self._queue.wake(anyway=True)
-
-    def watch_jobs(self) -> None:
-        """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
-        for context in self._queue.stuck(_TURN_SECONDS):
-            self._queue.gate.pass_on(context)
-            self._queue.tire(context)
-        known, self._stuck = self._stuck, self._queue.stuck()
-        for context in self._stuck:
-            if context.interruption:
-                self._queue.give_up(context)
-            elif context not in known:
-                _LOG.warning("job %s %s has not come to a check for %d s: to cancel it gives it up",
-                             context.job.job_id, context.job.type, _STUCK_SECONDS)
-
-    def retire(self) -> None:
-        """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
-        if self._settings.retention_days:
-            limit = self._clock() - timedelta(days=self._settings.retention_days)
-            for job_id in self._queue.jobs.finished_before(instant(limit), 50):
-                file = self._queue.jobs.get(job_id).file
-                if not file or not self._folder.in_use(file):
-                    self._queue.remove(job_id)
-
-    def discard_orphans(self) -> None:
-        """Deletes records whose job is gone or has made none."""
-        for job_id in self._queue.records.orphans():
-            self._queue.records.discard(job_id, orphaned=True)
-
-    def keep_room(self) -> None:
-        """Where the disk is nearly full, gives back what deleted records took."""
-        try:
-            self._folder.free_space()
-        except DiskFull:
-            self._database.shrink()
-            raise
-
-
 class Engine:
     """A data folder at work: settings, files, jobs and the workers; all of the service but its HTTP side."""
 
@@ -7743,6 +7659,8 @@ class Engine:
         self._closed = False
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
         self._polls = threading.Semaphore(settings.threads // 2)
+        self._stuck: list[JobContext] = []
+        self._said: dict[str, str] = {}  # by task of housekeeping, so that what lasts is logged once
         with ExitStack() as undo:
             try:
                 self.folder = DataFolder(settings.data_dir)
@@ -7790,13 +7708,13 @@ class Engine:
         for name, found in self.checks.items():
             wrong = "network" in found or found == "unclean"
             _LOG.log(logging.WARNING if wrong else logging.DEBUG, "check %s: %s", name, found)
-        self.housekeeping = Housekeeping(self.queue, self._database, self.folder, self.settings, self.clock,
-                                         self._check_integrity if unclean else lambda: None)
+        self._first_look = self._check_integrity if unclean else lambda: None
+        self._housekeeper = threading.Thread(target=self._keep_house, name="taskapi-housekeeping")
         if threads:
-            self.housekeeping.start()
+            self._housekeeper.start()
         else:
-            self.housekeeping.first()
-            self.housekeeping.round()
+            self._first_look()
+            self.keep_house()
 
     def _check_integrity(self) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
@@ -7809,6 +7727,64 @@ class Engine:
         except StorageError as error:
             self.checks["integrity"] = str(error)
             _LOG.error("check integrity: %s", error)
+
+    def _keep_house(self) -> None:
+        """Its own thread: what may take long at the start; then a round a second, until the queue is stopped."""
+        self.queue.wake()
+        self._first_look()
+        while True:
+            self.keep_house()
+            if self.queue.stopping.wait(1.0):
+                return
+
+    def keep_house(self) -> None:
+        """What has to be done now and then, each task whatever the others meet; then a run looks for what they left."""
+        for task in (self._watch_jobs, self.discard_orphans, self.retire, self.queue.fail_dependents, self._keep_room):
+            said = ""
+            try:
+                task()
+            except StorageError as error:
+                said = f"housekeeping has to wait: {error}"
+                if said != self._said.get(task.__name__):
+                    _LOG.warning("%s", said)
+            except Exception:  # noqa: BLE001  # it is tried again
+                _LOG.exception("housekeeping met a bug")
+            self._said[task.__name__] = said
+        self.queue.wake(anyway=True)
+
+    def _watch_jobs(self) -> None:
+        """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
+        for context in self.queue.stuck(_TURN_SECONDS):
+            self.queue.gate.pass_on(context)
+            self.queue.tire(context)
+        known, self._stuck = self._stuck, self.queue.stuck()
+        for context in self._stuck:
+            if context.interruption:
+                self.queue.give_up(context)
+            elif context not in known:
+                _LOG.warning("%s has not come to a check for %d s: to cancel it gives it up", context, _STUCK_SECONDS)
+
+    def discard_orphans(self) -> None:
+        """Deletes records whose job is gone or has made none."""
+        for job_id in self.queue.records.orphans():
+            self.queue.records.discard(job_id, orphaned=True)
+
+    def retire(self) -> None:
+        """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
+        if self.settings.retention_days:
+            limit = self.clock() - timedelta(days=self.settings.retention_days)
+            for job_id in self.queue.jobs.finished_before(instant(limit), 50):
+                file = self.queue.jobs.get(job_id).file
+                if not file or not self.folder.in_use(file):
+                    self.queue.remove(job_id)
+
+    def _keep_room(self) -> None:
+        """Where the disk is nearly full, gives back what deleted records took."""
+        try:
+            self.folder.free_space()
+        except DiskFull:
+            self._database.shrink()
+            raise
 
     def announce(self, url: str | None) -> None:
         """Tells other processes where this one serves, or that it does no more."""
@@ -7883,8 +7859,8 @@ class Engine:
             return True
         self._closed = True
         ended = self.queue.stop(seconds)
-        if self.housekeeping.is_alive():
-            self.housekeeping.join(seconds)
+        if self._housekeeper.is_alive():
+            self._housekeeper.join(seconds)
         self._database.close()
         for lock in self._locks:
             lock.release()

@@ -4279,7 +4279,7 @@ def test_late_housekeeping_leaves_a_retried_job_alone(
         queue.retry(job.job_id)
         runner.run()
         monkeypatch.setattr(queue.records, "orphans", lambda: orphans)
-        service.housekeeping.discard_orphans()
+        service.discard_orphans()
         assert statuses(service) == ["completed"]
         assert plain(tmp_path, "SELECT n FROM thing") == [1, 2]
 
@@ -4648,7 +4648,7 @@ def test_a_round_of_housekeeping_does_what_it_can(tmp_path: Path, script: Any, m
                                    (service.queue, "fail_dependents", ValueError("a bug"))):
             monkeypatch.setattr(owner, name, raising(error))
         for _ in range(2):
-            service.housekeeping.round()
+            service.keep_house()
         assert len(runner.calls) == 2
         said = [record.getMessage() for record in caplog.records if "housekeeping" in record.getMessage()]
         assert sorted(said) == ["housekeeping has to wait: is away", *["housekeeping met a bug"] * 2]
@@ -4740,7 +4740,7 @@ def test_a_storage_fault_that_is_the_jobs_own_counts_as_an_attempt(
 def test_how_a_job_ended_is_written_down_once_the_storage_takes_it(
         tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in progress until then, and completed afterwards, without a second attempt."""
-    monkeypatch.setattr(taskapi, "_RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(taskapi, "_RETRY_SECONDS", 0)
     with taskapi.open_service(tmp_path, workers=1) as service:
         finish, tries = service.queue.jobs.finish, iter(range(3))
 
@@ -4807,10 +4807,10 @@ def test_retention_removes_what_is_old_and_nothing_in_use(tmp_path: Path) -> Non
         clock.now += timedelta(days=3)
         young = service.enqueue("generate", {**PERSONS, "recordType": "company"})
         with service.folder.open(export.file):
-            service.housekeeping.retire()
+            service.retire()
             assert {job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]} == {
                 young.job_id, export.job_id}
-        service.housekeeping.retire()
+        service.retire()
         assert [job.job_id for job in service.queue.jobs.page(None, None, 9, None)[0]] == [young.job_id]
         assert old.job_id != young.job_id
     assert not list((tmp_path / "exports").iterdir())
@@ -4970,7 +4970,7 @@ def test_at_most_half_of_the_threads_wait_for_jobs(tmp_path: Path) -> None:
         polls = [stack.enter_context(plug(url)) for _ in range(2)]
         for poll in polls:
             poll.sendall(f"GET /status/{job_id}?wait=30 HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
-        until(lambda: len(service.queue._waiters.get(job_id, ())) == 2)
+        until(lambda: service._polls._value == 0)
         assert ask(url, "GET", f"/status/{job_id}?wait=30").json["status"] == "pending"
         assert ask(url, "POST", "/generate?wait=30", PERSONS).json["status"] == "pending"
         runner.run()
@@ -7767,7 +7767,7 @@ def work(folder, name, now=taskapi.utc_now):
             said.write((answer.json["jobId"] if answer.body else gone) + "\\n")
     held.run()
     if name == "retention":
-        service.housekeeping.retire()
+        service.retire()
     service.close(0)
 
 def fork(*args, last=0):
