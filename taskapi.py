@@ -175,7 +175,7 @@ try:
         model_serializer,
         model_validator,
     )
-    from pydantic.alias_generators import to_camel
+    from pydantic.alias_generators import to_camel, to_snake
     from pydantic.json_schema import models_json_schema
     from pydantic_core import from_json, to_json
     from tabulate import tabulate  # type: ignore[import-untyped, unused-ignore]
@@ -7889,8 +7889,7 @@ def body_too_large(path: str, settings: Settings) -> TaskError:
 def _members(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        name = next(name for name, count in counts.items() if count > 1)
+        (name, _), = Counter(name for name, _ in pairs).most_common(1)
         raise BadRequest(f"the body is not as expected: invalid JSON: {name[:100]!r} is given twice in one object")
     return members
 
@@ -7952,8 +7951,7 @@ class Request:
     def given(self) -> dict[str, str]:
         """The query string's names and values; BadRequest where a name is given twice."""
         pairs = parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
-        counts = Counter(name for name, _ in pairs)
-        for name, count in counts.items():
+        for name, count in Counter(name for name, _ in pairs).items():
             if count > 1:
                 raise BadRequest.of(name, "is given twice")
         return dict(pairs)
@@ -8071,7 +8069,7 @@ class ErrorBody(ApiModel):
 
 def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **headers: str) -> bottle.HTTPResponse:
     """An answer: an ApiModel, or anything else that is JSON, or a text; keyword `Retry_After` is its header."""
-    text = body.model_dump_json(exclude_none=False) if isinstance(body, ApiModel) else body
+    text = body.model_dump_json() if isinstance(body, ApiModel) else body
     if not isinstance(text, (str, bytes)):
         text = json.dumps(text, ensure_ascii=False)
     data = text.encode() if isinstance(text, str) else text
@@ -8272,10 +8270,6 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
             yield block
 
 
-def _http_date(moment: str) -> str:
-    return format_datetime(datetime.fromisoformat(moment), usegmt=True)
-
-
 def _matches(header: str, etag: str, *, weak: bool) -> bool:
     """If-Match and If-None-Match (RFC 9110, 13.1): a list of tags, or * for any; W/ counts only where `weak`."""
     tags = [tag.strip().removeprefix("W/" if weak else "") for tag in header.split(",")]
@@ -8316,7 +8310,8 @@ def get_download(call: Request, job_id: str) -> bottle.HTTPResponse:
     if not job.file:
         raise NotFound(f"job {job_id} has no file: it is a {job.status} {job.type} job")
     headers = {"ETag": f'"{job.file.sha256[:32]}"', "Accept-Ranges": "bytes", "Cache-Control": "private, no-cache",
-               "Last-Modified": _http_date(job.finished_at or job.created_at)}
+               "Last-Modified": format_datetime(
+                   datetime.fromisoformat(job.finished_at or job.created_at), usegmt=True)}
     if not _matches(call.header("If-Match") or "*", headers["ETag"], weak=False):
         raise PreconditionFailed(f"the file's ETag is {headers['ETag']}")
     if _matches(call.header("If-None-Match") or "", headers["ETag"], weak=True):
@@ -8472,10 +8467,6 @@ SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Poli
 _STANDARD_HEADERS = {"Cache-Control": "no-store", **SAFE_HEADERS}
 
 
-def _snake(name: str) -> str:
-    return re.sub(r"([A-Z])", lambda match: "_" + match[1].lower(), name)
-
-
 def told(error: Exception, what: str) -> TaskError:
     """The error to answer. A bug, or what is wrong with the database or the disk, is logged, and names that entry.
 
@@ -8505,64 +8496,49 @@ def _pack(call: Request, response: bottle.HTTPResponse) -> None:
 UNROUTED = "none"  # the path under which requests count that no route takes
 
 
-class Middleware:
-    """What stands around every handler: checks before it, failures into answers, headers on all of them."""
+def _checked(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
+    raw_path = call.environ.get("bottle.raw_path", "")
+    try:
+        raw_path.encode("latin-1").decode()
+    except UnicodeError:  # Bottle leaves its bad bytes out
+        raise BadRequest("the path is not UTF-8") from None
+    check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
+    if entry.path == UNROUTED:
+        return entry.handler(call, **arguments)
+    query = call.query(entry.query or NoQuery)
+    if MOUNT.get() and not raw_path:  # relative links would miss the mount
+        return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
+    models = [query] if entry.query else []
+    if entry.body and entry.body is not UploadForm:
+        models.append(call.body(entry.body))
+    return entry.handler(call, *models, **arguments)
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
 
-    def wrapped(self, entry: Route) -> Callable[..., bottle.HTTPResponse]:
-        """A route's handler as Bottle calls it."""
-        return lambda **arguments: self.measured(entry, **arguments)
-
-    def measured(self, entry: Route, **arguments: Any) -> bottle.HTTPResponse:
-        """Like `answer`, and counted under the route's path."""
-        began, metrics = monotonic(), self._engine.queue.metrics
-        response = self.answer(entry, **arguments)
-        metrics.observe("request_seconds", monotonic() - began, route=entry.path)
-        metrics.add("requests_total", method=bottle.request.method, route=entry.path, status=response.status_code)
-        return response
-
-    def answer(self, entry: Route, **arguments: Any) -> bottle.HTTPResponse:
-        """What the handler answers, or the answer to what it raises."""
-        call = Request(self._engine)
-        mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
-        try:
-            call.flight.enter_context(self._engine.queue.gate.request())
-            response = self._checked(call, entry, arguments)
-        except Exception as error:  # noqa: BLE001  # no traceback reaches a client
-            answered = told(error, f"{call.method} {call.path}")
-            response = reply(answered.body(), answered.http_status, **answered.headers)
-        finally:
-            call.flight.close()
-            MOUNT.reset(mount)
-        cors = cors_headers(call.header("Origin"), self._engine.settings.cors_origins)
-        if call.method == "OPTIONS" and "Access-Control-Allow-Origin" in cors:
-            asked = re.sub(r"[^\w, -]", "", call.header("Access-Control-Request-Headers") or "", flags=re.ASCII)
-            cors |= {"Access-Control-Allow-Methods": response.headers.get("Allow", ""), "Access-Control-Max-Age": "600",
-                     "Access-Control-Allow-Headers": asked, "Access-Control-Allow-Private-Network": "true"}
-        for name, value in {**_STANDARD_HEADERS, **cors}.items():
-            if name not in response.headers:
-                response.set_header(name, value)
-        _pack(call, response)
-        return response
-
-    def _checked(self, call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
-        raw_path = call.environ.get("bottle.raw_path", "")
-        try:
-            raw_path.encode("latin-1").decode()
-        except UnicodeError:  # Bottle leaves its bad bytes out
-            raise BadRequest("the path is not UTF-8") from None
-        check_head(call.method, call.path, call.header, call.length, self._engine.settings, self._engine.allowed_hosts)
-        if entry.path == UNROUTED:
-            return entry.handler(call, **arguments)
-        query = call.query(entry.query or NoQuery)
-        if MOUNT.get() and not raw_path:  # relative links would miss the mount
-            return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
-        models = [query] if entry.query else []
-        if entry.body and entry.body is not UploadForm:
-            models.append(call.body(entry.body))
-        return entry.handler(call, *models, **arguments)
+def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPResponse:
+    """What stands around every handler: checks before it, failures into answers, headers on all of them, counts."""
+    began, call, metrics = monotonic(), Request(engine), engine.queue.metrics
+    mount = MOUNT.set(quote(call.environ.get("SCRIPT_NAME", "").rstrip("/"), encoding="latin-1"))
+    try:
+        call.flight.enter_context(engine.queue.gate.request())
+        response = _checked(call, entry, arguments)
+    except Exception as error:  # noqa: BLE001  # no traceback reaches a client
+        answered = told(error, f"{call.method} {call.path}")
+        response = reply(answered.body(), answered.http_status, **answered.headers)
+    finally:
+        call.flight.close()
+        MOUNT.reset(mount)
+    cors = cors_headers(call.header("Origin"), engine.settings.cors_origins)
+    if call.method == "OPTIONS" and "Access-Control-Allow-Origin" in cors:
+        asked = re.sub(r"[^\w, -]", "", call.header("Access-Control-Request-Headers") or "", flags=re.ASCII)
+        cors |= {"Access-Control-Allow-Methods": response.headers.get("Allow", ""), "Access-Control-Max-Age": "600",
+                 "Access-Control-Allow-Headers": asked, "Access-Control-Allow-Private-Network": "true"}
+    for name, value in {**_STANDARD_HEADERS, **cors}.items():
+        if name not in response.headers:
+            response.set_header(name, value)
+    _pack(call, response)
+    metrics.observe("request_seconds", monotonic() - began, route=entry.path)
+    metrics.add("requests_total", method=call.method, route=entry.path, status=response.status_code)
+    return response
 
 
 def all_routes() -> list[Route]:
@@ -8601,10 +8577,6 @@ _ANSWER_HEADERS: Mapping[int | type, Mapping[str, str]] = {  # by status; `bytes
             "Accept-Ranges": "bytes", "Content-Disposition": "The file's name."}}
 
 
-def _reference(shape: type) -> Json:
-    return {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, ApiModel) else {"type": "object"}
-
-
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -8614,10 +8586,11 @@ def _content(shape: Any) -> dict[str, Json]:
         return {"*/*": _BINARY, _JSON_TYPE: {"schema": {}}}  # the file's own type; what is JSON can be anything that is
     if isinstance(shape, str):
         return {shape: {"schema": {"type": "string"}}}
+    schema = {"$ref": f"#/components/schemas/{shape.__name__}"} if issubclass(shape, ApiModel) else {"type": "object"}
     if shape is UploadForm:
-        return {"multipart/form-data": {"schema": _reference(shape)}, **dict.fromkeys(RAW_TYPES, _BINARY),
+        return {"multipart/form-data": {"schema": schema}, **dict.fromkeys(RAW_TYPES, _BINARY),
                 _JSON_TYPE: {"schema": {}}}
-    return {_JSON_TYPE: {"schema": _reference(shape)}}
+    return {_JSON_TYPE: {"schema": schema}}
 
 
 def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json]:
@@ -8663,11 +8636,6 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
-def _named_in(shape: Json) -> set[str]:
-    """The names of the shapes that a JSON schema refers to."""
-    return set(re.findall(r"#/components/schemas/(\w+)", json.dumps(shape)))
-
-
 def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     """The OpenAPI 3.1 document, made from the routes and their models."""
     routes = list(routes)
@@ -8681,7 +8649,7 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     schemas = definitions["$defs"]
     texts = {shape.__name__ for entry in routes for shape in (entry.query, UploadForm) if shape}
     sent = {shape.__name__ for shape in inputs}
-    while more := set().union(*(_named_in(schemas[name]) for name in sent)) - sent:
+    while more := {*re.findall(r"#/components/schemas/(\w+)", json.dumps([schemas[name] for name in sent]))} - sent:
         sent |= more
     for name in sent:
         _told_to_clients(schemas[name], name in texts)
@@ -8705,11 +8673,10 @@ def get_openapi(call: Request) -> bottle.HTTPResponse:
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
     app = bottle.Bottle()
-    middleware = Middleware(engine)
     routes = all_routes()
     for entry in routes:
-        app.route(re.sub(r"{(\w+)}", lambda match: f"<{_snake(match[1])}>", entry.path), entry.method,
-                  middleware.wrapped(entry))
+        app.route(re.sub(r"{(\w+)}", lambda match: f"<{to_snake(match[1])}>", entry.path), entry.method,
+                  partial(middleware, engine, entry))
 
     def refuse(_: Request, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """Bottle's own refusals (no such path, wrong method, a path that is not UTF-8), in our shape."""
@@ -8730,7 +8697,7 @@ def build_app(engine: Engine) -> bottle.Bottle:
         raise error.exception if isinstance(error.exception, Exception) else error
 
     def unrouted(error: bottle.HTTPError) -> bytes:
-        response = middleware.measured(Route("*", UNROUTED, refuse, None, None, {}), error=error)
+        response = middleware(engine, Route("*", UNROUTED, refuse, None, None, {}), error=error)
         response.apply(bottle.response)
         return cast(bytes, response.body)
 
@@ -8796,7 +8763,7 @@ def _sample_body(shape: Mapping[str, Json]) -> dict[str, Json]:
 
 def _examples(base: str, method: str, path: str, media: str, body: Mapping[str, Json]) -> dict[str, str]:
     """One call, by the program or language that makes it."""
-    url = base + re.sub(r"{(\w+)}", lambda match: _snake(match[1]).upper(), path)
+    url = base + re.sub(r"{(\w+)}", lambda match: to_snake(match[1]).upper(), path)
     how = "" if method == "get" else f"-X {method.upper()} " if not media else ""
     send, data, options = "", "", "" if method == "get" else f', {{method: "{method.upper()}"}}'
     if media == _JSON_TYPE:
