@@ -2512,13 +2512,18 @@ class RecordStore:
         def work(connection: sqlite3.Connection) -> bool:
             if connection.execute("SELECT 1 FROM _id_ranges WHERE job = ?", (job.job_id,)).fetchone():
                 return False
-            for record_type, kinds in columns.items():
-                self._reserve(connection, job, record_type, sizes[record_type],
-                              self._layout(connection, record_type, kinds))
+            self.reserve(connection, job, columns, sizes)
             return True
 
         while not self._database.write(work):
             self.discard(job.job_id)
+
+    def reserve(self, connection: sqlite3.Connection, job: Job, columns: Mapping[str, Mapping[str, Kind]],
+                sizes: Mapping[str, int]) -> None:
+        """What `open_job` does, within the transaction of a job's first chunk, of which nothing is left from before."""
+        for record_type, kinds in columns.items():
+            self._reserve(connection, job, record_type, sizes[record_type],
+                          self._layout(connection, record_type, kinds))
 
     def _layout(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> int:
         """The number of a layout; a new one may change the table."""
@@ -6610,15 +6615,17 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     versions = {"taskapi": __version__, **library_versions()}
     job, records = context.job, context.records
     with closing(request.plan()) as plan:
-        columns, state = plan.columns, context.checkpoint
+        columns, state, counts = plan.columns, context.checkpoint, records.own_counts(job)
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
-            records.open_job(job, columns, request.recipe().bounds)
-            state = {"versions": versions, "plan": None}
-        rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
-                         partial(records.own_column, job))
+            if counts:
+                records.discard(job.job_id)
+            state, counts = {"versions": versions, "plan": None}, Counter()
+        rows = RowSource(columns, counts, partial(records.own_rows, job), partial(records.own_column, job))
         saved = done = context.progress.done if state["plan"] else 0
 
         def append(connection: sqlite3.Connection) -> None:
+            if not saved:
+                records.reserve(connection, job, columns, request.recipe().bounds)
             for record_type, fresh in rows.fresh.items():
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
