@@ -279,7 +279,7 @@ class TooLarge(TaskError):
 
 
 class UnsupportedMedia(TaskError):
-    """A JSON endpoint was sent something else."""
+    """The body is of another type, or in a coding that is not gzip."""
 
     http_status = 415
 
@@ -8569,13 +8569,8 @@ def all_routes() -> list[Route]:
     return [*ROUTES[:2], *posted, *ROUTES[2:]]  # in the order in which people meet them
 
 
-_COMMON_ANSWERS = {400: "The request is wrong; `fields` says where.", 403: "A web page of another site sent it.",
-                   421: "The Host is not one of ours.", 431: "The headers are too large.",
-                   500: "The database or the disk cannot be used, or a bug.",
-                   503: "Busy, stopping, or health is down.", 413: "The JSON body is over 1 MiB.",
-                   415: "The body is of another type, or in a coding that is not gzip."}
-
-
+_COMMON_ANSWERS = {error.http_status: str(error.__doc__) for error in (
+    BadRequest, CrossSite, WrongHost, HeadersTooLarge, StorageError, Unavailable, TooLarge, UnsupportedMedia)}
 _MADE = {"Location": "Where its status is."}
 _ANSWER_HEADERS: Mapping[int | type, Mapping[str, str]] = {  # by status; `bytes`: wherever a file is answered
     201: _MADE, 202: _MADE, 416: {"Content-Range": "How long the file is."}, 503: {"Retry-After": "Seconds to wait."},

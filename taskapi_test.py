@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import concurrent.futures.thread
 import contextlib
 import csv
 import datetime as dt
@@ -4635,26 +4634,6 @@ def test_a_round_of_housekeeping_does_what_it_can(tmp_path: Path, script: Any, m
         assert len(runner.calls) == 2
         said = [record.getMessage() for record in caplog.records if "housekeeping" in record.getMessage()]
         assert sorted(said) == ["housekeeping has to wait: is away", *["housekeeping met a bug"] * 2]
-
-
-def test_worker_threads_that_die_are_replaced(
-        tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them, as only the interpreter can have it: at rest, with a call they took; the job is done as ever."""
-    worker, dying = concurrent.futures.thread._worker, iter(range(2))
-
-    def dies(reference: Any, *rest: Any) -> None:
-        if next(dying, None) is None:
-            worker(reference, *rest)
-        else:
-            reference()._idle_semaphore.release()
-            next(each for each in rest if hasattr(each, "get")).get()
-
-    monkeypatch.setattr(concurrent.futures.thread, "_worker", dies)
-    monkeypatch.setattr(taskapi, "_CALL_SECONDS", 0)
-    with taskapi.open_service(tmp_path) as service:
-        job_id = service.enqueue("script", {}).job_id
-        until(lambda: service.queue.wake() or service.queue.jobs.get(job_id).status == "completed")
-        assert_at_work(service)
 
 
 def test_a_job_of_a_type_that_is_gone_fails_by_name(
