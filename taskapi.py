@@ -6615,7 +6615,8 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     versions = {"taskapi": __version__, **library_versions()}
     job, records = context.job, context.records
     with closing(request.plan()) as plan:
-        columns, state, counts = plan.columns, context.checkpoint, records.own_counts(job)
+        columns, bounds = plan.columns, request.recipe().bounds
+        state, counts = context.checkpoint, records.own_counts(job)
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
             if counts:
                 records.discard(job.job_id)
@@ -6625,7 +6626,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
 
         def append(connection: sqlite3.Connection) -> None:
             if not saved:
-                records.reserve(connection, job, columns, request.recipe().bounds)
+                records.reserve(connection, job, columns, bounds)
             for record_type, fresh in rows.fresh.items():
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
