@@ -2172,7 +2172,8 @@ def _cells_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None
 
 def _floats(text: bytes) -> bytes:
     """A text with the floats that _FLOAT left as two numbers in their shortest form."""
-    parts = text.replace(b'\xfe"', b'"\xfe').split(b'"\xfe')
+    parts = (b".%b." % text).split(b"\xfe")
+    parts[0::2] = [part[1:-1] for part in parts[0::2]]  # without the quotes
     halves = from_json(b"[%b]" % b",".join(parts[1::2]))
     numbers = [whole * 2.0**-10 + rest * 2.0**-72 for whole, rest in zip(halves[0::2], halves[1::2], strict=True)]
     parts[1::2] = to_json(numbers)[1:-1].split(b",")
@@ -2403,7 +2404,7 @@ class Query:
                 end = min(last, first + step - 1)
                 looked_at = end - first + 1  # however many of them fit the filters
                 try:
-                    block, count, reached = self._fetch(*select(first, end, left), text.between,
+                    block, count, reached = self._fetch(text, *select(first, end, left),
                                                         _BLOCK_LIMIT if looked_at > 1 else _LONGEST)
                 except sqlite3.DataError:  # their text would be too long
                     if looked_at == 1:
@@ -2422,7 +2423,7 @@ class Query:
         sql = _cells_sql(shown, label, delimiter, self._wanted.excel_safe) if delimiter else _object_sql(shown, label)
         return f"{sql} AS line"
 
-    def _fetch(self, rows: str, bound: Sequence[Any], between: str, most: int) -> tuple[bytes, int, int]:
+    def _fetch(self, text: RecordText, rows: str, bound: Sequence[Any], most: int) -> tuple[bytes, int, int]:
         """The text of all rows of a query for (line, n), how many there are, and the last n.
 
         sqlite3.DataError if it exceeds `most` bytes.
@@ -2430,12 +2431,15 @@ class Query:
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
         try:
             joined, count, last = self._connection.execute(
-                f"SELECT CAST(group_concat(line, {_literal(between)}) AS BLOB), count(*), max(n) FROM ({rows})",
+                f"SELECT CAST(group_concat(line, {_literal(text.between)}) AS BLOB), count(*), max(n) FROM ({rows})",
                 bound).fetchone()
         finally:
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-        block = _floats(joined) if b"\xfe" in (joined or b"") else joined or b""
-        return block.replace(b"}\xff{", b",").replace(b'"\xff"', b""), count, last or 0
+        block = joined or b""
+        if b"\xff" in block:  # it goes with the quotes or braces around it
+            parts = (b".%b." % block).split(b"\xff")
+            block = (b"" if text.delimiter else b",").join([part[1:-1] for part in parts])
+        return _floats(block) if b"\xfe" in block else block, count, last or 0
 
     def page(self, after: int) -> tuple[bytes, int | None]:
         """The records of one type from the `_id` beyond `after` on, as JSON objects with commas between.
