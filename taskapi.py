@@ -2526,8 +2526,11 @@ class RecordStore:
                 sizes: Mapping[str, int]) -> None:
         """What `open_job` does, within the transaction of a job's first chunk, of which nothing is left from before."""
         for record_type, kinds in columns.items():
-            self._reserve(connection, job, record_type, sizes[record_type],
-                          self._layout(connection, record_type, kinds))
+            layout, size = self._layout(connection, record_type, kinds), sizes[record_type]
+            first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
+                                       "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
+            connection.execute("INSERT INTO _id_ranges(record_type, first, size, rows, job, layout) "
+                               "VALUES (?, ?, ?, 0, ?, ?)", (record_type, first, size, job.job_id, layout))
 
     def _layout(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> int:
         """The number of a layout; a new one may change the table."""
@@ -2584,12 +2587,6 @@ class RecordStore:
             connection.execute('DROP TABLE main."-old"')
         finally:
             connection.execute("PRAGMA writable_schema = OFF")
-
-    def _reserve(self, connection: sqlite3.Connection, job: Job, record_type: str, size: int, layout: int) -> None:
-        first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
-                                   "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
-        connection.execute("INSERT INTO _id_ranges(record_type, first, size, rows, job, layout) "
-                           "VALUES (?, ?, ?, 0, ?, ?)", (record_type, first, size, job.job_id, layout))
 
     def append(self, connection: sqlite3.Connection, job: Job, record_type: str, fields: Sequence[str],
                rows: Sequence[tuple[Json, ...]]) -> None:
@@ -6219,16 +6216,15 @@ class Format(NamedTuple):
 
     suffixes: tuple[str, ...]
     content_type: str
-    write: Writer | None
+    write: Writer
 
 
 FORMATS: dict[str, Format] = {}
-EXPORT_FORMATS: dict[str, Format] = {}  # those that can be written
 INGEST_FORMATS: dict[str, IngestFormat] = {}  # how those that can be read are, by suffix
 
 
-def file_format(name: str, *suffixes: str, content_type: str, magic: tuple[bytes, ...] = (),
-                write: Writer | None = None, read: IngestFormat | None = None) -> None:
+def file_format(name: str, *suffixes: str, content_type: str, write: Writer, magic: tuple[bytes, ...] = (),
+                read: IngestFormat | None = None) -> None:
     """Enters a format: how records are written in it, and read, where they can be.
 
     The first of the suffixes is that of exports; `magic` are the first bytes that prove the type, of what is no text.
@@ -6237,8 +6233,6 @@ def file_format(name: str, *suffixes: str, content_type: str, magic: tuple[bytes
         raise ValueError(f"there is a format {name!r} already")
     FORMATS[name] = Format(suffixes, content_type, write)
     FILE_TYPES.update(dict.fromkeys(suffixes, FileType(content_type, magic)))
-    if write:
-        EXPORT_FORMATS[name] = FORMATS[name]
     if read:
         INGEST_FORMATS.update(dict.fromkeys(suffixes, read))
         RAW_TYPES[content_type.partition(";")[0]] = suffixes[0]
@@ -6691,9 +6685,9 @@ def preview(request: GenerateRequest) -> str:
 
 
 def _export_format(name: str) -> str:
-    if name not in EXPORT_FORMATS:
-        raise ValueError(f"no such format {name!r}{did_you_mean(name, EXPORT_FORMATS)}; "
-                         f"there are: {', '.join(EXPORT_FORMATS)}")
+    if name not in FORMATS:
+        raise ValueError(f"no such format {name!r}{did_you_mean(name, FORMATS)}; "
+                         f"there are: {', '.join(FORMATS)}")
     return name
 
 
@@ -6704,7 +6698,7 @@ class ExportRequest(JobRequest):
         {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}]})
 
     format: Annotated[str, AfterValidator(_export_format)] = Field(
-        json_schema_extra=lambda schema: schema.update(enum=[*EXPORT_FORMATS]), description="What kind of file.")
+        json_schema_extra=lambda schema: schema.update(enum=[*FORMATS]), description="What kind of file.")
     filters: Filters = Filters.model_validate({})
     fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Which fields, in which order; default: all.")
@@ -6717,7 +6711,7 @@ class ExportRequest(JobRequest):
 @job_type("export", ExportRequest, computes=False)
 def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     """Writes one consistent snapshot to data/exports."""
-    export_format = EXPORT_FORMATS[request.format]
+    export_format = FORMATS[request.format]
     suffix = f"{export_format.suffixes[0]}.gz" if request.gzip else export_format.suffixes[0]
     record_type = request.filters.record_type
     label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
@@ -6725,7 +6719,6 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
                       context.interrupted)
     with AtomicFile(context.folder.root) as draft:
         sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
-        assert export_format.write
         with closing(export_format.write(sink, context.records, wanted)) as steps:
             for number, progress in enumerate(steps):
                 if number % 50 == 49:
@@ -10813,10 +10806,10 @@ def _output(client: Client) -> dict[str, Json]:
     name = Path(out).name.lower()
     if name.endswith(".gz"):
         name, request["gzip"] = name.removesuffix(".gz"), True
-    by_suffix = {suffix: name for name, known in EXPORT_FORMATS.items() for suffix in known.suffixes}
+    by_suffix = {suffix: name for name, known in FORMATS.items() for suffix in known.suffixes}
     told = "csv" if out == "-" else by_suffix.get(name.rpartition(".")[2] if "." in name else "")
     if "format" not in request and not told:
-        raise SettingError(f"--format is needed, since {out!r} does not tell: {', '.join(EXPORT_FORMATS)}")
+        raise SettingError(f"--format is needed, since {out!r} does not tell: {', '.join(FORMATS)}")
     request.setdefault("format", told)
     if out == "-" and sys.stdout.isatty() and (request["format"] == "sqlite" or request.get("gzip")):
         raise SettingError("a terminal cannot show such a file; --out names one")
