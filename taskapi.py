@@ -6260,8 +6260,8 @@ class RecordReader:
     """Reads one stored file as records: `filename` tells the format, by its extension (and a .gz behind that), unless
     the content does.
 
-    What the options leave open is found; `encoding` may be known from before. After `limit` characters `enough` is
-    true, and no more is looked at for the encoding. BadRequest if it is no format that holds records.
+    What the options leave open is found; `encoding` may be known from before, and no more than `limit` bytes are looked
+    at for it. `taken` characters were read. BadRequest if it is no format that holds records.
     """
 
     def __init__(self, filename: str, options: IngestOptions | None = None, encoding: str | None = None,
@@ -6276,12 +6276,7 @@ class RecordReader:
         self.encoding = self._options.encoding or encoding
         self.names, self.counts = defaultdict[str, FieldNames](FieldNames), Counter[str]()
         self._fitting = defaultdict[str, dict[str, list[Kind]]](dict)
-        self._taken = 0
-
-    @property
-    def enough(self) -> bool:
-        """Whether as much was read as was wanted."""
-        return self._taken >= self._limit
+        self.taken = 0
 
     def read(self, stream: BinaryIO) -> Iterator[ColumnBatch]:
         """The records in bounded memory, with batches of none while there is nothing to see yet; JobFailed with line
@@ -6318,9 +6313,9 @@ class RecordReader:
         self.encoding = check.name
 
     def _texts(self, stream: BinaryIO) -> Iterator[str]:
-        self._taken = 0
+        self.taken = 0
         for text in _decoded(self._blocks(stream), self.encoding or "utf-8"):
-            self._taken += len(text)
+            self.taken += len(text)
             yield text
 
     def learn(self, batch: ColumnBatch) -> None:
@@ -7019,7 +7014,7 @@ def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, 
         for batch in reader.read(stream):
             reader.learn(batch)
             batches.append(batch)
-            if reader.counts.total() >= SAMPLE or reader.enough:
+            if reader.counts.total() >= SAMPLE or reader.taken >= _SAMPLE_TEXT:
                 break
     except JobFailed as error:
         raise BadRequest(str(error), [FieldProblem("file", str(error))]) from None
