@@ -6524,7 +6524,8 @@ class GenerateRequest(JobRequest):
         recipe = filled.recipe()
         if recipe.total > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
-        filled.plan().close()  # its dates may not fit this request's instant
+        if self.schema_ or self.records:
+            filled.plan().close()  # its dates may not fit this request's instant; those of a preset fit any
         return filled
 
     def recipe(self) -> Recipe:
