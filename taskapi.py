@@ -3028,11 +3028,6 @@ def _quick_date(rng: random.Random, clock: Clock, stock: Callable[..., str]) -> 
     return draw
 
 
-@functools.cache
-def _signature(cls: Any, name: str) -> inspect.Signature:
-    return inspect.signature(getattr(cls.__new__(cls), name))
-
-
 # Whole files as text: what they cost has no bound.
 _WITHHELD = frozenset({"csv", "dsv", "fixed_width", "json", "psv", "tsv", "xml"})
 
@@ -3110,7 +3105,8 @@ class FastFaker:
 
     def signature(self, name: str) -> inspect.Signature:
         """What a method takes and gives."""
-        return _signature(self.provider(name).__class__, name)
+        cls: Any = self.provider(name).__class__
+        return inspect.signature(getattr(cls.__new__(cls), name))
 
     def table(self, name: str) -> Any:
         """The table that a method draws its values from; None if it does anything else."""
@@ -3309,14 +3305,14 @@ class RecipeType:
         """The path of a part of this description."""
         return ".".join([*filter(None, [self.path]), *steps])
 
-    @property
-    def root(self) -> RecipeType:
-        """The type at the upper end of `per`."""
-        return self.parent.root if self.parent else self
-
     def ancestors(self) -> list[RecipeType]:
         """The types that this one is made per, nearest first."""
         return [self.parent, *self.parent.ancestors()] if self.parent else []
+
+    @property
+    def root(self) -> RecipeType:
+        """The type at the upper end of `per`."""
+        return [self, *self.ancestors()][-1]
 
 
 class RecordGenerator:
