@@ -6337,7 +6337,7 @@ class RecordReader:
         """The records as the tables store them, values in the order of `kinds`."""
         columns = [_values(batch.columns[field], kind) if field in batch.columns else [None] * batch.length
                    for field, kind in kinds.items()]
-        return [*zip(*columns, strict=True)]
+        return [*zip(*columns, strict=True)] if columns else [()] * batch.length
 
 
 # ==== 7 Job types: what each job means: a model and a function ====

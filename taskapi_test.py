@@ -3842,10 +3842,12 @@ def test_files_as_they_are_in_the_world_go_in_or_say_how(case: str) -> None:
 def test_the_lists_in_a_json_file_become_record_types(app, large):
     """With split=true; named like them, however long they are, and what is no list of objects is left out."""
     users = [{"id": n, "name": "x" * 50} for n in range(20_000 if large else 2)]
-    body = json.dumps({"profile": {"name": "x"}, "Users": users, "user posts": [{"_id": 1}], "tags": ["a"], "no": []})
+    body = json.dumps({"profile": {"name": "x"}, "Users": users, "user posts": [{"_id": 1}], "tags": ["a"], "no": [],
+                       "bare": [{}]})
     job = upload(app, "db.json", body.encode(), split="true")
-    assert (job["error"], job["result"]["records"]) == (None, len(users) + 1)
-    assert job["result"]["recordTypes"] == {"users": len(users), "user_posts": 1}
+    assert (job["error"], job["result"]["records"]) == (None, len(users) + 2)
+    assert job["result"]["recordTypes"] == {"users": len(users), "user_posts": 1, "bare": 1}
+    assert app.get(f"/records/bare?jobId={job['jobId']}").json["items"] == [{}]
     assert job["result"]["renamed"] == {"user posts._id": "_id_"}
     first, *_ = json.loads(export(app, "users", "json", filters={"recordType": "users", "jobId": job["jobId"]}))
     assert first == users[0]
