@@ -109,7 +109,7 @@ from importlib.util import find_spec
 from itertools import chain, groupby, pairwise, product
 from operator import itemgetter
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic, sleep, time
 from typing import (
     TYPE_CHECKING,
@@ -967,19 +967,22 @@ class _Piece(NamedTuple):
     future: Future[Any]
 
 
-def _log_of(path: Path) -> tuple[Path, Path]:
-    """The log of a database, where its commits are until a checkpoint, and the log's index."""
+def _files_of(path: Path) -> dict[str, Path]:
+    """A database, its log, where commits are until a checkpoint copies them into it, and the log's index."""
     real = path.resolve()  # SQLite follows a link, and so does the log
-    return real.with_name(f"{real.name}-wal"), real.with_name(f"{real.name}-shm")
+    return {"database": path, "log": real.with_name(f"{real.name}-wal"), "index": real.with_name(f"{real.name}-shm")}
 
 
-def _identity(path: Path) -> list[int] | None:
-    """What tells a file from another one at its path; None if there is none to be seen."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return [status.st_dev, status.st_ino]
+def _identities(path: Path) -> dict[str, Json]:
+    """What tells the files of a database from others at their paths; None where there is none to be seen."""
+    found: dict[str, Json] = {}
+    for name, file in _files_of(path).items():
+        try:
+            status = os.stat(file)
+            found[name] = [status.st_dev, status.st_ino]
+        except OSError:
+            found[name] = None
+    return found
 
 
 def check_database_files(path: Path, last: Mapping[str, Json]) -> None:
@@ -987,16 +990,17 @@ def check_database_files(path: Path, last: Mapping[str, Json]) -> None:
 
     `last` are the identities that its files had when they were open the last time, as far as known.
     """
-    log, index = _log_of(path)
+    _, log, index = files = _files_of(path).values()
     if log.exists() and log.stat().st_size:
+        found = _identities(path)
         if not path.exists() or not path.stat().st_size:
             raise StorageError(f"the database {path} is {'empty' if path.exists() else 'missing'}, but its log {log} "
                                f"is there: put that database back, or a copy of it once you have removed {log} and "
                                f"{index}; nothing was changed")
-        if last.get("log") == _identity(log) and last.get("database") != _identity(path):
+        if last.get("log") == found["log"] and last.get("database") != found["database"]:
             raise StorageError(f"the database {path} was replaced, but {log} is the log of the one before: remove it "
                                f"and {index} to use the new one, or put the old one back; nothing was changed")
-    for file in (path, log, index):
+    for file in files:
         if file.exists() and not os.access(file, os.W_OK):
             try:
                 if file == path:
@@ -1007,88 +1011,52 @@ def check_database_files(path: Path, last: Mapping[str, Json]) -> None:
 
 
 class _OpenFiles:
-    """The files of an open database as seen from outside, so that one which another program put in place is noticed.
+    """The files of an open database as seen from outside, so that others which are put in their place are noticed.
 
-    Only our checkpoints change the database file, or those of another program: the index of the log counts both
-    (sqlite.org/walformat.html, section 2). Its descriptor is closed after SQLite's own, whose locks would be lost.
+    SQLite changes the database file only to copy the log into it, whichever program asks for that, and notes in the
+    index of the log how far it is (sqlite.org/walformat.html, section 2). The index is open until SQLite has closed its
+    files: to close any descriptor of a file lets go of all locks that the process has on it.
     """
 
-    def __init__(self, path: Path, on_overwritten: Callable[[], object]):
-        self._on_overwritten = on_overwritten
-        self.path, (self.log, self._index_path) = path, _log_of(path)
-        self.identities = {file: _identity(file) for file in (path, self.log, self._index_path)}
-        self._index_file = self._index_path.open("rb", buffering=0)  # open for as long: see above
-        self._index = mmap.mmap(self._index_file.fileno(), 1024, access=mmap.ACCESS_READ)
-        self._look, self._look_inside = -math.inf, -math.inf  # when the next checks really look
-        self._others = False  # another program has changed the log, and so perhaps the database
-        self.overwritten = False
-        self._seen, self._frames = self._stamp(), self.frames()
+    def __init__(self, path: Path):
+        self.path, self.identities = path, _identities(path)
+        self._file = _files_of(path)["index"].open("rb", buffering=0)
+        self._index = mmap.mmap(self._file.fileno(), 1024, access=mmap.ACCESS_READ)  # to read it takes no system call
+        self._seen, self.overwritten = self._look(), False
 
-    def _stamp(self) -> tuple[int, int]:
+    def _number(self, offset: int, form: str = "=I") -> int:
+        return int(struct.unpack_from(form, self._index, offset)[0])
+
+    def pages_to_copy(self) -> int:
+        """How many pages of the log are committed, and not yet in the database file."""
+        return self._number(16) - self._number(96)
+
+    def _look(self) -> tuple[tuple[int, int], int, int, int]:
+        """Size and time of the database file; the number of the log, its pages that were copied, and that are left."""
         status = os.stat(self.path)
-        return status.st_size, status.st_mtime_ns if os.name == "posix" else 0  # Windows notes that when it likes
+        changed = status.st_mtime_ns if os.name == "posix" else 0  # Windows notes that when it likes
+        return (status.st_size, changed), self._number(32, ">I"), self._number(96), self.pages_to_copy()
 
-    def frames(self) -> tuple[int, int]:
-        """How many pages of the log are committed, and how many of these the database file has too."""
-        return struct.unpack_from("=I", self._index, 16)[0], struct.unpack_from("=I", self._index, 96)[0]
+    def moved(self) -> str | None:
+        """What has become of the files if those at our paths are others."""
+        found, files = _identities(self.path), _files_of(self.path)
+        return next((f"{files[name]} was {'replaced' if found[name] else 'taken away'}"
+                     for name, identity in self.identities.items() if found[name] != identity), None)
 
-    def check(self, now: bool = False) -> None:
-        """Raises StorageError if the files at our paths are others than were opened; looks now and then, or `now`."""
-        if monotonic() < self._look and not now:
-            return  # each look is a chance for computing threads to keep us waiting
-        self._look = -math.inf
-        if now:
-            self._look_inside = -math.inf
-        for file, identity in self.identities.items():
-            found = _identity(file)
-            if found != identity:
-                raise self._refusal(f"{file} was {'replaced' if found else 'taken away'}")
-        if self.overwritten:
-            raise self._refusal(f"{self.path} was overwritten")
-        self._look = monotonic() + _LOOK_SECONDS
-
-    def check_content(self, now: bool = False) -> None:
-        """On the writer thread: `check`, and notices a database that was overwritten where it is."""
-        self._note_log(ours=False)
-        self.check(now)
-        if monotonic() < self._look_inside:
-            return
-        stamp = self._stamp()
-        if stamp != self._seen and not self._others:
-            self.overwritten = True
-            self._on_overwritten()
-            self.check(now=True)
-        self._seen, self._others, self._look_inside = stamp, False, monotonic() + _LOOK_SECONDS
-
-    def _note_log(self, ours: bool) -> None:
-        frames = self.frames()
-        self._others |= (frames != self._frames and not ours) or frames[1] > self._frames[1]
-        self._frames = frames
-
-    def note_commit(self) -> None:
-        """Our commit has changed the log."""
-        self._note_log(ours=True)
-
-    def note_checkpoint(self) -> None:
-        """Our checkpoint has changed the database file."""
-        self._seen, self._frames = self._stamp(), self.frames()
-
-    @property
-    def may_checkpoint(self) -> bool:
-        """Whether what a checkpoint would change is ours, wherever it is by now, and still of use to somebody."""
-        found = _identity(self.path)
-        if found == self.identities[self.path]:
-            return not self.overwritten and self._stamp() == self._seen
-        return found is not None
-
-    def _refusal(self, what: str) -> StorageError:
-        return StorageError(f"{what} while the server was running, which writes no more: restart it (to restore a "
-                            f"copy: stop it, remove {self.log} and {self._index_path}, put the copy there, start it)")
+    def changed(self) -> str | None:
+        """`moved`, or that the database was overwritten where it is; for one thread, which makes our checkpoints."""
+        with suppress(FileNotFoundError):
+            at_work = self._number(96) != self._number(128)  # a checkpoint
+            if not at_work and _identities(self.path)["database"] == self.identities["database"]:
+                (file, log, copied, left), self._seen = self._seen, self._look()
+                same = [(log, copied)] if left or not copied else [(log, copied), (log + 1, 0)]  # it begins anew
+                self.overwritten |= file != self._seen[0] and self._seen[1:3] in same
+        return f"{self.path} was overwritten" if self.overwritten else self.moved()
 
     def close(self) -> None:
         """After SQLite has closed its files."""
         self._index.close()
-        self._index_file.close()
+        self._file.close()
 
 
 class Database:
@@ -1102,24 +1070,27 @@ class Database:
     def __init__(self, path: Path, on_overwritten: Callable[[], object] = lambda: None):
         """Opens or makes it. `on_overwritten` is called when another program is found to have changed its file."""
         self.path = path
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: list[sqlite3.Connection] = []  # one at least is open as long as the writer is
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
         self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
         self._submitting = threading.Lock()  # so that nothing enters the queue behind its end
         self._closed = False
         self._durable = False  # whether a commit is fsynced
         self._log_is_to_go = False  # the next checkpoint gives the log's room back to the disk
+        self._fault: str | None = None  # why nothing is read or written: the files are not ours any more
+        self._next_look = 0.0  # when the writer thread asks whether they are
+        self._on_overwritten = on_overwritten
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._storage_errors(), ExitStack() as undo:
             self._writer = undo.enter_context(closing(self._connect("rwc")))
             self._set_up()
-            self._files = _OpenFiles(path, on_overwritten)
-            undo.callback(self._files.close)
-            self._anchor = self._open_reader()
+            self._readers.append(undo.enter_context(closing(self._connect("ro"))))
+            self._readers[0].execute("PRAGMA schema_version").fetchone()  # really opens the files
+            self._files = _OpenFiles(path)
             undo.pop_all()
-        self._thread = threading.Thread(target=self._write_batches, name="taskapi-writer", daemon=True)
+        self._thread = threading.Thread(target=self._write_all, name="taskapi-writer", daemon=True)
         self._thread.start()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
@@ -1144,7 +1115,7 @@ class Database:
                 migrate(self._writer)
             self._writer.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
             self._writer.execute("COMMIT")
-        self._writer.execute("PRAGMA schema_version").fetchone()  # the log is there once something was read
+        self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # from then on the index says how far the next one is
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -1170,7 +1141,7 @@ class Database:
     @property
     def identities(self) -> dict[str, Json]:
         """Of the files, for `check_database_files`."""
-        return {"database": self._files.identities[self.path], "log": self._files.identities[self._files.log]}
+        return self._files.identities
 
     # Writing
 
@@ -1199,17 +1170,21 @@ class Database:
                 raise StorageError("the database is busy") from None
             return future.result()
 
-    def _write_batches(self) -> None:
-        """What the writer thread does: all that waits, again and again, until nothing stands for the end."""
-        while True:
-            waiting = [self._queue.get()]
-            while not self._queue.empty():
-                waiting.append(self._queue.get())
-            batch = deque(filter(None, waiting))
+    def _write_all(self) -> None:
+        """What the writer thread does: looks after the files, and writes all that waits, until None is the end."""
+        waiting: list[_Piece | None] = []
+        while None not in waiting:
+            waiting = []
+            with suppress(Empty):
+                waiting.append(self._queue.get(timeout=_LOOK_SECONDS))
+                while True:
+                    waiting.append(self._queue.get_nowait())
+            batch = deque(piece for piece in waiting if piece and piece.future.set_running_or_notify_cancel())
+            if not batch:
+                with suppress(Exception):
+                    self._look()
             while batch:
                 self._write_batch(batch)
-            if None in waiting:
-                return
 
     def _write_batch(self, batch: deque[_Piece]) -> None:
         """Takes pieces from the batch for one transaction, as long as it may last; tells what came of each."""
@@ -1218,59 +1193,37 @@ class Database:
         try:
             with self._storage_errors():
                 self._begin(any(piece.durable for piece in batch))
-                try:
-                    until, alone = monotonic() + _BATCH_SECONDS, len(batch) == 1
-                    while batch and (not taken or monotonic() < until):
-                        piece = batch.popleft()
-                        if piece.future.set_running_or_notify_cancel():
-                            taken.append(piece)
-                            outcomes.append(self._write_piece(piece, alone))
-                    self._writer.execute("COMMIT")
-                    self._files.note_commit()
-                except BaseException:
-                    # SQLite may have rolled back by itself; a second ROLLBACK would hide the real error.
-                    if self._writer.in_transaction:
-                        self._writer.execute("ROLLBACK")
-                    raise
+                until = monotonic() + _BATCH_SECONDS
+                while batch and (not taken or monotonic() < until):
+                    taken.append(batch.popleft())
+                    outcomes.append(self._write_piece(taken[-1].work))
+                self._writer.execute("COMMIT")
         except BaseException as error:  # noqa: BLE001  # those who wait are told, whatever it is
-            taken += [piece for piece in batch if piece.future.set_running_or_notify_cancel()]
+            with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
+                self._writer.execute("ROLLBACK")
+            taken += batch
             batch.clear()
-            if isinstance(error, OSError):
-                error = StorageError(f"the database cannot be used: {error.strerror}")
             outcomes = [(None, error)] * len(taken)
-            self._log_is_to_go |= isinstance(error, DiskFull)  # there is room then for the next try
+        self._log_is_to_go |= any(isinstance(error, DiskFull) for _, error in outcomes)  # then there is room to go on
         with suppress(Exception), self._storage_errors():
-            self._checkpoint()  # before anybody who then looks whether there is room to go on
+            self._checkpoint()  # before anybody who then looks whether there is
         for piece, (result, raised) in zip(taken, outcomes, strict=True):
             piece.future.set_exception(raised) if raised else piece.future.set_result(result)
 
-    def _check_files(self, now: bool = False) -> None:
-        """Raises StorageError if the files are not ours any more."""
-        try:
-            self._files.check_content(now)
-        except StorageError:
-            if self._files.may_checkpoint:  # then the log, which nobody else can use, goes where it belongs
-                self._empty_log()
-            raise
-
     def _begin(self, durable: bool) -> None:
-        if self._closed:
-            raise StorageError("the database is closed")
-        self._check_files()
+        self._look()
         if durable != self._durable:
             self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
         self._writer.execute("BEGIN IMMEDIATE")
 
-    def _write_piece(self, piece: _Piece, alone: bool) -> tuple[Any, BaseException | None]:
-        """Runs one piece of a transaction; an error of one that is alone undoes the transaction as a whole."""
-        if alone:
-            return piece.work(self._writer), None
-        outcome: tuple[Any, BaseException | None]
+    def _write_piece(self, work: Callable[[sqlite3.Connection], T]) -> tuple[T | None, BaseException | None]:
+        """Does one piece of work of a transaction, of which an error leaves nothing."""
+        outcome: tuple[T | None, BaseException | None]
         self._writer.execute("SAVEPOINT piece")
         try:
             with self._storage_errors():
-                outcome = piece.work(self._writer), None
+                outcome = work(self._writer), None
         except BaseException as error:
             if not self._writer.in_transaction:
                 raise
@@ -1279,16 +1232,34 @@ class Database:
         self._writer.execute("RELEASE piece")
         return outcome
 
+    def _look(self, now: bool = False) -> None:
+        """On the writer thread: raises StorageError while the files are not ours; looks now and then, or `now`."""
+        if now or monotonic() >= self._next_look:
+            known, what = self._fault, self._files.changed()
+            self._next_look = monotonic() + _LOOK_SECONDS
+            self._fault = what and (
+                f"{what} while the server was running, which writes no more: restart it (to restore a copy: stop it, "
+                f"remove {' and '.join(str(file) for file in [*_files_of(self.path).values()][1:])}, put the copy "
+                "there, start it)")
+            if self._fault not in (None, known):
+                if self._files.overwritten:
+                    with suppress(OSError):
+                        self._on_overwritten()
+                elif self.path.exists():  # the log, which nobody else can use, goes where it belongs
+                    self._empty_log()
+        self._refuse()
+
+    def _refuse(self) -> None:
+        if self._closed or self._fault:
+            raise StorageError(self._fault or "the database is closed")
+
     def _checkpoint(self) -> None:
         """Copies the log into the database when it is long, or its room is wanted."""
-        committed, copied = self._files.frames()
-        if committed - copied >= _LOG_PAGES or self._log_is_to_go:
-            self._check_files(now=True)
-            emptied, self._log_is_to_go = self._log_is_to_go, False
-            try:
-                self._empty_log() if emptied else self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            finally:  # it may have come half the way
-                self._files.note_checkpoint()
+        wanted, self._log_is_to_go = self._log_is_to_go, False
+        if wanted or self._files.pages_to_copy() >= _LOG_PAGES:
+            self._look(now=True)
+            self._empty_log() if wanted else self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._look(now=True)  # so that this change of the database is told from others
 
     def _empty_log(self) -> None:
         """Copies the log into the database and gives its room back, or as much as those who read let it."""
@@ -1301,10 +1272,8 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """A connection for reading, with a consistent snapshot for as long as the block lasts."""
-        if self._closed:
-            raise StorageError("the database is closed")
+        self._refuse()
         with self._storage_errors():
-            self._files.check()
             try:
                 connection = self._readers.pop()
             except IndexError:
@@ -1326,8 +1295,9 @@ class Database:
         """A connection to our file, and to none that has come to its path meanwhile."""
         connection = self._connect("ro")  # SQLite itself keeps it from writing
         try:
-            connection.execute("PRAGMA schema_version").fetchone()  # opens the log too
-            self._files.check(now=True)
+            connection.execute("PRAGMA schema_version").fetchone()  # really opens the files
+            if what := self._files.moved():
+                raise StorageError(what)
         except BaseException:
             connection.close()
             raise
@@ -1352,7 +1322,7 @@ class Database:
 
     def probe(self, at: str) -> None:
         """Really writes and reads; raises StorageError if either fails, or if damage was met and is still there."""
-        self._files.check(now=True)
+        self._next_look = 0
         self.write(lambda connection: connection.execute("INSERT OR REPLACE INTO _heartbeat VALUES (1, ?)", (at,)))
         with self.read() as connection:
             connection.execute("SELECT at FROM _heartbeat").fetchone()
@@ -1391,13 +1361,10 @@ class Database:
             self._closed = True
             self._queue.put(None)
         self._thread.join()
-        readers = [*self._readers, self._anchor]
-        try:
-            self._check_files(now=True)
-            connections = [*readers, self._writer]  # as the last one it checkpoints, and removes the log
-        except StorageError:
-            connections = [self._writer, *readers]  # as the last one the anchor, which only reads, does neither
-        for connection in connections:
+        with suppress(Exception):
+            self._look(now=True)
+        # The last one checkpoints and removes the log, unless it may only read.
+        for connection in [self._writer, *self._readers] if self._fault else [*self._readers, self._writer]:
             connection.close()
         self._files.close()
 
