@@ -1428,41 +1428,32 @@ def sqlite_check() -> str:
     return f"{sqlite3.sqlite_version}{note}"
 
 
-_JOB_COLUMNS = ("id, type, status, created_at, started_at, finished_at, attempt, request, result, error, after, "
-                "interruptions, record_type, cancel_requested, file")  # as _job takes them, and then done and total
-_JOB_QUERY = f"SELECT {_JOB_COLUMNS}, done, total, done_before FROM jobs LEFT JOIN _progress ON job = id"
-_BRIEF_QUERY = _JOB_QUERY.replace("request,", "'{}',")  # for many jobs at once: a request may have a megabyte
+_JOB_QUERY = "SELECT jobs.*, done, total, done_before, moved_in FROM jobs LEFT JOIN _progress ON job = id"
 
 
-def _job(job_id: str, job_type: str, status: str, created_at: str, started_at: str | None, finished_at: str | None,
-         attempt: int, request: str, result: str | None, error: str | None, after: str | None,
-         interruptions: str | None, record_type: str | None, cancel_requested: int, file: str | None,
-         done: int | None, total: int | None) -> Job:
-    """A row of the job table; a completed job is at its end, whatever it said of that."""
-    if status == JobStatus.COMPLETED:
-        done = total = total if total is not None else done or 0
-    return Job(
-        job_id=job_id, type=job_type, status=JobStatus(status), created_at=created_at, started_at=started_at,
-        finished_at=finished_at, attempt=attempt, progress=Progress(done=done or 0, total=total),
-        request=json.loads(request), result=json.loads(result) if result else None, error=error, after=after,
-        interruptions=json.loads(interruptions) if interruptions else [], record_type=record_type,
-        cancel_requested=bool(cancel_requested), file=StoredFile(**json.loads(file)) if file else None)
-
-
-def _eta(job: Job, done_before: int, now: str) -> float | None:
+def _eta(row: Mapping[str, Any], now: str) -> float | None:
     """Seconds that a running job still needs, at the pace of this attempt so far."""
-    made, total = job.progress.done - done_before, job.progress.total
-    if job.status is not JobStatus.IN_PROGRESS or not job.started_at or total is None or made <= 0:
+    made = (row["done"] or 0) - (row["done_before"] or 0)
+    if row["status"] != JobStatus.IN_PROGRESS or not row["started_at"] or row["total"] is None or made <= 0:
         return None
-    elapsed = datetime.fromisoformat(now) - datetime.fromisoformat(job.started_at)
-    return round(max(0.0, elapsed.total_seconds()) / made * (total - job.progress.done), 1)
+    elapsed = datetime.fromisoformat(now) - datetime.fromisoformat(row["started_at"])
+    left: int = row["total"] - row["done"]
+    return round(max(0.0, elapsed.total_seconds()) / made * left, 1)
 
 
-def _job_now(row: Sequence[Any], now: str) -> Job:
-    """A row of _JOB_QUERY, with how long the job will take as it looks now."""
-    job = _job(*row[:-1])
-    eta = _eta(job, row[-1] or 0, now)
-    return job if eta is None else job.model_copy(update={"eta": eta})
+def _job(row: Mapping[str, Any], now: str) -> Job:
+    """A row of _JOB_QUERY; a completed job is at its end, whatever it said of that."""
+    done, total = row["done"] or 0, row["total"]
+    if row["status"] == JobStatus.COMPLETED:
+        done = total = done if total is None else total
+    loaded = {name: json.loads(row[name] or "null") for name in ("request", "result", "file")}
+    return Job(
+        job_id=row["id"], type=row["type"], status=JobStatus(row["status"]), created_at=row["created_at"],
+        started_at=row["started_at"], finished_at=row["finished_at"], attempt=row["attempt"],
+        progress=Progress(done=done, total=total), request=loaded["request"], result=loaded["result"],
+        error=row["error"], after=row["after"], interruptions=json.loads(row["interruptions"] or "[]"),
+        record_type=row["record_type"], cancel_requested=bool(row["cancel_requested"]),
+        file=StoredFile(**loaded["file"]) if loaded["file"] else None, eta=_eta(row, now))
 
 
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -1510,52 +1501,49 @@ class JobStore:
         self._clock = clock
         with database.read() as connection:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
-        self._make_id = make_id or JobIds(clock, last)
-        self._room = 0  # jobs that may become pending before they have to be counted again
+        self.new_id = make_id or JobIds(clock, last)  # for a job whose file has to be in place before its row
 
     def _now(self) -> str:
         return instant(self._clock())
 
-    def _jobs(self, connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> list[Job]:
+    def _jobs(self, connection: sqlite3.Connection, query: str, parameters: Sequence[Json] = ()) -> Iterator[Job]:
         """What a query that begins with _JOB_QUERY finds."""
-        now = self._now()
-        return [_job_now(row, now) for row in connection.execute(query, parameters)]
+        rows = connection.cursor()
+        rows.row_factory = sqlite3.Row
+        return map(partial(_job, now=self._now()), rows.execute(query, parameters))
 
     def insert(self, job_type: str, request: Mapping[str, Json], *, record_type: str | None = None,
                after: str | None = None, key: str | None = None, key_hash: str | None = None,
                max_pending: int | None = None, job_id: str | None = None, file: StoredFile | None = None,
-               weight: int = 1) -> tuple[Job, bool]:
-        """Adds a pending job and answers (job, True), durably; or (the job made with this key before, False).
+               weight: int = 1, result: Mapping[str, Json] | None = None) -> tuple[Job, bool]:
+        """Adds a job and answers (job, True), durably; or (the job made with this key before, False).
 
-        `after` is a job that has to be completed first, `weight` the number of records that are expected of this one;
-        see `claim`. Raises BadRequest if there is no job `after`, Conflict if the key was used for another request,
-        Unavailable if `max_pending` jobs wait already.
+        It is pending; or completed, with this `result`, where it was done while the client waited. `after` is a job
+        that has to be completed first, `weight` the number of records that are expected of this one; see `claim`.
+        Raises BadRequest if there is no job `after`, Conflict if the key was used for another request, Unavailable if
+        `max_pending` jobs wait already.
         """
-        job = Job(job_id=job_id or self._make_id(), type=job_type, status=JobStatus.PENDING, created_at=self._now(),
-                  request=dict(request), after=after, record_type=record_type, file=file)
+        job_id, now = job_id or self.new_id(), self._now()
+        ended: dict[str, Json] = {} if result is None else {
+            "status": JobStatus.COMPLETED, "started_at": now, "finished_at": now, "attempt": 1,
+            "result": _json_text(result)}
 
         def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
             earlier = self._by_key(connection, key, key_hash)
             if earlier:
                 return earlier, False
-            if max_pending is not None:
-                self._check_room(connection, max_pending)
-            connection.execute(
-                "INSERT INTO jobs(id, type, status, created_at, record_type, request, after, idempotency_key, "
-                "idempotency_hash, file, claim_order, blocked) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (job.job_id, job_type, job.created_at, record_type, _json_text(request), after, key, key_hash,
-                 _file_text(file), self._claim_order(job.job_id, weight), self._has_to_wait(connection, after)))
-            return job, True
+            if max_pending is not None and self._count(connection, JobStatus.PENDING) >= max_pending:
+                raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+            row = {"id": job_id, "type": job_type, "status": JobStatus.PENDING, "created_at": now,
+                   "record_type": record_type, "request": _json_text(request), "after": after, "idempotency_key": key,
+                   "idempotency_hash": key_hash, "file": _file_text(file),
+                   "claim_order": self._claim_order(job_id, weight),
+                   "blocked": self._has_to_wait(connection, after), **ended}
+            connection.execute(f"INSERT INTO jobs({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
+                               [*row.values()])
+            return self._get(connection, job_id), True
 
         return self._database.write(work, durable=True)
-
-    def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
-        """Counts jobs only where there could be too many: counting thousands would cost more than the insert."""
-        if self._room <= 0:
-            self._room = max_pending - self._count(connection, JobStatus.PENDING)
-        if self._room <= 0:
-            raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
-        self._room -= 1
 
     def _claim_order(self, job_id: str, weight: int) -> int:
         """When the job was made, in milliseconds, and ten seconds more for each doubling of its records."""
@@ -1573,27 +1561,6 @@ class JobStore:
             raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
         return bool(before[0] != JobStatus.COMPLETED)
 
-    def insert_completed(self, job_id: str, job_type: str, request: Mapping[str, Json], result: Mapping[str, Json],
-                         file: StoredFile, key: str | None = None, key_hash: str | None = None) -> tuple[Job, bool]:
-        """Adds a job that was done while the client waited; otherwise like `insert`."""
-        def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
-            earlier = self._by_key(connection, key, key_hash)
-            if earlier:
-                return earlier, False
-            now = self._now()
-            connection.execute(
-                "INSERT INTO jobs(id, type, status, created_at, started_at, finished_at, attempt, request, result, "
-                "file, idempotency_key, idempotency_hash) VALUES (?, ?, 'completed', ?, ?, ?, 1, ?, ?, ?, ?, ?)",
-                (job_id, job_type, now, now, now, _json_text(request), _json_text(result),
-                 _file_text(file), key, key_hash))
-            return self._get(connection, job_id), True
-
-        return self._database.write(work, durable=True)
-
-    def new_id(self) -> str:
-        """An id for a job whose file has to be in place before its row."""
-        return self._make_id()
-
     def _by_key(self, connection: sqlite3.Connection, key: str | None, key_hash: str | None) -> Job | None:
         if key is None:
             return None
@@ -1603,10 +1570,9 @@ class JobStore:
         return self._get(connection, row[0]) if row else None
 
     def _get(self, connection: sqlite3.Connection, job_id: str) -> Job:
-        found = self._jobs(connection, f"{_JOB_QUERY} WHERE id = ?", (job_id,))
-        if not found:
-            raise NotFound(f"there is no job {job_id!r}")
-        return found[0]
+        for job in self._jobs(connection, f"{_JOB_QUERY} WHERE id = ?", (job_id,)):
+            return job
+        raise NotFound(f"there is no job {job_id!r}")
 
     def get(self, job_id: str) -> Job:
         """The job; NotFound if there is none."""
@@ -1624,14 +1590,14 @@ class JobStore:
         literal = [f"status = '{JobStatus(status)}'"] if status else []
         where = f"WHERE {' AND '.join([*literal, *used])}" if literal or used else ""
         jobs: list[Job] = []
-        characters, now = 0, self._now()
+        characters = 0
         with self._database.read() as connection:
-            for row in connection.execute(f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?",
-                                          (*used.values(), limit + 1)):
+            for job in self._jobs(connection, f"{_JOB_QUERY} {where} ORDER BY id DESC LIMIT ?",
+                                  (*used.values(), limit + 1)):
                 if len(jobs) == limit or characters > _PAGE_CHARACTERS:
                     return jobs, True
-                jobs.append(_job_now(row, now))
-                characters += sum(len(value) for value in row if isinstance(value, str))
+                jobs.append(job)
+                characters += len(job.model_dump_json())
         return jobs, False
 
     def _count(self, connection: sqlite3.Connection, status: JobStatus) -> int:
@@ -1659,34 +1625,29 @@ class JobStore:
             "UPDATE jobs SET status = 'in-progress', attempt = attempt + 1, started_at = ? WHERE id = "
             "(SELECT id FROM jobs WHERE status = 'pending' AND blocked = 0 AND (attempt = 0 OR NOT EXISTS "
             "(SELECT 1 FROM jobs AS suspect WHERE suspect.status = 'in-progress' AND suspect.attempt > 1)) "
-            f"ORDER BY claim_order, id LIMIT 1) RETURNING {_JOB_COLUMNS}, "
-            "(SELECT done FROM _progress WHERE job = id), (SELECT total FROM _progress WHERE job = id), "
-            "EXISTS (SELECT 1 FROM jobs AS other WHERE status = 'pending' AND blocked = 0 AND other.id <> jobs.id)",
-            (self._now(),)).fetchall()
-        if not claimed:
-            return None
-        (*row, more), = claimed
-        job, state = _job(*row), None
-        if job.progress != Progress():
-            (state,), = connection.execute("UPDATE _progress SET done_before = done WHERE job = ? RETURNING checkpoint",
-                                           (job.job_id,)).fetchall()
-        return Claim(job, json.loads(state) if state else None, bool(more))
-
-    def any_dependents_to_fail(self) -> bool:
-        """Whether a pending job is to follow one that was not completed."""
-        with self._database.read() as connection:
-            return bool(connection.execute(f"{_DOOMED} SELECT EXISTS (SELECT 1 FROM doomed)", (1,)).fetchone()[0])
+            "ORDER BY claim_order, id LIMIT 1) RETURNING id, EXISTS (SELECT 1 FROM jobs AS other "
+            "WHERE status = 'pending' AND blocked = 0 AND other.id <> jobs.id)", (self._now(),)).fetchall()
+        for job_id, more in claimed:
+            state = connection.execute("UPDATE _progress SET done_before = done WHERE job = ? RETURNING checkpoint",
+                                       (job_id,)).fetchall()
+            checkpoint = json.loads(state[0][0] or "null") if state else None
+            return Claim(self._get(connection, job_id), checkpoint, bool(more))
+        return None
 
     def fail_dependents(self) -> Iterator[Job]:
         """Fails pending jobs that were to follow a job that has failed, was canceled or is gone, in steps.
 
         Yields them without their requests, and with the files that they do not have any more.
         """
-        while ended := self._database.write(self._fail_some_dependents, durable=True):
-            yield from ended
+        while True:
+            with self._database.read() as connection:
+                if not connection.execute(f"{_DOOMED} SELECT EXISTS (SELECT 1 FROM doomed)", (1,)).fetchone()[0]:
+                    return
+            yield from self._database.write(self._fail_some_dependents, durable=True)
 
     def _fail_some_dependents(self, connection: sqlite3.Connection) -> list[Job]:
-        doomed = self._jobs(connection, f"{_DOOMED} {_BRIEF_QUERY} WHERE id IN (SELECT id FROM doomed)", (_STEP_JOBS,))
+        brief = _JOB_QUERY.replace("jobs.*", "'{}' AS request, jobs.*")  # a request may have a megabyte
+        doomed = [*self._jobs(connection, f"{_DOOMED} {brief} WHERE id IN (SELECT id FROM doomed)", (_STEP_JOBS,))]
         reason, now = "job {}, which this one was to follow, was not completed", self._now()
         connection.execute(
             "UPDATE jobs SET status = 'failed', blocked = 0, file = NULL, finished_at = ?, "
@@ -1724,7 +1685,10 @@ class JobStore:
     def futile_attempts(self, job: Job) -> int:
         """How many attempts in a row, this one included, have saved no other checkpoint than they began from."""
         with self._database.read() as connection:
-            moved = connection.execute("SELECT moved_in FROM _progress WHERE job = ?", (job.job_id,)).fetchone()
+            return self._futile(connection, job)
+
+    def _futile(self, connection: sqlite3.Connection, job: Job) -> int:
+        moved = connection.execute("SELECT moved_in FROM _progress WHERE job = ?", (job.job_id,)).fetchone()
         return max(0, job.attempt - (moved[0] if moved else 0))
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
@@ -1734,7 +1698,9 @@ class JobStore:
         Raises LeaseLost if it is not this attempt's any more.
         """
         def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
-            ended = self._finish(connection, job, status, result, error, file)
+            ended = self._transition(connection, job, status, finished_at=self._now(), result=_json_text(result),
+                                     error=error, file=_file_text(file))
+            connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
             return ended, status is JobStatus.COMPLETED and self._unblock(connection, job.job_id)
 
         ended, more = self._database.write(work, durable=True)
@@ -1750,69 +1716,54 @@ class JobStore:
             f"jobs.after WHERE jobs.status = 'pending' AND jobs.blocked = 1 AND {which} LIMIT ?)",
             (*head, _STEP_JOBS)).rowcount == _STEP_JOBS
 
-    def _finish(self, connection: sqlite3.Connection, job: Job, status: JobStatus, result: Json, error: str | None,
-                file: StoredFile | None) -> Job:
-        now = self._now()
-        self._transition(connection, job, status, "finished_at = ?, result = ?, error = ?, file = ?",
-                         (now, _json_text(result), error, _file_text(file)))
-        connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
-        return job.model_copy(update={
-            "status": status, "finished_at": now, "result": result, "error": error, "file": file, "eta": None})
-
     def release(self, job: Job, reason: str, *, charged: bool) -> Job:
         """Puts a running job back to pending, and notes why; an attempt that is not `charged` is not counted."""
-        def work(connection: sqlite3.Connection) -> Job:
-            self._room = 0
-            self._transition(connection, job, JobStatus.PENDING, "attempt = attempt - ?, interruptions = ?",
-                             (0 if charged else 1, self._interruptions(job, reason)))
-            return self._get(connection, job.job_id)
-
-        return self._database.write(work)
+        return self._database.write(lambda connection: self._transition(
+            connection, job, JobStatus.PENDING, attempt=job.attempt - (not charged),
+            interruptions=self._interruptions(job, reason)))
 
     def _interruptions(self, job: Job, reason: str) -> str | None:
         """The job's history with one more entry; the last twenty are kept."""
         entry = Interruption(attempt=job.attempt, started_at=job.started_at, at=self._now(), reason=reason)
         return _json_text([past.model_dump(by_alias=False) for past in (*job.interruptions, entry)][-20:])
 
-    def _transition(self, connection: sqlite3.Connection, job: Job, status: JobStatus, assignments: str,
-                    values: Sequence[Json]) -> None:
-        """The one way out of in-progress, fenced by id, attempt and status."""
+    def _transition(self, connection: sqlite3.Connection, job: Job, status: JobStatus, **values: Json) -> Job:
+        """The one way out of in-progress, fenced by id, attempt and status; `values` are columns that change too."""
         assert status in MOVES[JobStatus.IN_PROGRESS]
         moved = connection.execute(
-            f"UPDATE jobs SET status = ?, {assignments} WHERE id = ? AND attempt = ? AND status = 'in-progress'",
-            (status, *values, job.job_id, job.attempt)).rowcount
+            f"UPDATE jobs SET status = ?, {', '.join(f'{name} = ?' for name in values)} "
+            "WHERE id = ? AND attempt = ? AND status = 'in-progress'",
+            (status, *values.values(), job.job_id, job.attempt)).rowcount
         if not moved:
             raise LeaseLost
+        return self._get(connection, job.job_id)
 
     def recover(self, max_attempts: int) -> list[Job]:
         """At start: whatever was in progress when the last process ended goes on, or has been tried often enough.
 
-        Answers these jobs, without their requests.
+        Answers these jobs.
         """
-        recovered: list[Job] = []
-        while some := self._database.write(partial(self._recover_some, max_attempts=max_attempts), durable=True):
-            recovered += some
+        recovered = self._database.write(partial(self._recover, max_attempts=max_attempts), durable=True)
         while self._database.write(self._unblock):
             pass
         return recovered
 
-    def _recover_some(self, connection: sqlite3.Connection, max_attempts: int) -> list[Job]:
-        brief = _BRIEF_QUERY.replace("SELECT ", "SELECT moved_in, ", 1)
-        rows = connection.execute(f"{brief} WHERE status = 'in-progress' ORDER BY id LIMIT ?", (_STEP_JOBS,)).fetchall()
-        jobs, reason, now = [], "the server ended while the job ran", self._now()
-        for moved_in, *row in rows:
-            job, status, error = _job_now(row, now), JobStatus.PENDING, None
-            tried = job.attempt - (moved_in or 0)
+    def _recover(self, connection: sqlite3.Connection, max_attempts: int) -> list[Job]:
+        reason, recovered = "the server ended while the job ran", []
+        running = connection.execute("SELECT id FROM jobs WHERE status = 'in-progress'").fetchall()  # not many
+        for job_id, in running:
+            job = self._get(connection, job_id)
+            tried, ending = self._futile(connection, job), {}
+            status, error = JobStatus.PENDING, None
             if job.cancel_requested:
                 status, error = JobStatus.CANCELED, _CANCELED
             elif tried >= max_attempts:
                 status, error = JobStatus.FAILED, f"interrupted {'once' if tried == 1 else f'{tried} times'}: {reason}"
-            finished_at, file = (now, None) if status.finished else (None, job.file)
-            self._transition(connection, job, status, "error = ?, finished_at = ?, file = ?, interruptions = ?",
-                             (error, finished_at, _file_text(file), self._interruptions(job, reason)))
-            jobs.append(job.model_copy(update={"status": status, "error": error, "finished_at": finished_at,
-                                               "file": file, "eta": None}))
-        return jobs
+            if status.finished:
+                ending = {"error": error, "finished_at": self._now(), "file": None}
+            recovered.append(self._transition(connection, job, status, interruptions=self._interruptions(job, reason),
+                                              **ending))
+        return recovered
 
     def cancel(self, job_id: str) -> Job:
         """Cancels a pending job at once, asks a running one to stop; Conflict if it is finished."""
@@ -1835,7 +1786,6 @@ class JobStore:
             job = self._get(connection, job_id)
             if JobStatus.PENDING not in MOVES[job.status] or not job.status.finished:
                 raise Conflict(f"only a failed or canceled job can be retried; this one is {job.status}")
-            self._room = 0
             connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
             connection.execute(
                 "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, error = NULL, "
@@ -7355,11 +7305,10 @@ class Workers:
 
     def fail_dependents(self) -> None:
         """Fails the pending jobs that were to follow one that was not completed."""
-        if self.jobs.any_dependents_to_fail():
-            for job in self.jobs.fail_dependents():
-                if job.file:
-                    self._folder.remove(job.file)
-                self._ended(job.model_copy(update={"file": None}))
+        for job in self.jobs.fail_dependents():
+            if job.file:
+                self._folder.remove(job.file)
+            self._ended(job.model_copy(update={"file": None}))
 
     def _begin(self, run: object, claim: Claim) -> JobContext:
         job, context = claim.job, self.context(claim.job, claim.checkpoint)
@@ -7536,7 +7485,8 @@ class JobQueue(Workers):
         assert done.file is not None
         with ExitStack() as undo:
             undo.callback(self._folder.remove, done.file)
-            job, new = self.jobs.insert_completed(job.job_id, job.type, body, done.result, done.file, key, key_hash)
+            job, new = self.jobs.insert(job.type, body, job_id=job.job_id, result=done.result, file=done.file, key=key,
+                                        key_hash=key_hash)
             if new:
                 undo.pop_all()
         if new:
