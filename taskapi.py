@@ -2031,14 +2031,6 @@ class RecordText(NamedTuple):
     empty: str = ""
 
 
-class Lines(NamedTuple):
-    """Selected records as text: the fields, how many there will be (None: unknown), and (text, records) by blocks."""
-
-    fields: list[str]
-    total: int | None
-    blocks: Iterator[tuple[bytes, int]]
-
-
 # Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
 # made of; x'fe' around floats.
 _MARK = "CAST(x'ff' AS TEXT)"
@@ -2634,13 +2626,13 @@ class RecordStore:
                     for name in _record_types(connection)]
 
     @contextmanager
-    def lines(self, wanted: Selected, text: RecordText) -> Iterator[Lines]:
-        """The selected records as text, made inside SQLite, from one snapshot; raises what `Query` does."""
+    def lines(self, wanted: Selected, text: RecordText) -> Iterator[tuple[Query, Iterator[tuple[bytes, int, int]]]]:
+        """The selected records as text from one snapshot: `Query.text_blocks`, made ahead; raises what `Query` does."""
         with self._database.read() as connection:
             connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
             query = Query(connection, wanted)
             with closing(_ahead(query.text_blocks(text))) as blocks:
-                yield Lines(query.header, query.total, ((block, count) for block, count, _ in blocks))
+                yield query, blocks
 
     def copy_to(self, path: Path, wanted: Selected) -> Iterator[Progress]:
         """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
@@ -5336,16 +5328,16 @@ def _cell(field: str, excel_safe: bool) -> str:
 
 
 def _write_text(text: RecordText, sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    with records.lines(wanted, text) as lines:
+    with records.lines(wanted, text) as (query, blocks):
         before, empty = text.before, text.empty
         if text.delimiter is not None:
-            header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in lines.fields)
+            header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in query.header)
             before = empty = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
         done = 0
-        for block, count in lines.blocks:
+        for block, count, _ in blocks:
             sink.write((text.between if done else before).encode() + block)
             done += count
-            yield Progress(done=done, total=lines.total)
+            yield Progress(done=done, total=query.total)
         sink.write((text.after if done else empty).encode())
         yield Progress(done=done, total=done)
 
