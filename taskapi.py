@@ -100,7 +100,7 @@ from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.utils import format_datetime
 from enum import StrEnum
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
@@ -589,7 +589,7 @@ class ApiModel(BaseModel):
 Q = TypeVar("Q", bound=ApiModel)
 
 
-def validated(model: type[Q], validate: Callable[[], Q], names: Iterable[str] = ()) -> Q:
+def validated(model: type[Q], validate: Callable[[], Q]) -> Q:
     """What `validate` returns; its ValidationError becomes a BadRequest that names the nearest known field."""
     try:
         return validate()
@@ -7832,6 +7832,19 @@ def _header_key(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
+def _given(text: str) -> dict[str, str]:
+    pairs = parse_qsl(text, keep_blank_values=True)
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise BadRequest.of(name, "is given twice")
+    return dict(pairs)
+
+
+@lru_cache(maxsize=128)  # most are empty
+def _asked(model: type[ApiModel], text: str) -> ApiModel:
+    return validated(model, lambda: model.model_validate(_given(text)))
+
+
 class Request:
     """One request on its way through a handler: the engine behind it, the query, the body."""
 
@@ -7853,18 +7866,14 @@ class Request:
         text = self.header("Content-Length") or ""
         return int(text) if text.isdecimal() else -1
 
-    @cached_property
+    @property
     def given(self) -> dict[str, str]:
         """The query string's names and values; BadRequest where a name is given twice."""
-        pairs = parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise BadRequest.of(name, "is given twice")
-        return dict(pairs)
+        return _given(self.environ.get("QUERY_STRING", ""))
 
     def query(self, model: type[Q]) -> Q:
         """The query string as a model; BadRequest names an unknown or bad parameter."""
-        return validated(model, lambda: model.model_validate(self.given), self.given)
+        return cast(Q, _asked(model, self.environ.get("QUERY_STRING", "")))
 
     def _declared(self) -> Iterator[bytes]:
         stream, left = self.environ["wsgi.input"], self.length if self.length >= 0 else sys.maxsize
