@@ -7614,16 +7614,17 @@ class Engine:
         for name, found in self.checks.items():
             wrong = "network" in found or found == "unclean"
             _LOG.log(logging.WARNING if wrong else logging.DEBUG, "check %s: %s", name, found)
-        self._first_look = self._check_integrity if unclean else lambda: None
         self._housekeeper = threading.Thread(target=self._keep_house, name="taskapi-housekeeping")
         if threads:
             self._housekeeper.start()
         else:
-            self._first_look()
+            self._check_integrity()
             self.keep_house()
 
     def _check_integrity(self) -> None:
         """After an unclean stop: reads the whole database, in the background, since that may take long."""
+        if self.checks["integrity"] == "ok":
+            return
         try:
             self._database.quick_check(self.queue.stopping.is_set)
             self.checks["integrity"] = "ok"
@@ -7637,7 +7638,7 @@ class Engine:
     def _keep_house(self) -> None:
         """Its own thread: what may take long at the start; then a round a second, until the queue is stopped."""
         self.queue.wake()
-        self._first_look()
+        self._check_integrity()
         while True:
             self.keep_house()
             if self.queue.stopping.wait(1.0):
@@ -7988,12 +7989,8 @@ def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **header
     if not isinstance(text, (str, bytes)):
         text = json.dumps(text, ensure_ascii=False)
     data = text.encode() if isinstance(text, str) else text
-    response = bottle.HTTPResponse(data, status)
-    response.set_header("Content-Type", content_type)
-    response.set_header("Content-Length", str(len(data)))
-    for name, value in headers.items():
-        response.set_header(name.replace("_", "-"), value)
-    return response
+    headers |= {"Content-Type": content_type, "Content-Length": str(len(data))}
+    return bottle.HTTPResponse(data, status, headers)
 
 
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
