@@ -1456,6 +1456,9 @@ def _job(row: Mapping[str, Any], now: str) -> Job:
         file=StoredFile(**loaded["file"]) if loaded["file"] else None, eta=_eta(row, now))
 
 
+_NEW_JOB: dict[str, Json] = {name: None for name in (
+    "started_at", "finished_at", "result", "error", "interruptions", "done", "total", "done_before")} | {
+        "attempt": 0, "cancel_requested": 0}
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -1502,6 +1505,7 @@ class JobStore:
         with database.read() as connection:
             last = connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self.new_id = make_id or JobIds(clock, last)  # for a job whose file has to be in place before its row
+        self._room = 0  # so many jobs may be inserted before those that wait are counted again
 
     def _now(self) -> str:
         return instant(self._clock())
@@ -1532,8 +1536,8 @@ class JobStore:
             earlier = self._by_key(connection, key, key_hash)
             if earlier:
                 return earlier, False
-            if max_pending is not None and self._count(connection, JobStatus.PENDING) >= max_pending:
-                raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+            if max_pending is not None:
+                self._check_room(connection, max_pending)
             row = {"id": job_id, "type": job_type, "status": JobStatus.PENDING, "created_at": now,
                    "record_type": record_type, "request": _json_text(request), "after": after, "idempotency_key": key,
                    "idempotency_hash": key_hash, "file": _file_text(file),
@@ -1541,9 +1545,17 @@ class JobStore:
                    "blocked": self._has_to_wait(connection, after), **ended}
             connection.execute(f"INSERT INTO jobs({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
                                [*row.values()])
-            return self._get(connection, job_id), True
+            return _job(_NEW_JOB | row, now), True
 
         return self._database.write(work, durable=True)
+
+    def _check_room(self, connection: sqlite3.Connection, max_pending: int) -> None:
+        """Counts jobs only where there could be too many: to count thousands would cost more than the insert."""
+        if self._room <= 0:
+            self._room = max_pending - self._count(connection, JobStatus.PENDING)
+        if self._room <= 0:
+            raise Unavailable(f"the queue is full: {max_pending} jobs are waiting")
+        self._room -= 1
 
     def _claim_order(self, job_id: str, weight: int) -> int:
         """When the job was made, in milliseconds, and ten seconds more for each doubling of its records."""
@@ -1736,6 +1748,8 @@ class JobStore:
             (status, *values.values(), job.job_id, job.attempt)).rowcount
         if not moved:
             raise LeaseLost
+        if status is JobStatus.PENDING:
+            self._room = 0
         return self._get(connection, job.job_id)
 
     def recover(self, max_attempts: int) -> list[Job]:
@@ -1786,6 +1800,7 @@ class JobStore:
             job = self._get(connection, job_id)
             if JobStatus.PENDING not in MOVES[job.status] or not job.status.finished:
                 raise Conflict(f"only a failed or canceled job can be retried; this one is {job.status}")
+            self._room = 0
             connection.execute("DELETE FROM _progress WHERE job = ?", (job_id,))
             connection.execute(
                 "UPDATE jobs SET status = 'pending', attempt = 0, started_at = NULL, finished_at = NULL, error = NULL, "
@@ -10026,7 +10041,7 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
             raise waitress.parser.ParsingError("there is no Host header")
         if self.proxy_netloc:  # it is what counts, if the request line has one (RFC 9112, 3.2.2)
             self.headers["HOST"] = self.proxy_netloc
-        if self.body_rcv is not None:
+        if self.body_rcv is not None and (self.chunked or self.content_length > _IN_MEMORY):
             self.body_rcv.buf = _Body(self._engine.folder.tmp)
 
     def received(self, data: bytes) -> int:
