@@ -832,32 +832,39 @@ def migration(change: Callable[[sqlite3.Connection], None]) -> Callable[[sqlite3
 @migration
 def first_tables(connection: sqlite3.Connection) -> None:
     """Jobs, and the books about record tables. A leading underscore cannot clash with a record type."""
-    connection.execute("""
-        CREATE TABLE jobs(
-            id TEXT PRIMARY KEY, type TEXT NOT NULL, status TEXT NOT NULL, created_at TEXT NOT NULL, started_at TEXT,
-            finished_at TEXT, attempt INTEGER NOT NULL DEFAULT 0, cancel_requested INTEGER NOT NULL DEFAULT 0,
-            record_type TEXT, error TEXT, file TEXT, result TEXT, idempotency_key TEXT, idempotency_hash TEXT,
-            after TEXT, interruptions TEXT, request TEXT NOT NULL) STRICT""")
-    # Partial, so that claims and counts cost the same however many jobs have finished. One for each status: SQLite
-    # uses them where a query has the very same `status = '...'`, but does not see that this implies a `status IN`.
-    for status in sorted(set(JobStatus) - {JobStatus.COMPLETED}):
-        connection.execute(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'")
-    for statement in (
-            "CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL",
-            "CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'",
-            "CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL",
-            # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
-            ("CREATE TABLE _progress(job TEXT PRIMARY KEY, done INTEGER, total INTEGER, done_before INTEGER, "
-             "checkpoint TEXT) STRICT"),
-            "CREATE TABLE _types(record_type TEXT PRIMARY KEY, next_id INTEGER) STRICT",
-            # `long` says that a float field holds values of more digits than SQLite prints; see _FLOAT.
-            ("CREATE TABLE _fields(record_type TEXT, field TEXT, kind TEXT, position INTEGER, long INTEGER, "
-             "PRIMARY KEY (record_type, field)) STRICT"),
-            # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
-            ("CREATE TABLE _spans(record_type TEXT, first INTEGER, size INTEGER, rows INTEGER, job TEXT, "
-             "PRIMARY KEY (record_type, first)) STRICT"),
-            "CREATE INDEX idx__spans_job ON _spans(job)",
-            "CREATE TABLE _heartbeat(id INTEGER PRIMARY KEY, at TEXT) STRICT"):
+    import sqlite_utils  # here, since it takes long where pandas is installed
+
+    # It writes the statements for a database of its own: on ours it could end the transaction that we are in.
+    schema = sqlite_utils.Database(memory=True, execute_plugins=False)
+    create = partial(schema.create_table_sql, strict=True)
+    statements = (
+        create("jobs", {
+            "id": str, "type": str, "status": str, "created_at": str, "started_at": str, "finished_at": str,
+            "attempt": int, "cancel_requested": int, "record_type": str, "error": str, "file": str, "result": str,
+            "idempotency_key": str, "idempotency_hash": str, "after": str, "interruptions": str, "request": str,
+        }, pk="id", not_null={"type", "status", "created_at", "attempt", "cancel_requested", "request"},
+            defaults={"attempt": 0, "cancel_requested": 0}),
+        # Partial, so that claims and counts cost the same however many jobs have finished. One for each status:
+        # SQLite uses them where a query has the very same `status = '...'`, but does not see that this implies a
+        # `status IN`.
+        *(f"CREATE INDEX {_quote(f'jobs_{status}')} ON jobs(id) WHERE status = '{status}'"
+          for status in sorted(set(JobStatus) - {JobStatus.COMPLETED})),
+        "CREATE UNIQUE INDEX jobs_key ON jobs(idempotency_key) WHERE idempotency_key IS NOT NULL",
+        "CREATE INDEX jobs_after ON jobs(after) WHERE after IS NOT NULL AND status = 'pending'",
+        "CREATE INDEX jobs_finished ON jobs(finished_at) WHERE finished_at IS NOT NULL",
+        # What changes with every chunk stands apart, so that a chunk does not rewrite the request.
+        create("_progress", {"job": str, "done": int, "total": int, "done_before": int, "checkpoint": str}, pk="job"),
+        create("_types", {"record_type": str, "next_id": int}, pk="record_type"),
+        # `long` says that a float field holds values of more digits than SQLite prints.
+        create("_fields", {"record_type": str, "field": str, "kind": str, "position": int, "long": int},
+               pk=("record_type", "field")),
+        # A span is a range of _id that belongs to one job: `rows` of `size` are in use, from `first` on.
+        create("_spans", {"record_type": str, "first": int, "size": int, "rows": int, "job": str},
+               pk=("record_type", "first")),
+        "CREATE INDEX idx__spans_job ON _spans(job)",
+        create("_heartbeat", {"id": int, "at": str}, pk="id"))
+    schema.conn.close()
+    for statement in statements:
         connection.execute(statement)
 
 
@@ -1456,9 +1463,8 @@ def _job(row: Mapping[str, Any], now: str) -> Job:
         file=StoredFile(**loaded["file"]) if loaded["file"] else None, eta=_eta(row, now))
 
 
-_NEW_JOB: dict[str, Json] = {name: None for name in (
-    "started_at", "finished_at", "result", "error", "interruptions", "done", "total", "done_before")} | {
-        "attempt": 0, "cancel_requested": 0}
+_NEW_JOB: dict[str, Json] = {"attempt": 0, "cancel_requested": 0, **dict.fromkeys(
+    ("started_at", "finished_at", "result", "error", "interruptions", "done", "total", "done_before"))}
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
