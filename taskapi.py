@@ -2446,21 +2446,16 @@ class RecordStore:
         def work(connection: sqlite3.Connection) -> bool:
             if connection.execute("SELECT 1 FROM _id_ranges WHERE job = ?", (job.job_id,)).fetchone():
                 return False
-            self.reserve(connection, job, columns, sizes)
+            for record_type, kinds in columns.items():
+                layout, size = self._layout(connection, record_type, kinds), sizes[record_type]
+                first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
+                                           "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
+                connection.execute("INSERT INTO _id_ranges(record_type, first, size, rows, job, layout) "
+                                   "VALUES (?, ?, ?, 0, ?, ?)", (record_type, first, size, job.job_id, layout))
             return True
 
         while not self._database.write(work):
             self.discard(job.job_id)
-
-    def reserve(self, connection: sqlite3.Connection, job: Job, columns: Mapping[str, Mapping[str, Kind]],
-                sizes: Mapping[str, int]) -> None:
-        """What `open_job` does, within the transaction of a job's first chunk, of which nothing is left from before."""
-        for record_type, kinds in columns.items():
-            layout, size = self._layout(connection, record_type, kinds), sizes[record_type]
-            first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
-                                       "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
-            connection.execute("INSERT INTO _id_ranges(record_type, first, size, rows, job, layout) "
-                               "VALUES (?, ?, ?, 0, ?, ?)", (record_type, first, size, job.job_id, layout))
 
     def _layout(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> int:
         """The number of a layout; a new one may change the table."""
@@ -6535,18 +6530,15 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     versions = {"taskapi": __version__, **library_versions()}
     job, records = context.job, context.records
     with closing(request.plan()) as plan:
-        columns, bounds = plan.columns, request.recipe().bounds
-        state, counts = context.checkpoint, records.own_counts(job)
+        columns, state = plan.columns, context.checkpoint
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
-            if counts:
-                records.discard(job.job_id)
-            state, counts = {"versions": versions, "plan": None}, Counter()
-        rows = RowSource(columns, counts, partial(records.own_rows, job), partial(records.own_column, job))
+            records.open_job(job, columns, request.recipe().bounds)
+            state = {"versions": versions, "plan": None}
+        rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
+                         partial(records.own_column, job))
         saved = done = context.progress.done if state["plan"] else 0
 
         def append(connection: sqlite3.Connection) -> None:
-            if not saved:
-                records.reserve(connection, job, columns, bounds)
             for record_type, fresh in rows.fresh.items():
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
