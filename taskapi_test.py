@@ -8142,8 +8142,8 @@ def test_the_readmes_python_works_as_it_stands(tmp_path: Path) -> None:
         assert site.get("/").text == "The shop itself."
         made = site.post_json("/data/generate", PERSONS, status=202).json
         assert site.get(made["links"]["self"]).json["jobId"] == made["jobId"]
-        with service.serving(port=0) as url:
-            space["test_the_client_reads_every_page"](url)
+    with taskapi.open_service(tmp_path / "live") as service, service.serving(port=0) as url:
+        space["test_the_client_reads_every_page"](url)
     del taskapi.JOB_TYPES["count"], taskapi.FIELD_TYPES["die"], taskapi.PRESETS["player"]
 
 
