@@ -2130,6 +2130,15 @@ def _record_types(connection: sqlite3.Connection, *needed: str) -> list[str]:
 _Select = Callable[[int, int, int], tuple[str, list[Any]]]
 
 
+def only_type(connection: sqlite3.Connection, filters: Filters) -> str | None:
+    """The record type that filters choose, if it is one: named, or the only one that the named job made."""
+    names = {filters.record_type} if isinstance(filters.record_type, str) else {*(filters.record_type or ())}
+    if not names and filters.job_id is not None:
+        rows = connection.execute("SELECT record_type FROM _readable_ranges WHERE job = ?", (filters.job_id,))
+        names = {row[0] for row in rows}
+    return names.pop() if len(names) == 1 else None
+
+
 class Query:
     """Checked filters over one snapshot: which records of completed jobs, which of their fields, in which order.
 
@@ -2140,7 +2149,7 @@ class Query:
 
     def __init__(self, connection: sqlite3.Connection, wanted: Selected):
         self._connection, self._wanted, filters = connection, wanted, wanted.filters
-        self._several = not isinstance(filters.record_type, str)
+        self._several = only_type(connection, filters) is None
         dates = [(end, bound) for end, bound in (("from", filters.from_), ("to", filters.to)) if bound is not None]
         by_creation = filters.date_field in (None, *RESERVED_COLUMNS[2:])
         self._created = dates if by_creation else []  # all records of a job say that they were made when the job was
@@ -2631,6 +2640,11 @@ class RecordStore:
                 yield value
 
     # Reading what is completed
+
+    def only_type(self, filters: Filters) -> str | None:
+        """The record type that filters choose, if it is one."""
+        with self._database.read() as connection:
+            return only_type(connection, filters)
 
     def types(self) -> list[RecordTypeInfo]:
         """Every record type with its fields and the number of its records."""
@@ -6627,8 +6641,7 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     """Writes one consistent snapshot to data/exports."""
     export_format = FORMATS[request.format]
     suffix = f"{export_format.suffixes[0]}.gz" if request.gzip else export_format.suffixes[0]
-    record_type = request.filters.record_type
-    label = f"{record_type if isinstance(record_type, str) else 'records'}.{suffix}"
+    label = f"{context.records.only_type(request.filters) or 'records'}.{suffix}"
     wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
                       context.interrupted)
     with AtomicFile(context.folder.root) as draft:
