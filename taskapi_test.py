@@ -1891,7 +1891,7 @@ def test_a_format_with_another_delimiter_is_one_entry(tmp_path: Path, monkeypatc
     for table in ("FORMATS", "INGEST_FORMATS", "FILE_TYPES", "RAW_TYPES"):
         monkeypatch.setattr(taskapi, table, dict(getattr(taskapi, table)))
     taskapi.file_format("bars", "bar", content_type="text/x-bars", write=taskapi._csv_writer("|"),
-                        read=taskapi._csv_format("|"))
+                        read=taskapi._CSV_FORMAT._replace(read=partial(taskapi._read_csv, likely="|")))
     with taskapi.open_service(tmp_path, inline=True, upload_types=["bar"]) as service, service.serving(port=0) as url:
         store(service, {"n": "int", "t": "text"}, [[1, 'a|b,"c"'], [None, ""]])
         data = exported(service, "bars")
