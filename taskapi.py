@@ -8267,12 +8267,10 @@ def get_download(call: Request, job_id: str) -> bottle.HTTPResponse:
         file.close()
         return bottle.HTTPResponse(b"", status, headers)
     file.seek(start)
-    wrapper = call.environ.get("wsgi.file_wrapper")
-    if wrapper and hasattr(wrapper, "prepare"):
-        body: Any = wrapper(file, _BLOCK)  # Waitress sends it without holding a thread, as far as Content-Length says
-    else:
-        body = _blocks(file, end - start)
-    return bottle.HTTPResponse(body, status, headers)
+    # Bottle hands a file over to Waitress, which sends it as far as Content-Length says, and holds neither a thread nor
+    # the file's content meanwhile; of what is no file to Bottle it would hold all.
+    knows_length = hasattr(call.environ.get("wsgi.file_wrapper"), "prepare")
+    return bottle.HTTPResponse(file if knows_length else _blocks(file, end - start), status, headers)
 
 
 @route("GET", "/metrics", {200: "text/plain"})

@@ -6719,6 +6719,16 @@ def test_a_download_is_whole_however_slowly_it_is_read_behind_others(tmp_path: P
     assert answer.count(content) == 3
 
 
+def test_a_large_download_takes_no_memory(tmp_path: Path) -> None:
+    """The file leaves as the client takes it."""
+    content = Random(1).randbytes(64 * 2**20)
+    with Live(tmp_path / "data") as live:
+        job = live.ask("POST", "/upload", form(b"PK\x03\x04" + content, "a.zip"), FORM).json
+        before = peak(live)
+        assert live.ask("GET", job["links"]["download"]).body[4:] == content
+        assert peak(live) - before < 32
+
+
 def test_a_client_that_goes_away_ends_its_long_poll_and_one_that_only_stops_sending_is_answered(tmp_path: Path) -> None:
     """So that a poll that perhaps nobody waits for holds no thread for thirty seconds."""
     with held(tmp_path) as (service, _), service.serving(port=0) as url:
