@@ -6338,17 +6338,23 @@ def test_a_log_line_cannot_be_forged(live: Live) -> None:
     assert "\x1b" not in log
 
 
-def test_a_job_event_is_one_line_of_json_that_names_the_job(tmp_path: Path) -> None:
-    """With --log-format json; a bug's traceback stays within the line of its job."""
-    program = tmp_path / "buggy.py"
+def buggy(folder: Path, work: str) -> str:
+    """A program with a job type of its own, `buggy`, whose function does `work`."""
+    program = folder / "buggy.py"
     program.write_text(
         "import sys, taskapi\n"
         "class Request(taskapi.JobRequest): pass\n"
         "@taskapi.job_type('buggy', Request)\n"
         "def run(context, request):\n"
-        "    yield 1 / 0\n"
+        f"    {work}\n"
         "sys.exit(taskapi.main())\n")
-    with Live(tmp_path / "data", "--log-format", "json", program=str(program)) as live:
+    return str(program)
+
+
+def test_a_job_event_is_one_line_of_json_that_names_the_job(tmp_path: Path) -> None:
+    """With --log-format json; a bug's traceback stays within the line of its job."""
+    program = buggy(tmp_path, "yield 1 / 0")
+    with Live(tmp_path / "data", "--log-format", "json", program=program) as live:
         jobs = [live.make("/generate", PERSONS), live.make("/buggy", {})]
         assert [live.job(job_id, 20)["status"] for job_id in jobs] == ["completed", "failed"]
         assert live.end() == 0
@@ -6362,16 +6368,8 @@ def test_a_job_event_is_one_line_of_json_that_names_the_job(tmp_path: Path) -> N
 
 def test_a_traceback_is_real_lines_of_the_log_and_none_of_them_can_be_forged(tmp_path: Path) -> None:
     """Each indented, below the line that names the job."""
-    program = tmp_path / "buggy.py"
-    program.write_text(
-        "import sys, taskapi\n"
-        "class Request(taskapi.JobRequest): pass\n"
-        "@taskapi.job_type('buggy', Request)\n"
-        "def run(context, request):\n"
-        "    raise ValueError('odd\\n2026-01-01 INFO forged\\x1b[31m')\n"
-        "    yield\n"
-        "sys.exit(taskapi.main())\n")
-    with Live(tmp_path / "data", program=str(program)) as live:
+    program = buggy(tmp_path, "yield; raise ValueError('odd\\n2026-01-01 INFO forged\\x1b[31m')")
+    with Live(tmp_path / "data", program=program) as live:
         job = live.job(live.make("/buggy", {}), 20)
         assert (job["status"], job["error"]) == ("failed", "ValueError: odd\n2026-01-01 INFO forged\x1b[31m")
         assert live.end() == 0
