@@ -8651,10 +8651,15 @@ a { color: var(--accent); }
 .skip { position: absolute; left: -99rem; z-index: 3; padding: .5rem 1rem; background: var(--card); }
 .skip:focus { left: .5rem; }
 main:focus { outline: none; }
-code, pre, textarea { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere; }
+code, pre, textarea, output { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; padding: .5rem; border-left: 3px solid var(--line); margin: .4rem 0; }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
 summary { cursor: pointer; min-height: 24px; }
+form { display: grid; grid-template-columns: max-content 1fr; gap: .3rem .6rem; align-items: center; margin: .6rem 0; }
+form button, form textarea, form output { grid-column: 1 / -1; justify-self: start; }
+form textarea, form output { width: 100%; box-sizing: border-box; white-space: pre-wrap; overflow-wrap: anywhere; }
+input, textarea, button { font: inherit; color: inherit; background: var(--card); padding: .2rem .5rem;
+  border: 1px solid var(--dim); border-radius: .3rem; min-width: 0; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); }
 td { overflow-wrap: anywhere; }
@@ -8711,6 +8716,47 @@ def _examples(base: str, method: str, path: str, media: str, body: Mapping[str, 
             "JavaScript": f'{data}const answer = await fetch("{url}"{options});\nconsole.log(await answer.text());'}
 
 
+_TRY_SCRIPT = r"""
+"use strict";
+// Each form makes its call as it is filled in, and shows the answer.
+for (const form of document.forms) form.onsubmit = async (event) => {
+  event.preventDefault();
+  const {method} = form.dataset, headers = {}, query = new URLSearchParams(), shown = form.querySelector("output");
+  let path = form.dataset.path.slice(1), body;
+  for (const field of form.querySelectorAll("[name]")) {
+    const {name, value, dataset: {place}} = field;
+    if (place === "path") path = path.replace(`{${name}}`, encodeURIComponent(value));
+    else if (place === "body") [body, headers["Content-Type"]] = [value, "application/json"];
+    else if (place === "file") (body = new FormData()).append(name, field.files[0]);
+    else if (value && place === "header") headers[name] = value;
+    else if (value) query.append(name, value);
+  }
+  shown.textContent = "...";
+  try {
+    const answer = await fetch(`${path}?${query}`, {method, headers, body}), text = await answer.text();
+    shown.textContent = `${answer.status} ${answer.statusText}\n${text.slice(0, 20000)}${text[20000] ? "..." : ""}`;
+  } catch (error) { shown.textContent = `No answer: ${error.message}`; }
+};
+"""
+
+
+def _try_form(method: str, path: str, operation: Mapping[str, Json], media: str, body: str) -> str:
+    """A form that makes this call."""
+    name = operation["operationId"]
+    fields = [(entry["name"], entry["in"], "required" if entry.get("required") else "")
+              for entry in operation["parameters"]]
+    if media and media != _JSON_TYPE:
+        fields.append(("file", "file", "type=file required"))
+    rows = "".join(f"<label for='{name}.{field}'>{field}</label>"
+                   f"<input id='{name}.{field}' name='{field}' data-place={place} autocomplete=off {more}>"
+                   for field, place, more in fields)
+    if media == _JSON_TYPE:
+        rows += (f"<textarea name=body data-place=body rows=4 aria-label='Body of {name}' spellcheck=false>"
+                 f"{escape(body, quote=False)}</textarea>")
+    return (f"<form data-method={method.upper()} data-path='{path}'>{rows}<button>Try it</button>"
+            "<output></output></form>")
+
+
 def _shown_operation(base: str, method: str, path: str, operation: Mapping[str, Json],
                      schemas: Mapping[str, Json]) -> str:
     parameters = {"properties": {entry["name"]: {**entry["schema"], "description": entry.get("description", "")}
@@ -8727,7 +8773,8 @@ def _shown_operation(base: str, method: str, path: str, operation: Mapping[str, 
                       for status, answer in operation["responses"].items())
     return (f"<details id='{operation['operationId']}'><summary><b>{method.upper()}</b> <code>{escape(path)}</code> "
             f"{escape(operation['summary'])}</summary>{_field_table(parameters)}{text}"
-            f"<table><tr><th>status</th><th>when</th><th>body</th></tr>{answers}</table>{examples}</details>")
+            f"<table><tr><th>status</th><th>when</th><th>body</th></tr>{answers}</table>{examples}"
+            f"{_try_form(method, path, operation, media, json.dumps(sample, ensure_ascii=False))}</details>")
 
 
 def docs_page(document: Mapping[str, Json], base: str) -> str:
@@ -8769,7 +8816,7 @@ def _page_reply(title: str, style: str, body: str, script: str = "") -> Any:
 def get_docs(call: Request) -> Any:
     """This description, for people."""
     base = f"{call.environ.get('wsgi.url_scheme', 'http')}://{call.header('Host') or 'localhost'}{MOUNT.get()}"
-    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(openapi(all_routes()), base))
+    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(openapi(all_routes()), base), _TRY_SCRIPT)
 
 
 _UI_STYLE = r"""

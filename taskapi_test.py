@@ -6233,11 +6233,12 @@ def test_in_a_browser_axe_finds_nothing(at_work: tuple[taskapi.Service, str], ta
 
 
 def test_the_documentation_page_needs_nothing_from_outside(url: str) -> None:
-    """Every path is on it; no script, no address of another host; references have their end."""
+    """Every path is on it; no script but its own, no address of another host; references have their end."""
     answer = ask(url, "GET", "/docs")
     page = answer.body.decode()
     assert not [entry.path for entry in taskapi.all_routes() if entry.path not in page]
-    assert not re.search(r"<script|src=", page.replace(taskapi._ICON, ""))
+    assert len(re.findall(r"<script", page)) == 1
+    assert "src=" not in page.replace(taskapi._ICON, "")
     assert {*re.findall(r"https?://[\w.:]+", page.replace(taskapi._ICON, ""))} == {url}
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     outline = Outline(page)
@@ -6264,6 +6265,33 @@ def test_the_documentation_page_shows_each_call_in_curl_python_and_javascript(se
                 answers[path] = ask(url, "POST", path, json.loads(body)).status
         posted = [f"/{kind.name}" for kind in taskapi.JOB_TYPES.values() if kind.posted]
         assert answers == {**dict.fromkeys(posted, 202), "/preview": 200}
+
+
+@browsing
+def test_in_a_browser_a_call_can_be_tried_from_the_documentation(at_work: tuple[taskapi.Service, str],
+                                                                 tab: Tab) -> None:
+    """A body, a path and a query as filled in; the answer stands below, an error's too."""
+    _, url = at_work
+    tab.call("Page.navigate", url=f"{url}/docs")
+    tab.until("document.readyState === 'complete' && document.forms.length")
+
+    def tried(call: str, **values: Any) -> tuple[str, Any]:
+        form = f"document.getElementById({json.dumps(call)}).querySelector('form')"
+        for name, value in values.items():
+            tab.js(f"{form}.elements[{json.dumps(name)}].value = {json.dumps(value)}")
+        tab.js(f"document.getElementById({json.dumps(call)}).open = true; {form}.querySelector('button').click()")
+        tab.until(f"/^\\d/.test({form}.querySelector('output').textContent)")
+        status, _, text = tab.js(f"{form}.querySelector('output').textContent").partition("\n")
+        return status, json.loads(text)
+
+    status, job = tried("post-generate", body='{"recordType": "person", "count": 3}', wait="30")
+    assert (status, job["status"]) == ("202 Accepted", "completed")
+    assert tried("get-status-jobId", jobId=job["jobId"])[1]["result"] == job["result"]
+    status, page = tried("get-records-recordType", recordType="person", limit="2")
+    assert (status, len(page["items"])) == ("200 OK", 2)
+    assert tried("post-generate", body="{")[0] == "400 Bad Request"
+    assert tried("get-status-jobId", jobId="a/b ?")[0] == "404 Not Found"
+    assert tab.complaints == []
 
 
 # ==== 11 Server ====
