@@ -631,7 +631,9 @@ def test_values_are_read_in_the_forms_people_write(tmp_path: Path, load: Callabl
     assert (chosen.max_upload_bytes, chosen.upload_types) == (2 * 2**20, ("csv", "pdf"))
     assert chosen.database_path == tmp_path / "taskapi.db"
     assert load(DATABASE="/x/y.db").database_path == Path("/x/y.db")
-    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example").allowed_hosts == ("a.example",)
+    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example", NO_TOKEN="1").allowed_hosts == ("a.example",)
+    assert load("--no-token").no_token
+    assert not load(NO_TOKEN="false").no_token
 
 
 @pytest.mark.parametrize(("argv", "environ", "toml", "words"), [
@@ -658,6 +660,10 @@ def test_values_are_read_in_the_forms_people_write(tmp_path: Path, load: Callabl
     ([], {}, "workers = ", ["taskapi.toml"]),
     ([], {"CONFIG": "/nonexistent/a.toml"}, "", ["/nonexistent/a.toml"]),
     (["--host", "0.0.0.0"], {}, "", ["allowed_hosts"]),
+    (["--host", "0.0.0.0"], {"ALLOWED_HOSTS": "a.example"}, "", ["a token", "no_token"]),
+    (["--no-token"], {"TOKEN": "s3cret"}, "", ["no_token"]),
+    (["--token", "s3cret word"], {}, "", ["--token"]),
+    ([], {"NO_TOKEN": "maybe"}, "", ["TASKAPI_NO_TOKEN"]),
 ])
 def test_a_wrong_setting_is_named_with_the_nearest_right_one(
         tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, argv: list[str],
@@ -4665,6 +4671,84 @@ def test_pages_of_friends_may_use_the_server_and_no_others(tmp_path: Path) -> No
             taskapi.open_service(tmp_path, cors_origins=[wrong])
 
 
+SECRET = "s3cret-of-ours"
+BEARER = {"Authorization": f"Bearer {SECRET}"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server that wants a token."""
+    with Live(tmp_path_factory.mktemp("guarded") / "data", f"--token={SECRET}", "--cors-origins=https://a.example",
+              "--log-level=debug") as live:
+        yield live
+
+
+def test_every_call_but_the_health_check_wants_the_token(guarded: Live) -> None:
+    """Also what there is none of, in any form but the token's own; a refused body is not read."""
+    wrong = [{}, {"Authorization": f"Bearer {SECRET}x"}, {"Authorization": SECRET}, {"Authorization": "Bearer"},
+             {"Authorization": f"Basic {base64.b64encode(f'x:{SECRET}'.encode()).decode()}"},
+             {"Authorization": "Bearer \xe9"}, {"Cookie": f"taskapi={SECRET}; token={SECRET}"}]
+    calls = [*((entry.method, entry.path) for entry in SERVED), ("GET", "/nowhere"), ("OPTIONS", "/jobs"), ("PUT", "/")]
+    for (method, path), headers in itertools.product(calls, wrong):
+        answer = guarded.ask(method, f"{path}?token={SECRET}", None, headers)
+        if (method, path) == ("GET", "/"):
+            refused(answer, 400, "token")  # there is no such thing to ask for
+            assert guarded.ask("GET", "/", None, headers).json == {"status": "ok"}
+            continue
+        assert refused(answer, 401).keys() == {"error", "status"}
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for method, path in calls:
+        assert guarded.ask(method, path, None, BEARER).status != 401
+    assert SECRET not in guarded.log.read_text()
+
+
+def test_the_token_opens_everything_and_stands_nowhere(guarded: Live, tmp_path: Path) -> None:
+    """Any case of Bearer, a preflight without, the description, an upload refused by its head, HEAD, a child's log."""
+    assert guarded.ask("GET", "/", None, BEARER).json["service"] == "taskapi"
+    assert guarded.ask("GET", "/jobs", None, {"Authorization": f"bearer  {SECRET}"}).status == 200
+    assert guarded.ask("HEAD", "/").status == 401
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization"}
+    preflight = guarded.ask("OPTIONS", "/generate", None, asked)
+    assert (preflight.status, preflight.headers["Access-Control-Allow-Headers"]) == (204, "authorization")
+    assert guarded.ask("OPTIONS", "/generate", None, asked | {"Origin": "https://b.example"}).status == 401
+    with plug(guarded.url) as connection:
+        connection.sendall(head(90_000_000))
+        refused(parsed(rest(connection)), 401)
+    cookie = guarded.ask("POST", "/ui", None, BEARER).headers["Set-Cookie"].split("; ")
+    assert cookie[1:] == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    assert guarded.ask("GET", "/jobs", None, {"Cookie": f"a=b; {cookie[0]}; c=d"}).status == 200
+    assert guarded.ask("GET", "/jobs", None, {"Cookie": f"{cookie[0][:-1]}"}).status == 401
+    document = guarded.ask("GET", "/openapi.json", None, BEARER).json
+    assert document["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
+    assert document["security"] == [{"token": []}]
+    assert "401" in document["paths"]["/jobs"]["get"]["responses"]
+    texts = [json.dumps(document), guarded.log.read_text(), guarded.line]
+    texts += [guarded.ask("GET", path, None, BEARER).body.decode() for path in ("/", "/health", "/docs", "/metrics")]
+    texts += [path.read_text() for path in guarded.folder.glob("*.json")]
+    job_id = guarded.ask("POST", "/generate", PERSONS, BEARER).json["jobId"]
+    texts.append(guarded.ask("GET", f"/status/{job_id}?wait=9", None, BEARER).body.decode())
+    assert not [text for text in texts if SECRET in text]
+    assert SECRET not in repr(taskapi.Settings(token=SECRET))
+
+
+def test_the_commands_bring_the_token(
+        guarded: Live, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flag or variable; without it they say what is missing, and an interrupted one does not tell it."""
+    for flags, environ, code in (([], {}, 1), (["--token=wrong"], {}, 1), ([f"--token={SECRET}"], {}, 0),
+                                 ([], {"TASKAPI_TOKEN": SECRET}, 0)):
+        ran = subprocess.run([sys.executable, taskapi.__file__, "jobs", "--data-dir", guarded.folder, *flags],
+                             env=own_environ() | environ, capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.returncode, "TASKAPI_TOKEN" in ran.stderr) == (code, bool(code)), ran
+    def interrupted(self: taskapi.Client, job_id: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(taskapi.Client, "_watch", interrupted)
+    told = run("generate", "person", "--count", "5", "--workers=2", f"--token={SECRET}").err
+    assert re.search("resume .* --workers=2", told)
+    assert SECRET not in told
+
+
 def test_health_and_jobs_have_their_second_names(service: taskapi.Service, url: str) -> None:
     """JSON also for a browser; the job object; a wait."""
     health = ask(url, "GET", "/health", None, {"Accept": "text/html"})
@@ -5696,6 +5780,21 @@ def at_work(tmp_path: Path) -> Iterator[tuple[taskapi.Service, str]]:
 
 
 @browsing
+def test_the_page_asks_for_the_token_once(guarded: Live, tab: Tab) -> None:
+    """A wrong one is told; the right one opens the page, which then asks and downloads with its cookie."""
+    tab.call("Page.navigate", url=guarded.url)
+    for token in ("wrong", SECRET):
+        tab.until("document.readyState === 'complete' && document.querySelector('[name=token]')")
+        tab.type("[name=token]", token)
+        tab.click("button", "Open")
+        tab.until("document.querySelector('[role=alert]')?.textContent || document.querySelector('#preview td')")
+    tab.until("document.querySelectorAll('#preview td').length")
+    assert tab.js("fetch('/jobs').then(answer => answer.status)") == 200
+    assert SECRET not in tab.js("location.href + document.documentElement.outerHTML")
+    tab.open(f"{guarded.url}/ui")
+
+
+@browsing
 def test_in_a_browser_from_a_preset_to_a_downloaded_file(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
     """Generate, watch, look, export with a filter, download."""
     service, url = at_work
@@ -6306,7 +6405,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield live
 
 
-@pytest.mark.parametrize("path", [entry.path for entry in SERVED if entry.method == "POST"])
+@pytest.mark.parametrize("path", [entry.path for entry in SERVED if entry.method == "POST" and entry.path != "/ui"])
 @pytest.mark.parametrize("case", named(STRANGE_BODIES))
 def test_no_body_is_too_strange_to_be_refused(edge: Live, path: str, case: tuple[bytes, str]) -> None:
     """Each JSON endpoint names what is wrong; one that takes no body does not read it."""
