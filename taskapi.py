@@ -242,12 +242,6 @@ class BadRequest(TaskError):
         return cls(f"{field}: {message}", [FieldProblem(field, message)])
 
 
-class Unauthorized(TaskError):
-    """The call brings no token, or another one."""
-
-    http_status = 401
-
-
 class CrossSite(TaskError):
     """A browser sent this on behalf of another site's page."""
 
@@ -398,12 +392,6 @@ def _origin(text: str) -> str:
     return text
 
 
-def _secret(text: str) -> str:
-    if not re.fullmatch("[!-~]+", text):
-        raise ValueError("should be letters, digits and marks, without spaces: it has to go into a header")
-    return text
-
-
 def flag_of(name: str) -> str:
     """How the flag of a setting or of a key on the wire is written: --max-records, --order-by."""
     return "--" + re.sub(r"([A-Z])", r"-\1", name).lower().replace("_", "-")
@@ -447,10 +435,6 @@ class Settings(BaseModel):
     cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_comma_list)] = Field(
         default=(), description="Origins of web pages that may use this server, such as `https://app.example` or "
                                 "`http://localhost:*`.")
-    token: Annotated[str, AfterValidator(_secret)] | None = Field(
-        default=None, repr=False, description="Secret that every call but `GET /` has to bring, as `Authorization: "
-                                              "Bearer`.")
-    no_token: bool = Field(default=False, description="Says that no token is wanted where others can reach the port.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged.")
     log_format: Literal["text", "json"] = Field(
@@ -462,16 +446,10 @@ class Settings(BaseModel):
         return (self.database or self.data_dir / "taskapi.db").absolute()
 
     @model_validator(mode="after")
-    def _open_bind_is_guarded(self) -> Settings:
-        if self.token and self.no_token:
-            raise ValueError("no_token: there is a token")
-        if self.host in (*_LOOPBACK_NAMES, "::1"):
-            return self
+    def _open_bind_names_its_hosts(self) -> Settings:
         # Without a Host check on a public address any web page could reach this server under a name of its own.
-        if not self.allowed_hosts:
+        if self.host not in (*_LOOPBACK_NAMES, "::1") and not self.allowed_hosts:
             raise ValueError(f"host {self.host} is not loopback: set allowed_hosts to the names clients will use")
-        if not self.token and not self.no_token:
-            raise ValueError(f"host {self.host} is not loopback: set a token, or no_token to let everybody in")
         return self
 
     @classmethod
@@ -489,9 +467,7 @@ class Settings(BaseModel):
     def shown_default(cls, name: str) -> str:
         """A setting's default as people would write it; nothing where there is none."""
         default = cls.model_fields[name].default
-        if default is None or default is False:
-            return ""
-        return ",".join(default) if isinstance(default, tuple) else str(default)
+        return "" if default is None else ",".join(default) if isinstance(default, tuple) else str(default)
 
     @classmethod
     def table(cls) -> str:
@@ -2712,6 +2688,7 @@ MAX_INT = 2**63 - 1
 MAX_TEXT = 65_536  # characters in one value
 MAX_RECORD = 2**20  # characters in one record
 MAX_FAMILY = 100_000  # records that one record may bring along
+MAX_SHARED = 1000  # records of types that others refer to, that each part of a request makes anew to know them
 MAX_FAMILY_BYTES = 2**25  # of memory, for a record and what it brings along
 MAX_SIZE_ARG = 4_096  # what an argument may ask for: letters of a text, digits of a number, words of a sentence
 MAX_DEPTH = 8  # lists and objects inside each other
@@ -2780,6 +2757,13 @@ def _mix(key: int, n: int) -> int:
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return z ^ z >> 31
+
+
+@lru_cache(16)
+def _equally_often(size: int, key: int) -> list[int]:
+    """Each number of range(size) as often as any other, about a thousand in all, in an order that looks random."""
+    order = sorted(range(size * max(1, 1000 // size)), key=partial(_mix, key))
+    return [n % size for n in order]
 
 
 def _shuffled(size: int, key: int, i: int) -> int:
@@ -3160,20 +3144,30 @@ class RowSource:
 
     `columns` are the fields by record type and `counts` says how many rows of each are stored; `rows` and `column`
     read those: some fields of the rows with these 0-based ordinals (ascending), and one field of all rows, in order.
+    Where nothing is stored, the fields in `keep`, by record type, stay at hand in rows whose other fields are null.
     """
 
     def __init__(self, columns: Mapping[str, Iterable[str]], counts: Mapping[str, int] | None = None,
                  rows: Callable[[str, Sequence[str], Sequence[int]], list[Row]] = lambda *_: [],
-                 column: Callable[[str, str], Iterator[Any]] = lambda *_: iter(())) -> None:
+                 column: Callable[[str, str], Iterator[Any]] = lambda *_: iter(()),
+                 keep: Mapping[str, Collection[str]] | None = None) -> None:
         self.slots = {name: {field: at for at, field in enumerate(fields)} for name, fields in columns.items()}
         self.fresh: dict[str, list[Row]] = {name: [] for name in columns}
-        self.column = column
+        self.column, self.keep = column, dict(keep or {})
+        self.first = Counter[str]()  # ordinals of the first rows there are
+        self.hidden: Container[str] = ()  # types whose rows are made to be referred to, and are in another part
         self._stored, self._stored_rows = Counter(counts or {}), rows
+        self._kept = Counter[str]()  # how many of `fresh` are old ones
         self._measured, self._bytes = Counter[str](), 0
+
+    def made(self) -> dict[str, list[Row]]:
+        """The newest rows."""
+        return {name: rows[self._kept[name]:] for name, rows in self.fresh.items() if name not in self.hidden}
 
     def rows(self, record_type: str, fields: Sequence[str], ordinals: Sequence[int]) -> list[Row]:
         """These fields of the rows with these ordinals (ascending, no two equal), in that order."""
         first, fresh = self._stored[record_type], self.fresh[record_type]
+        ordinals = [ordinal - self.first[record_type] for ordinal in ordinals]
         old = [ordinal for ordinal in ordinals if ordinal < first]
         slots = [self.slots[record_type][field] for field in fields]
         return [*(self._stored_rows(record_type, fields, old) if old else ()),
@@ -3190,9 +3184,19 @@ class RowSource:
     def committed(self) -> None:
         """The newest rows are stored now, and need not be kept."""
         for name, rows in self.fresh.items():
-            self._stored[name] += len(rows)
-            rows.clear()
-        self._measured.clear()
+            if name in self.keep:
+                slots, at = [self.slots[name][field] for field in self.keep[name]], self._kept[name]
+                nulls: list[Any] = [None] * len(self.slots[name])
+                for row in rows[at:]:
+                    for slot in slots:
+                        nulls[slot] = row[slot]
+                    rows[at] = tuple(nulls)
+                    at += 1
+                self._kept[name] = self._measured[name] = at
+            else:
+                self._stored[name] += len(rows)
+                self._measured[name] = 0
+                rows.clear()
         self._bytes = 0
 
 
@@ -3241,11 +3245,11 @@ class ForeignRow:
         at, self.row = self.fields.index(column), tuple([example[self.index[name]] for name in self.fields])
         return lambda: self.row[at] if self.row else None
 
-    def pick(self, ordinal: int, done: int, rows: RowSource) -> None:
-        """Settle the row for the record of this ordinal: one of the `done` ones."""
+    def pick(self, ordinal: int, there: range, rows: RowSource) -> None:
+        """Settle the row for the record of this ordinal: one of those whose ordinals are `there`."""
         if ordinal not in self.block:
             ahead = range(ordinal, ordinal + (1 if self.together else 500))
-            chosen = {o: _mix(self.key, o) % done for o in ahead} if done else {}
+            chosen = {o: there[_mix(self.key, o) % len(there)] for o in ahead} if there else {}
             ordinals = sorted(set(chosen.values()))
             found = dict(zip(ordinals, rows.rows(self.target, self.fields, ordinals), strict=True))
             self.block = {o: found[at] for o, at in chosen.items()}
@@ -3304,6 +3308,9 @@ class RecordGenerator:
         self.siblings: list[Row] = []  # those made so far for the present parent
         self.seen: dict[str, UniqueSet] = {}
         self.done = self.locale = 0
+        self.part, self.parts = 0, 1  # which part it makes, of how many
+        self.first = self.end = 0  # from the part's first record, to the one after its last (not known of children)
+        self.mark = ""  # what a text ends with that had to be made this part's own
 
     def faker(self, locale: str) -> FastFaker:
         """The Faker of a locale; built when a field first asks for it."""
@@ -3322,7 +3329,40 @@ class RecordGenerator:
     def child_count(self, parent_ordinal: int) -> int:
         """How many records are made for this parent (0 for a type that has none)."""
         low, high = self.type.spec.range
-        return low + _mix(self.key, parent_ordinal) % (high - low + 1)
+        width = high - low + 1
+        if self.parts > 1 and self.parent and low < high:
+            group, at = divmod(parent_ordinal, width * max(1, 1000 // width))
+            return low + _equally_often(width, _mix(self.key, group))[at]
+        return low + _mix(self.key, parent_ordinal) % width
+
+    def _made_before(self, parent_ordinal: int) -> int:
+        """How many records are made for all parents before this one, if there are parts; told without counting them."""
+        low, high = self.type.spec.range
+        width = high - low + 1
+        start = parent_ordinal - parent_ordinal % (width * max(1, 1000 // width))
+        return start * (low + high) // 2 + sum(map(self.child_count, range(start, parent_ordinal)))
+
+    def cut(self, part: int, parts: int, shared: bool) -> None:
+        """Let it make this part of a request.
+
+        Each part has its range of every type that is not made per another; children stay with their parents, and
+        ordinals run on, so that all that an ordinal settles is the same however the request is cut: `sequence`, and
+        `unique` values that can be counted. A `shared` type is small and referred to: the first part has all of it.
+        """
+        self.part, self.parts = (0, 1) if shared else (part, parts)
+        self.mark = f"{part:0{len(str(parts - 1))}}" if self.parts > 1 else ""
+        if self.parent:
+            self.first = 0 if self.parts == 1 else self._made_before(self.parent.first)
+        else:
+            self.first, self.end = (self.child_count(0) * n // self.parts for n in (self.part, self.part + 1))
+
+    def owns(self, stem: str) -> bool:
+        """Whether unique texts with this stem are this part's: to each belong the stems that end in its number, and a
+        share of those that end otherwise."""
+        end = stem[-len(self.mark):]
+        number = int(end) if end.isascii() and end.isdigit() and len(end) == len(self.mark) else zlib.crc32(
+            stem.encode())
+        return not self.mark or number % self.parts == self.part
 
     @property
     def plain(self) -> bool:
@@ -3360,7 +3400,7 @@ class RecordGenerator:
 
     def _begin(self, rows: RowSource) -> None:
         for target, lookup in self.lookups.items():
-            lookup.pick(self.done, target.done, rows)
+            lookup.pick(self.done, range(target.first, target.done), rows)
         if self.parent:
             self.locale = self.parent.locale
         elif len(self.steps) > 1:
@@ -3394,9 +3434,9 @@ class RecordGenerator:
             find()
 
     def start(self, seed: int, state: Json | None) -> None:
-        """Go to where a `state` says, or to the beginning."""
+        """Go to where a `state` says, or to the beginning of the part."""
         self.rng.seed(seed)
-        self.done = 0
+        self.done = self.first
         self.forget()
         if state:
             self.done, packed, left_over = state
@@ -3519,6 +3559,10 @@ class FieldType(BaseModel):
     def work(self) -> int:
         """How much it takes to make one value, where that of an ordinary field is 1."""
         return 1
+
+    def ending(self) -> str:
+        """What each value, a text, is known to end with."""
+        return ""
 
     def domain(self, scope: Scope) -> Domain | None:
         """How many values there are and the n-th of them, where that can be told: `unique` is then a shuffle."""
@@ -4203,6 +4247,9 @@ class TemplateField(FieldType):
     def reads(self) -> Iterable[str]:
         return [hole[1] for hole in _HOLE.finditer(self.template) if hole[1]]
 
+    def ending(self) -> str:
+        return self.template.rpartition("}")[2]
+
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         holes = list(_HOLE.finditer(self.template))
         if any(hole[0] in ("{", "}") for hole in holes):
@@ -4417,25 +4464,35 @@ def _order_fields(record_type: RecipeType) -> None:
             record_type.deferred.add(name)
 
 
+def _stem(value: str, ending: str) -> tuple[str, str]:
+    """A text that may need a number, split where that would stand: before this ending, or else the @."""
+    if ending and value.endswith(ending):
+        return value.removesuffix(ending), ending
+    start, at, end = value.rpartition("@")
+    return (start, at + end) if at else (value, "")
+
+
 def _new(generator: RecordGenerator, name: str, draw: Draw, redraws: int) -> Any:
     """Draw until a value is new; text, after a few times, gets a number, before the @ or at its end.
 
-    No two records try the same number, so this does not get slower as values run out.
+    No two records try the same number, so this does not get slower as values run out. In a part of a request a value
+    has to be the part's own too, and a template's number comes before what each of its texts ends with.
     """
-    add = generator.seen[name].add  # another one in each use
+    add, mark = generator.seen[name].add, generator.mark  # others in each use
+    ending = generator.type.fields[name].ending() if mark else ""
     for tries in itertools.count(1):
         value = draw()
-        if value is None or add(value):
+        if value is None:
+            return None
+        stem, end = _stem(str(value), ending)
+        if generator.owns(stem) and add(value):
             return value
         if tries > redraws and isinstance(value, str):
             break
         if tries >= UNIQUE_TRIES:
             raise TaskError(f"{generator.name}.{name}: no new value in {tries} draws")
-    start, at, end = value.rpartition("@") if "@" in value else (value, "", "")
-    n = generator.done + 1
-    while not add(numbered := f"{start}{n}{at}{end}"):
-        n += generator.type.bound
-    return numbered
+    numbers = itertools.count(generator.done + 1, generator.type.bound)
+    return next(filter(add, (f"{stem}{n}{mark}{end}" for n in chain([""] if mark else (), numbers))))
 
 
 def _unique(scope: Scope, name: str, draw: Draw) -> Draw:
@@ -4533,10 +4590,64 @@ class Plan:
             steps[name in generator.type.deferred].append((generator.type.index[name], step))
         return steps
 
-    def begin(self, seed: int, now: datetime) -> None:
-        """Begin a use of it. BadRequest if dates do not fit that instant."""
-        for generator in self.generators.values():
+    def begin(self, seed: int, now: datetime, parts: int = 1, part: int | None = None) -> None:
+        """Begin a use of it: all `parts` of a request, or one. BadRequest if dates do not fit, or it can not be cut."""
+        generators = self.generators.values()
+        for generator in generators:
             generator.settle(seed, now)
+        self._seed, self._parts = seed, parts
+        self._todo = range(parts) if part is None else range(part, part + 1)
+        self._shared = set[RecipeType]()  # the roots of types that each part knows whole, if there are parts
+        self.hidden = set[str]()
+        if parts > 1:
+            self._share()
+            self.hidden = {g.name for g in generators if self._todo[0] and g.type.root in self._shared}
+            if problems := [*self._uncut()]:
+                raise _refusal(problems)
+        self._cut(self._todo[0])
+        self._first = {generator.name: generator.first for generator in self._own}
+
+    @property
+    def _own(self) -> list[RecordGenerator]:
+        return [generator for name, generator in self.generators.items() if name not in self.hidden]
+
+    def _share(self) -> None:
+        """Find the small trees of types that others refer to: each part is to know them, so the first one has them."""
+        trees = {root: [*tree] for root, tree in itertools.groupby(
+            self.generators.values(), lambda generator: generator.type.root)}
+        needs = {root: {target.type.root for generator in tree for target in generator.lookups} - {root}
+                 for root, tree in trees.items()}
+        for root, tree in trees.items():  # what one refers to comes before it
+            referred = any(root in others for others in needs.values())
+            if referred and sum(g.type.bound for g in tree) <= MAX_SHARED and needs[root] <= self._shared:
+                self._shared.add(root)
+        self._referred = set[RecipeType]().union(*needs.values()) - self._shared
+
+    def _uncut(self) -> Iterator[FieldProblem]:
+        """Why the request can not be cut into so many parts."""
+        roots = {g.type: g.child_count(0) for g in self.generators.values() if not g.parent}
+        if (most := max(roots.values())) < self._parts:
+            yield FieldProblem("parts", f"should be at most {most}, the number of records to be cut")
+        for root, count in roots.items():
+            if root in self._referred and most >= self._parts > count:
+                yield FieldProblem("parts", f"should be at most {count}, the number of {root.name} records, since "
+                                            "others refer to those of their own part")
+        for generator in self.generators.values():
+            for column in generator.seen if generator.type.root not in self._shared else ():
+                if generator.kinds[column] != "text":
+                    yield FieldProblem(generator.type.at("schema", column, "unique"), (
+                        "across parts needs values that are text or can be counted, such as int, decimal, or float "
+                        "with round; or ask for one part"))
+
+    def _cut(self, part: int) -> None:
+        self._part = part
+        for generator in self.generators.values():
+            generator.cut(part, self._parts, generator.type.root in self._shared)
+
+    @property
+    def done(self) -> int:
+        """How many rows are made."""
+        return sum(generator.done for generator in self._own) - sum(self._first.values())
 
     def close(self) -> None:
         """End its use; it is kept for the next one, unless it is made for this instant alone."""
@@ -4548,13 +4659,13 @@ class Plan:
     def expected(self) -> int:
         """How many rows there will be: those made, and the mean of what is to come."""
         expected: dict[str, float] = {}
-        for name, generator in self.generators.items():
+        for generator in self._own:
             if generator.parent:
                 to_come = expected[generator.parent.name] - generator.parent.done
-                expected[name] = generator.done + to_come * sum(generator.type.spec.range) / 2
+                expected[generator.name] = generator.done + to_come * sum(generator.type.spec.range) / 2
             else:
-                expected[name] = generator.child_count(0)
-        return round(sum(expected.values()))
+                expected[generator.name] = generator.end if len(self._todo) == 1 else generator.child_count(0)
+        return round(sum(expected.values())) - sum(self._first.values())
 
     def chunks(self, rows: RowSource, checkpoint: Json | None = None, size: int = 40) -> Iterator[Chunk]:
         """Add to `rows` those that come after `checkpoint`, with a pause after about `size`, sooner if they are large.
@@ -4562,37 +4673,58 @@ class Plan:
         A chunk that is not whole is a pause only. Use one iterator of a plan at a time. TaskError tells a value that
         fails.
         """
-        self._start(checkpoint, rows)
         generators = self.generators.values()
         size = max(1, min(size, 2**17 // max(1, *(generator.size for generator in generators))))
-        for root in [generator for generator in generators if not generator.parent]:
-            try:
-                for whole in self._pauses(root, rows, size):
-                    yield Chunk(sum(generator.done for generator in generators), self.expected(), whole)
-            except TaskError:
-                raise
-            except Exception as error:
-                raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
+        rows.hidden = self.hidden
+        rows.first.update(self._first)
+        rows.keep |= {name: self.looked_up.get(name, []) for name in self.hidden}
+        for part in range(checkpoint[""] if checkpoint and "" in checkpoint else self._todo[0], self._todo.stop):
+            self._start(part, checkpoint, rows)
+            checkpoint = None
+            for root in [generator for generator in generators if not generator.parent]:
+                try:
+                    for whole in self._pauses(root, rows, size):
+                        yield Chunk(self.done, self.expected(), whole)
+                except TaskError:
+                    raise
+                except Exception as error:
+                    raise TaskError(f"{root.name} {root.done + 1}: {type(error).__name__}: {error}") from error
+
+    @property
+    def looked_up(self) -> dict[str, list[str]]:
+        """The fields of each type that random rows are read of."""
+        fields = defaultdict[str, list[str]](list)
+        for generator in self.generators.values():
+            for target, lookup in generator.lookups.items():
+                fields[target.name] += lookup.fields
+        return fields
 
     def state(self) -> Json:
         """From where to go on after a whole chunk, JSON-able."""
-        return {name: generator.state() for name, generator in self.generators.items()}
+        part = {"": self._part} if self._parts > 1 else {}
+        return part | {name: generator.state() for name, generator in self.generators.items()}
 
-    def _start(self, checkpoint: Json | None, rows: RowSource) -> None:
-        """Put every type where the checkpoint says, or at its beginning."""
+    def _start(self, part: int, checkpoint: Json | None, rows: RowSource) -> None:
+        """Put every type where the checkpoint says, or at the beginning of the part."""
+        self._cut(part)
         room = BLOOM_BYTES // max(1, sum(len(generator.seen) for generator in self.generators.values()))
         for i, (name, generator) in enumerate(self.generators.items()):
+            if generator.parts == 1 and part > self._todo[0] and not checkpoint:
+                continue  # a shared type, which the first part has made
             # the first type's values are stock Faker's under seed_instance(seed)
-            generator.start(generator.key if i else generator.seed, checkpoint and checkpoint[name])
+            seed = self._seed if generator.parts == 1 else _hash64(self._seed, "part", part)
+            state = checkpoint[name] if checkpoint and name not in self.hidden else None
+            generator.start(_hash64(seed, name) if i else seed, state)
             for column in generator.seen:
-                generator.seen[column] = seen = UniqueSet(generator.type.bound, room)
-                for value in rows.column(name, column) if generator.done else ():
+                generator.seen[column] = seen = UniqueSet(-(-generator.type.bound // generator.parts), room)
+                known = rows.column(name, column) if generator.done > generator.first else iter(())
+                for value in itertools.islice(known, generator.first - rows.first[name], None):
                     seen.add(value)
 
     def _pauses(self, root: RecordGenerator, rows: RowSource, size: int) -> Iterator[bool]:
         """Make all of a type and what is made per it; each pause says whether it is between two records of the type."""
         tree = [generator for generator in self.generators.values() if generator.type.root is root.type]
-        made, at, total = 0, sum(generator.done for generator in tree), root.child_count(0)
+        made, at, total = 0, sum(generator.done for generator in tree), root.end
         while root.plain and root.done < total:
             root.make_plain(rows, min(size, total - root.done))
             yield True
@@ -4642,8 +4774,11 @@ class Recipe:
         self.bounds = {name: record_type.bound for name, record_type in self.types.items()}
         plan.close()
 
-    def plan(self, seed: int, now: datetime) -> Plan:
-        """One use of it, to be closed: `seed` and `now` settle all that is drawn. BadRequest if dates do not fit."""
+    def plan(self, seed: int, now: datetime, parts: int = 1, part: int | None = None) -> Plan:
+        """One use of it, or of a part of it, to be closed: `seed` and `now` settle all that is drawn.
+
+        BadRequest if dates do not fit, or if it cannot be cut into so many `parts`.
+        """
         now = now.astimezone(UTC)
         try:
             plan = self._idle.pop()
@@ -4651,7 +4786,7 @@ class Recipe:
             plan = Plan(self.types, self.locales, now, self._idle)
         if plan.problems:
             raise _refusal(list(dict.fromkeys(plan.problems)))
-        plan.begin(seed, now)
+        plan.begin(seed, now, parts, part)
         return plan
 
     def _relate(self, where: str) -> Iterator[FieldProblem]:
@@ -6473,6 +6608,8 @@ class GenerateRequest(JobRequest):
                                             description="Field name: type, or object with type.")
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
+    parts: int | None = Field(None, ge=1, le=100_000, description="Cut into so many parts, which can be made apart.")
+    part: int | None = Field(None, ge=0, description="Make this part alone, counted from 0; default: all of them.")
 
     def with_defaults(self, settings: Settings, clock: Clock) -> GenerateRequest:
         """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
@@ -6480,10 +6617,9 @@ class GenerateRequest(JobRequest):
         filled = self.model_copy(update={
             "seed": next(seed for seed in seeds if seed is not None),
             "now": instant(clock()) if self.now is None else self.now, **self._defaults})
-        recipe = filled.recipe()
-        if recipe.total > settings.max_records:
+        if filled.weight > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
-        if self.schema_ or self.records:
+        if self.schema_ or self.records or self.parts or self.part is not None:
             filled.plan().close()  # its dates may not fit this request's instant; those of a preset fit any
         return filled
 
@@ -6510,7 +6646,7 @@ class GenerateRequest(JobRequest):
     def _text(self) -> str:
         """What a recipe depends on, with the defaults; what a copy changes is none of it."""
         return self.model_copy(update=self._defaults).model_dump_json(
-            exclude={"seed", "after", "now"}, exclude_none=True)
+            exclude={"seed", "after", "now", "parts", "part"}, exclude_none=True)
 
     @property
     def _defaults(self) -> dict[str, Json]:
@@ -6524,12 +6660,15 @@ class GenerateRequest(JobRequest):
 
     def plan(self) -> Plan:
         """The recipe made ready for this request's seed and instant; to be closed."""
-        return self.recipe().plan(self.seed or 0, self._moment())
+        parts = self.parts or 1
+        if self.part is not None and self.part >= parts:
+            raise BadRequest.of("part", f"must be less than parts, which is {parts}")
+        return self.recipe().plan(self.seed or 0, self._moment(), parts, self.part)
 
     @property
     def weight(self) -> int:
         """How many records are to be expected."""
-        return self.recipe().total
+        return self.recipe().total // (1 if self.part is None else self.parts or 1)
 
     @property
     def makes(self) -> str | None:
@@ -6562,6 +6701,76 @@ _SAVE_ROWS = 1000  # committed together
 _SAVE_BYTES = 2**22  # of memory, that rows may take until they are
 
 
+class Batch(NamedTuple):
+    """Rows to be committed together, by record type, and the plan's state after them."""
+
+    rows: dict[str, list[Row]]
+    state: Json
+
+
+def _batches(plan: Plan, rows: RowSource, state: Json = None) -> Iterator[Batch | None]:
+    """What a plan makes after that state; None is a pause."""
+    saved = 0
+    for chunk in plan.chunks(rows, state, _CHUNK_ROWS):
+        size = rows.size()
+        if size > MAX_FAMILY_BYTES:
+            raise JobFailed(f"a record and those made per it take more than {MAX_FAMILY_BYTES // 2**20} MiB")
+        if chunk.whole and (chunk.done - saved >= _SAVE_ROWS or size >= _SAVE_BYTES or chunk.done == chunk.total):
+            yield Batch(rows.made(), plan.state())
+            rows.committed()
+            saved = chunk.done
+        else:
+            yield None
+
+
+def _agreed(request: GenerateRequest | Mapping[str, Json]) -> GenerateRequest:
+    """A request to be made in parts anywhere, checked."""
+    asked = request if isinstance(request, GenerateRequest) else validated(
+        GenerateRequest, lambda: GenerateRequest.model_validate(request))
+    if missing := [name for name in ("seed", "now") if getattr(asked, name) is None]:
+        raise BadRequest(f"{' and '.join(missing)} must be given, since parts that are made apart have to agree", [
+            FieldProblem(name, "must be given") for name in missing])
+    return asked
+
+
+def parts(request: GenerateRequest | Mapping[str, Json]) -> list[dict[str, Json]]:
+    """The parts of a /generate request, each as a request of its own, for `part` or any server to make.
+
+    Raises BadRequest if the request is wrong, or has no `seed` or `now`.
+    """
+    asked = _agreed(request)
+    asked.plan().close()
+    whole = asked.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"after", "part"})
+    return [{**whole, "parts": asked.parts or 1, "part": number} for number in range(asked.parts or 1)]
+
+
+def part(request: GenerateRequest | Mapping[str, Json], number: int | None = None,
+         decimals: Callable[[str], Any] = json.loads) -> Iterator[tuple[str, dict[str, Json]]]:
+    """The records of part `number` of a /generate request that has `parts`, as pairs of record type and record.
+
+    The parts of a request are together what the server makes of it, in that order within each type. The values are
+    those of the JSON that it answers with; `decimals` makes a number of a decimal's text, so that Decimal keeps its
+    digits. Nothing is opened, stored or started. Raises BadRequest as `parts` does, TaskError for a value that fails.
+    """
+    asked = _agreed(request)
+    if number is not None:
+        asked = validated(GenerateRequest, lambda: GenerateRequest.model_validate(
+            asked.model_dump(exclude_none=True) | {"parts": asked.parts or 1, "part": number}))
+    plan = asked.plan()
+    loads = {name: [(field, decimals if kind == "decimal" else _LOAD.get(kind)) for field, kind in kinds.items()]
+             for name, kinds in plan.columns.items()}
+
+    def records() -> Iterator[tuple[str, dict[str, Json]]]:
+        with closing(plan):
+            for batch in filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up))):
+                for name, rows in batch.rows.items():
+                    for row in rows:
+                        yield name, {field: load(value) if load and value is not None else value
+                                     for (field, load), value in zip(loads[name], row, strict=True)}
+
+    return records()
+
+
 @job_type("generate", GenerateRequest)
 def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
@@ -6574,24 +6783,18 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
             state = {"versions": versions, "plan": None}
         rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
                          partial(records.own_column, job))
-        saved = done = context.progress.done if state["plan"] else 0
 
-        def append(connection: sqlite3.Connection) -> None:
-            for record_type, fresh in rows.fresh.items():
+        def append(batch: Batch, connection: sqlite3.Connection) -> None:
+            for record_type, fresh in batch.rows.items():
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
 
-        for chunk in plan.chunks(rows, state["plan"], _CHUNK_ROWS):
-            done, size = chunk.done, rows.size()
-            if size > MAX_FAMILY_BYTES:
-                raise JobFailed(f"a record and those made per it take more than {MAX_FAMILY_BYTES // 2**20} MiB")
-            if chunk.whole and (done - saved >= _SAVE_ROWS or size >= _SAVE_BYTES or done == chunk.total):
-                context.save(Progress(done=done, total=chunk.total), {"versions": versions, "plan": plan.state()},
-                             append)
-                rows.committed()
-                saved = done
+        for batch in _batches(plan, rows, state["plan"]):
+            if batch:
+                context.save(Progress(done=plan.done, total=plan.expected()),
+                             {"versions": versions, "plan": batch.state}, partial(append, batch))
             yield
-        return JobResult({"records": done, "versions": versions})
+        return JobResult({"records": plan.done, "versions": versions})
 
 
 def _record_text(kinds: Mapping[str, Kind], row: tuple[Json, ...]) -> str:
@@ -6625,8 +6828,9 @@ def preview(request: GenerateRequest) -> str:
         for _ in plan.chunks(rows):
             _check_preview(rows.size())
     lists: dict[str, list[str]] = {record_type: [] for record_type in columns}
-    for record_type, texts in lists.items():
-        for row in rows.fresh[record_type]:
+    for record_type, made in rows.made().items():
+        texts = lists[record_type]
+        for row in made:
             texts.append(_record_text(columns[record_type], row))
             size += len(texts[-1])
             _check_preview(size)
@@ -8046,43 +8250,19 @@ def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **header
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
 
 
-_COOKIE = "taskapi_"
-
-
-def page_cookie(token: str) -> tuple[str, str]:
-    """Name and value of the page's cookie: no token, but a proof of it. Servers on other ports have other names."""
-    proof = hashlib.sha256(f"taskapi page {token}".encode()).hexdigest()
-    return f"{_COOKIE}{proof[:8]}", proof[8:]
-
-
-def has_token(header: Callable[[str], str | None], settings: Settings) -> bool:
-    """Whether a request brings the token, as itself or as the page's cookie, or none is wanted."""
-    if settings.token is None:
-        return True
-    scheme, _, given = (header("Authorization") or "").partition(" ")
-    name, proof = page_cookie(settings.token)
-    cookie = re.search(rf"(?:^|;)\s*{name}=([^;\s]*)", header("Cookie") or "")
-    bearer = given.strip() if scheme.lower() == "bearer" else ""
-    # Not ==, which takes the longer the more of it is right.
-    return secrets.compare_digest(bearer.encode(), settings.token.encode()) or (
-        secrets.compare_digest((cookie[1] if cookie else "").encode(), proof.encode()))
-
-
 @route("GET", "/health", {200: Health, 503: Health})
 def get_health(call: Request) -> bottle.HTTPResponse:
     """The health check: really writes to the database and the disk, and asks the workers."""
     health = call.engine.health()
-    trusted = has_token(call.header, call.engine.settings)
-    body = health.model_dump(exclude_none=True, include=None if trusted else {"status"})
+    body = health.model_dump(exclude_none=True)
     return reply(body) if health.status == "ok" else reply(
         body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
 
 
 @route("GET", "/", {200: (Health, "text/html"), 503: Health})
 def get_root(call: Request) -> bottle.HTTPResponse:
-    """The health check, as GET /health; a browser gets the page. Without the token it tells the status alone."""
-    page = BROWSER_PAGES["/" if has_token(call.header, call.engine.settings) else "token"]
-    response = (page if prefers_html(call.header("Accept")) else get_health)(call)
+    """The health check, as GET /health; a browser gets the page."""
+    response = (BROWSER_PAGES["/"] if prefers_html(call.header("Accept")) else get_health)(call)
     response.set_header("Vary", "Accept")
     return response
 
@@ -8421,16 +8601,6 @@ def check_origin(method: str, path: str, header: Callable[[str], str | None], al
     raise CrossSite("cross-site requests from web pages are refused (TASKAPI_CORS_ORIGINS names those that may)")
 
 
-def check_token(method: str, path: str, header: Callable[[str], str | None], settings: Settings) -> None:
-    """Raises Unauthorized where the token is wanted: everywhere but at GET /, and for a preflight of a friend, which
-    browsers send without."""
-    preflight = method == "OPTIONS" and header("Access-Control-Request-Method") and (
-        is_friend(header("Origin"), settings.cors_origins))
-    if (method, path) != ("GET", "/") and not preflight and not has_token(header, settings):
-        raise Unauthorized("this needs the token, as Authorization: Bearer TOKEN (commands: --token or TASKAPI_TOKEN)",
-                           headers={"WWW-Authenticate": "Bearer"})
-
-
 def cors_headers(origin: str | None, friends: Sequence[str]) -> dict[str, str]:
     """What tells a browser that a page of a friend may see this answer."""
     if not is_friend(origin, friends):
@@ -8446,7 +8616,6 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
     Returns how many bytes the body may have. The channel asks before it reads, and the app again, for other servers.
     """
     check_origin(method, path, header, allowed_hosts, settings.cors_origins)
-    check_token(method, path, header, settings)
     if method == "POST":
         is_packed(header("Content-Encoding"))
     if takes_upload(method, path):
@@ -8497,13 +8666,7 @@ def _checked(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.H
         raw_path.encode("latin-1").decode()
     except UnicodeError:  # Bottle leaves its bad bytes out
         raise BadRequest("the path is not UTF-8") from None
-    try:
-        check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
-    except Unauthorized as error:
-        if call.method != "GET" or not prefers_html(call.header("Accept")):
-            raise
-        page = BROWSER_PAGES["token"](call)
-        return bottle.HTTPResponse(page.body, error.http_status, {**page.headers, **error.headers})
+    check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
     if entry.path == UNROUTED:
         return entry.handler(call, **arguments)
     query = call.query(entry.query or NoQuery)
@@ -8632,23 +8795,8 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
-def _secured(document: dict[str, Json]) -> dict[str, Json]:
-    """The document of a server that wants the token."""
-    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"token": []}]
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            if (method, path) == ("get", "/"):
-                operation["security"] = [{}, {"token": []}]
-            else:
-                operation["responses"]["401"] = {
-                    "description": Unauthorized.__doc__, "content": _content(ErrorBody),
-                    "headers": {"WWW-Authenticate": {"schema": {"const": "Bearer"}}}}
-    return document
-
-
-def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json]:
-    """The OpenAPI 3.1 document, made from the routes and their models; `secured`: the token is wanted."""
+def openapi(routes: Iterable[Route]) -> dict[str, Json]:
+    """The OpenAPI 3.1 document, made from the routes and their models."""
     routes = list(routes)
     used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
     shapes: set[type[ApiModel]] = {ErrorBody}
@@ -8669,17 +8817,16 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
             entry, lambda shape: schemas[shape.__name__])
-    document = {"openapi": "3.1.0", "servers": [{"url": MOUNT.get() or "/"}], "paths": paths,
-                "components": {"schemas": schemas},
-                "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
-                         "description": "A data task server: generates records, takes uploads, writes exports."}}
-    return _secured(document) if secured else document
+    return {"openapi": "3.1.0", "servers": [{"url": MOUNT.get() or "/"}], "paths": paths,
+            "components": {"schemas": schemas},
+            "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
+                     "description": "A data task server: generates records, takes uploads, writes exports."}}
 
 
 @route("GET", "/openapi.json", {200: dict})
 def get_openapi(call: Request) -> bottle.HTTPResponse:
     """This description, for programs."""
-    return reply(openapi(all_routes(), secured=call.engine.settings.token is not None))
+    return reply(openapi(all_routes()))
 
 
 def build_app(engine: Engine) -> bottle.Bottle:
@@ -8897,8 +9044,7 @@ def _page_reply(title: str, style: str, body: str, script: str = "") -> Any:
 def get_docs(call: Request) -> Any:
     """This description, for people."""
     base = f"{call.environ.get('wsgi.url_scheme', 'http')}://{call.header('Host') or 'localhost'}{MOUNT.get()}"
-    document = openapi(all_routes(), secured=call.engine.settings.token is not None)
-    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(document, base), _TRY_SCRIPT)
+    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(openapi(all_routes()), base), _TRY_SCRIPT)
 
 
 _UI_STYLE = r"""
@@ -10099,39 +10245,7 @@ def get_ui(call: Request) -> Any:
     return _page_reply("taskapi", _STYLE + _UI_STYLE, body, _UI_SCRIPT)
 
 
-_SIGN_IN_SCRIPT = """
-const form = document.querySelector("form"), said = form.querySelector("[role=alert]");
-form.addEventListener("submit", async event => {
-  event.preventDefault();
-  const answer = await fetch(form.dataset.to, {method: "POST", headers: {
-    Authorization: `Bearer ${form.elements.token.value.trim()}`}}).catch(error => error);
-  if (answer.ok) location.reload();
-  else said.textContent = answer.status === 401 ? "That is not the token." : "The server does not answer.";
-});
-"""
-
-
-def token_page(_: Request) -> Any:
-    """Asks for the token, once: the cookie that comes back stands for it."""
-    return _page_reply("taskapi", _STYLE, (
-        f'<main id="main" tabindex="-1"><h1>taskapi</h1><form data-to="{escape(MOUNT.get())}/ui"><p>'
-        '<input name="user" value="taskapi" autocomplete="username" hidden><label>Token <input name="token" '
-        'type="password" autocomplete="current-password" required autofocus></label> <button>Open</button></p>'
-        '<p role="alert"></p></form></main>'), _SIGN_IN_SCRIPT)
-
-
-@route("POST", "/ui", {204: None})
-def post_ui(call: Request) -> bottle.HTTPResponse:
-    """Gives a browser the cookie that stands for the token, where one is set; asked by the page."""
-    response = bottle.HTTPResponse(status=204)
-    if token := call.engine.settings.token:
-        secure = "; Secure" if call.environ.get("wsgi.url_scheme") == "https" else ""
-        response.set_header("Set-Cookie", "{}={}; Path={}/; HttpOnly; SameSite=Strict{}".format(
-            *page_cookie(token), MOUNT.get(), secure))
-    return response
-
-
-BROWSER_PAGES |= {"/": get_ui, "token": token_page}
+BROWSER_PAGES["/"] = get_ui
 
 
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
@@ -10611,9 +10725,8 @@ def _app_transport(app: Callable[..., Iterable[bytes]]) -> Transport:
     return request
 
 
-def _http_transport(url: str, token: str | None) -> Transport:
+def _http_transport(url: str) -> Transport:
     """Sends requests to a server, each on a connection of its own; StartupError if it does not answer."""
-    known = {"Host": "localhost"} | ({"Authorization": f"Bearer {token}"} if token else {})
     host = urlsplit(url).hostname or ""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     gone = StartupError(f"the server at {url} does not answer; has it just been stopped? Try again")
@@ -10632,7 +10745,7 @@ def _http_transport(url: str, token: str | None) -> Transport:
             connection.connect()
             with suppress(ConnectionError):  # it may refuse, and say why, before it has read all
                 connection.request(method, path, body if length else None,
-                                   {**known, **headers, "Content-Length": str(length)})
+                                   {"Host": "localhost", **headers, "Content-Length": str(length)})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException):
             connection.close()
@@ -10696,7 +10809,7 @@ class Client:
         """The body of the answer, in blocks; StartupError with the message of a refusal, exit code 2 for a 400."""
         self._pause()
         status, blocks = self._transport(method, path, headers, body, length)
-        if status < 400 or (status == Unavailable.http_status and path == "/health"):
+        if status < 400 or (status == Unavailable.http_status and path == "/"):
             return (block for block in blocks if not self._pause())
         text = b"".join(blocks)
         try:
@@ -10782,17 +10895,9 @@ class _Setting(click.Option):
         field = Settings.model_fields[name]
         default = f" (default: {shown})" if (shown := Settings.shown_default(name)) else ""
         words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        form: dict[str, Any] = {"metavar": "|".join(words) or "VALUE"}
-        if field.annotation is bool:
-            form = {"is_flag": True, "flag_value": "true"}
-        super().__init__([name, flag_of(name)], type=click.UNPROCESSED, hidden=hidden, default=None, **form,
-                         help=f"{field.description}{default}",
+        super().__init__([name, flag_of(name)], type=click.UNPROCESSED, hidden=hidden,
+                         metavar="|".join(words) or "VALUE", help=f"{field.description}{default}",
                          shell_complete=lambda _context, _option, text: [w for w in words if w.startswith(text)])
-
-
-    def value_from_envvar(self, ctx: click.Context) -> Any:
-        """The variable's text, also of a flag, which click would take for unset where it is nonsense."""
-        return self.resolve_envvar_value(ctx)
 
 
 class _Argument(click.Argument):
@@ -11251,8 +11356,7 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
         service.queue.interrupt()
 
     with ExitStack() as stack:
-        # The limit, and the token, are for clients from elsewhere.
-        local = settings.model_copy(update={"max_upload_bytes": 2**50, "token": None})
+        local = settings.model_copy(update={"max_upload_bytes": 2**50})  # the limit is for clients from elsewhere
         if needs == "nothing":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskapi")))
             local = local.model_copy(update={"data_dir": folder, "database": None})
@@ -11260,8 +11364,8 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
             raise StartupError(f"there is no data folder {local.data_dir.absolute()}; --data-dir names another")
         opened = _open_or_url(local, None if needs == "workers" else _NoWork())
         if isinstance(opened, str):
-            client = Client(_http_transport(opened, settings.token), flags, url=opened)
-            if (client.ask("GET", "/health") or {}).get("service") != "taskapi":
+            client = Client(_http_transport(opened), flags, url=opened)
+            if (client.ask("GET", "/") or {}).get("service") != "taskapi":
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
             return
@@ -11323,7 +11427,7 @@ def run_command(entry: Command, context: click.Context) -> int:
                 sys.stdout.flush()
             except KeyboardInterrupt:
                 note = _goes_on(client, [f"{source}={values[name]}" for name, source in sources.items()
-                                         if source.startswith("--") and name != "token"])
+                                         if source.startswith("--")])
                 raise
         return 0
     except KeyboardInterrupt:
