@@ -945,6 +945,12 @@ def layouts_of_ranges(connection: sqlite3.Connection) -> None:
         connection.execute(re.sub(r"INDEX\s+\S+", f"INDEX {renamed}", sql, count=1))
 
 
+@migration
+def refs_of_layouts(connection: sqlite3.Connection) -> None:
+    """Which fields are references, {"customerId": "customer.id"}; kinds may also tell how decimals are written."""
+    connection.execute("ALTER TABLE _layouts ADD COLUMN refs TEXT NOT NULL DEFAULT '{}'")
+
+
 def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
     """The columns of every table."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -977,11 +983,11 @@ def _exact_float(value: float) -> str:
     return repr(value) if math.isfinite(value) else "-1e999" if value < 0 else "1e999"
 
 
-def _decimal_key(value: str | None) -> str | None:
+def _decimal_key(value: str | float | None) -> str | None:
     """A text for a decimal; these sort as the numbers do, and are equal where they are."""
     if value is None:
         return None
-    number = Decimal(value)
+    number = Decimal(str(value))
     if not number:
         return "1"
     digits = "".join(map(str, number.as_tuple().digits)).rstrip("0")
@@ -1343,6 +1349,7 @@ class Database:
                 connection.execute("ATTACH ? AS copy", (path.as_uri(),))
                 connection.execute("PRAGMA copy.journal_mode = OFF")  # a copy that is interrupted is thrown away
                 connection.execute("PRAGMA copy.synchronous = OFF")
+                connection.execute("PRAGMA copy.cache_size = -65536")  # KiB, in which keys that are texts find a place
                 connection.execute("BEGIN")
                 yield connection
                 connection.execute("COMMIT")
@@ -1895,7 +1902,7 @@ _MOMENT = ("CASE WHEN length({c}) = 24 AND {c} GLOB '????-??-??T*Z' THEN substr(
            "END")
 _BOOL = "CASE {c} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END"
 _FLAG = "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"
-KIND_SQL: Mapping[Kind, KindSql] = {
+KIND_SQL: dict[str, KindSql] = {
     "none": KindSql("ANY", json="NULL", csv="NULL", key="NULL", stored="NULL"),  # no job has given it a value
     "int": KindSql("INTEGER"),
     "float": KindSql("REAL", json=_FLOAT_JSON, csv=_FLOAT_CELL, stored="CAST({c} AS REAL)"),
@@ -1914,7 +1921,38 @@ KIND_SQL: Mapping[Kind, KindSql] = {
                    csv=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_CELL} WHEN 'text' THEN printf('\"%w\"', {{safe}}) "
                        "ELSE {c} END"),
 }
+# Decimals as numbers, for whoever opens the database: real or whole, they read back as texts of one of these forms.
+# What does not read back as it was, or has more than 15 digits, is a text there.
+_DECIMAL_FORMS = {"decimal_": ("printf('%!.15g', {c})", "")} | {
+    f"decimal{places}": (f"printf('%.{places}f', {{c}})", f".{'0' * places}".rstrip(".")) for places in range(16)}
+for _form, (_real, _zeros) in _DECIMAL_FORMS.items():
+    _text = f"CASE typeof({{c}}) WHEN 'real' THEN {_real} WHEN 'integer' THEN {{c}} || '{_zeros}' ELSE {{c}} END"
+    KIND_SQL[_form] = KIND_SQL["decimal"]._replace(column="ANY", json=_text, text=_text, csv=_text, stored=_text)
+_KEYS = ("PRIMARY KEY NOT NULL", "UNIQUE")
+# Whether a decimal would not be what it was in a column of affinity NUMERIC.
+_INEXACT = ("iif(typeof({c}) <> 'text' OR (length({c}) <= 16 AND {c} NOT GLOB '*[eE]*'), FALSE, "
+            "decimal_key({c}) <> decimal_key(CAST({c} AS NUMERIC)))")
 _NUMBERS, _TEXTS = frozenset[Kind]({"int", "float", "decimal"}), frozenset[Kind]({"text", "date", "datetime"})
+
+
+def _plain(kind: Kind) -> Kind:
+    """The kind alone, without the form of decimals."""
+    return "decimal" if kind in _DECIMAL_FORMS else kind
+
+
+def _decimal_form(texts: Iterable[str]) -> str:
+    """How a column's decimals are written, by some of them: with so many places, or with as many as each needs."""
+    found = {len(text.partition(".")[2]) for text in texts} or {2}
+    return f"decimal{places}" if len(found) == 1 and (places := found.pop()) < 16 else "decimal_"
+
+
+def _mark(kind: Kind, mark: str) -> str:
+    """The value that a mark stands for, as a record table has it."""
+    if kind not in _DECIMAL_FORMS:
+        return mark
+    number = f"CAST({mark} AS NUMERIC)"
+    text = KIND_SQL[kind].text.format(c=number)
+    return f"CASE WHEN length(ltrim({mark}, '-')) <= 16 AND {text} = {mark} THEN {number} ELSE {mark} END"
 
 
 def joined_kind(one: Kind, other: Kind) -> Kind:
@@ -1922,6 +1960,7 @@ def joined_kind(one: Kind, other: Kind) -> Kind:
 
     The values stay what they are: each job's are read by the kind that it wrote them with.
     """
+    one, other = _plain(one), _plain(other)
     if one == other or other == "none":
         return one
     if one == "none":
@@ -2017,7 +2056,7 @@ def comparison(kind: Kind, column: str, relation: str, value: Json,
     since other jobs wrote other kinds, a text is no number and a number no text. None if no value of that kind can be
     compared with this one.
     """
-    text = f"({KIND_SQL[kind].text.format(c=column)})"
+    text, kind = f"({KIND_SQL[kind].text.format(c=column)})", _plain(kind)
     if relation in ("from", "to") and kind != "none":
         if kind in _NUMBERS or kind == "bool":
             return None
@@ -2229,7 +2268,7 @@ class Query:
         for (name, layouts), (field, relation, value) in product(self._of_type.items(), self._conditions):
             by_kind = {_RESERVED.get(field) or kinds.get(field, "none"): kinds for kinds in layouts}
             if by_kind and not any(self._condition(name, kinds, field, relation, value) for kinds in by_kind.values()):
-                kind = next(iter(by_kind))
+                kind = _plain(next(iter(by_kind)))
                 what = f"is not a date: {kind}" if relation in ("from", "to") else (
                     f"cannot be compared with {json.dumps(value)}: its kind is {kind}")
                 raise BadRequest(f"filter on {field!r}: {what}")
@@ -2420,32 +2459,89 @@ class Query:
     # Their copy in a database of their own
 
     def copy(self) -> Iterator[Progress]:
-        """Fills the attached database `copy`, one STRICT table a type; rows come in order, so that pages are full."""
-        columns = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
-        columns = {name: fields for name, fields in columns.items() if fields}  # a table has one at least
-        for name, fields in columns.items():
-            declared = ", ".join(f"{_quote(field)} {self._declared(name, field)}" for field in fields)
-            self._connection.execute(f"CREATE TABLE copy.{_quote(name)}({declared}) STRICT")
-
-        def values(layout: int) -> str:
-            name, kinds = self._layouts[layout]
-            stored = (KIND_SQL[kinds.get(field, "none")].stored.format(c=_column(field)) for field in columns[name])
-            return ", ".join(f"{value} AS c{number}" for number, value in enumerate(stored))
-
-        done, step = 0, self._most(_COPY_STEP)
-        for name, start, last, select in self._spans(values, columns):
-            for first in range(start, last + 1, step):
-                rows, bound = select(first, min(last, first + step - 1), self._limit - done)
-                if bound:
-                    names = ", ".join(f"c{number}" for number in range(len(columns[name])))
-                    done += self._connection.execute(
-                        f"INSERT INTO copy.{_quote(name)} SELECT {names} FROM ({rows})", bound).rowcount
+        """Fills the attached database `copy`, one table a type; rows come in order, so that pages are full."""
+        tables = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
+        tables = {name: fields for name, fields in tables.items() if fields}  # a table has one column at least
+        refs, keys, done, left = self._refs(tables), set[tuple[str, str]](), 0, [*tables]
+        while left:  # parents first; but a limit means the first records in the order of the types
+            name = left[0] if self._wanted.limit is not None else next(
+                (name for name in left if {parent for parent, _ in refs[name].values()}.isdisjoint(left)), left[0])
+            left.remove(name)
+            fields, clauses = tables[name], self._clauses(name, tables[name], refs, keys)
+            keys |= {(name, field) for field, clause in clauses if clause in _KEYS}
+            self._connection.execute(f"CREATE TABLE copy.{_quote(name)}{self._declared(name, fields, clauses)}")
+            values = partial(self._values, fields, {field for field, clause in clauses if clause == "NUMERIC"})
+            into = f"INSERT INTO copy.{_quote(name)} SELECT {', '.join(f'c{n}' for n in range(len(fields)))}"
+            for rows, bound in self._pieces(values, name, _COPY_STEP):
+                done += self._connection.execute(f"{into} FROM ({rows}) LIMIT ?", [*bound, self._limit - done]).rowcount
                 yield Progress(done=done, total=self.total)
+            for field in (field for field, clause in clauses if clause.startswith("REFERENCES")):
+                self._connection.execute(f"CREATE INDEX copy.{_quote(f'_{name}.{field}')} ON "  # no record type's name
+                                         f"{_quote(name)}({_quote(field)})")
 
-    def _declared(self, record_type: str, field: str) -> str:
-        kinds = {kinds.get(field, "none") for kinds in self._of_type[record_type]} - {"none"}
+    def _refs(self, tables: Mapping[str, Collection[str]]) -> dict[str, dict[str, tuple[str, str]]]:
+        """By record type, which field refers to which of another type."""
+        refs: dict[str, dict[str, tuple[str, str]]] = {name: {} for name in tables}
+        for layout, text in self._connection.execute("SELECT id, refs FROM _layouts WHERE refs <> '{}'"):
+            name = self._layouts[layout][0] if layout in self._layouts else ""
+            for field, (parent, _, key) in ((field, to.partition(".")) for field, to in json.loads(text).items()):
+                if field in tables.get(name, ()) and key in tables.get(parent, ()):
+                    refs[name][field] = (parent, key)
+        return refs
+
+    def _pieces(self, columns: Callable[[int], str], record_type: str, step: int) -> Iterator[tuple[str, list[Any]]]:
+        """SQL for the selected records of a type, and what it binds, so many records at a time."""
+        for _, start, last, select in self._spans(columns, [record_type]):
+            for first in range(start, last + 1, self._most(step)):
+                rows, bound = select(first, min(last, first + self._most(step) - 1), self._limit)
+                if bound:
+                    yield rows, bound
+
+    def _values(self, fields: Iterable[str], raw: Collection[str], layout: int) -> str:
+        """The fields, but those named "", as c0, c1...: as they were written, or those in `raw` as they are stored."""
+        kinds = self._layouts[layout][1]
+        return ", ".join(("{c}" if field in raw and field in kinds else KIND_SQL[kinds.get(field, "none")].stored)
+                         .format(c=_column(field)) + f" AS c{number}" for number, field in enumerate(fields) if field)
+
+    def _type(self, record_type: str, field: str) -> str:
+        kinds = {_plain(kinds.get(field, "none")) for kinds in self._of_type[record_type]} - {"none"}
         types = {KIND_SQL[kind].column for kind in kinds}
         return types.pop() if len(types) == 1 else "ANY"
+
+    def _clauses(self, record_type: str, fields: Sequence[str], refs: Mapping[str, Mapping[str, tuple[str, str]]],
+                 keys: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+        """How a copy's columns may be declared: the clauses that all of the selected values stand, by field.
+
+        Of records that are scattered over very many jobs no field is a key.
+        """
+        tests, targets = dict[tuple[str, str], str](), {key for of in refs.values() for key in of.values()}
+        for number, field in enumerate(fields):
+            if self._kinds[record_type][field] == "decimal":
+                tests[field, "NUMERIC"] = f"NOT max({_INEXACT.format(c=f'c{number}')})"
+            elif field == "id" or (record_type, field) in targets:
+                tests[field, _KEYS[field != "id"]] = f"count(*) = count(DISTINCT c{number})"
+            if (parent := refs[record_type].get(field, ("", ""))) in keys:
+                table, key = map(_quote, parent)
+                tests[field, f"REFERENCES {table}({key})"] = f"min(c{number} IN (SELECT {key} FROM copy.{table}))"
+        tested = [field if any(field == other for other, _ in tests) else "" for field in fields]
+        pieces = [*self._pieces(partial(self._values, tested, tested), record_type, _NO_LIMIT)] if tests else []
+        most = min(_MOST_SELECTS, 30_000 // max((len(bound) for _, bound in pieces), default=1)) or 1
+        for start in range(0, len(pieces), most):
+            rows, bound = zip(*pieces[start:start + most], strict=True)
+            found = self._connection.execute(
+                f"SELECT {', '.join(tests.values())} FROM (SELECT * FROM ({') UNION ALL SELECT * FROM ('.join(rows)}))",
+                [*chain.from_iterable(bound)]).fetchone()
+            tests = {clause: test for (clause, test), holds in zip(tests.items(), found, strict=True) if holds != 0}
+        return [(field, clause) for field, clause in tests if clause not in _KEYS or len(pieces) <= most]
+
+    def _declared(self, record_type: str, fields: Sequence[str], clauses: Sequence[tuple[str, str]]) -> str:
+        """The columns of a copy. A strict table cannot have NUMERIC ones; in others ANY would mean NUMERIC."""
+        strict, columns = not any(clause == "NUMERIC" for _, clause in clauses), []
+        for field in fields:
+            own = [clause for other, clause in clauses if other == field]
+            declared = own if "NUMERIC" in own else [self._type(record_type, field), *own]
+            columns.append(" ".join([_quote(field), *(each for each in declared if strict or each != "ANY")]))
+        return f"({', '.join(columns)}){' STRICT' if strict else ''}"
 
 
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
@@ -2470,17 +2566,19 @@ class RecordStore:
 
     # Writing
 
-    def open_job(self, job: Job, columns: Mapping[str, Mapping[str, Kind]], sizes: Mapping[str, int]) -> None:
+    def open_job(self, job: Job, columns: Mapping[str, Mapping[str, Kind]], sizes: Mapping[str, int],
+                 refs: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Before a job's first chunk: makes or widens its tables, and reserves `sizes[type]` ids of each type.
 
-        Anything that an earlier attempt without a checkpoint left is deleted first. Raises JobFailed for a field that
-        the table cannot have.
+        `refs` are fields that refer to others, {"order": {"customerId": "customer.id"}}. Anything that an earlier
+        attempt without a checkpoint left is deleted first. Raises JobFailed for a field that the table cannot have.
         """
         def work(connection: sqlite3.Connection) -> bool:
             if connection.execute("SELECT 1 FROM _id_ranges WHERE job = ?", (job.job_id,)).fetchone():
                 return False
             for record_type, kinds in columns.items():
-                layout, size = self._layout(connection, record_type, kinds), sizes[record_type]
+                layout = self._layout(connection, record_type, kinds, json.dumps((refs or {}).get(record_type, {})))
+                size = sizes[record_type]
                 first = connection.execute("UPDATE _types SET next_id = next_id + ? WHERE record_type = ? "
                                            "RETURNING next_id - ?", (size, record_type, size)).fetchall()[0][0]
                 connection.execute("INSERT INTO _id_ranges(record_type, first, size, rows, job, layout) "
@@ -2490,17 +2588,22 @@ class RecordStore:
         while not self._database.write(work):
             self.discard(job.job_id)
 
-    def _layout(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> int:
+    def _layout(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind], refs: str) -> int:
         """The number of a layout; a new one may change the table."""
-        text = json.dumps(kinds, ensure_ascii=False)
-        known = connection.execute("SELECT id FROM _layouts WHERE record_type = ? AND kinds = ?", (record_type, text))
+        layout = (record_type, json.dumps(kinds, ensure_ascii=False), refs)
+        known = connection.execute("SELECT id FROM _layouts WHERE (record_type, kinds, refs) = (?, ?, ?)", layout)
         if row := known.fetchone():
             return int(row[0])
         if not _layouts(connection, record_type):  # whatever an earlier job left is empty
             connection.execute(f"DROP TABLE IF EXISTS main.{_quote(record_type)}")
         self._declare(connection, record_type, kinds)
-        return int(connection.execute("INSERT INTO _layouts(record_type, kinds) VALUES (?, ?) RETURNING id",
-                                      (record_type, text)).fetchall()[0][0])
+        return int(connection.execute("INSERT INTO _layouts(record_type, kinds, refs) VALUES (?, ?, ?) RETURNING id",
+                                      layout).fetchall()[0][0])
+
+    def _forget_layout(self, connection: sqlite3.Connection, layout: int) -> None:
+        """Deletes a layout that no range has any more."""
+        connection.execute("DELETE FROM _layouts WHERE id = ? AND NOT EXISTS "
+                           "(SELECT 1 FROM _id_ranges WHERE layout = ?)", (layout, layout))
 
     def _declare(self, connection: sqlite3.Connection, record_type: str, kinds: Mapping[str, Kind]) -> None:
         """Makes the table, or has it take the fields too: a column of several types is declared ANY."""
@@ -2549,12 +2652,20 @@ class RecordStore:
     def append(self, connection: sqlite3.Connection, job: Job, record_type: str, fields: Sequence[str],
                rows: Sequence[tuple[Json, ...]]) -> None:
         """Within a chunk's transaction: adds rows (values in the order of `fields`) to the job's range."""
-        first, used, size = connection.execute(
-            "SELECT first, rows, size FROM _id_ranges WHERE job = ? AND record_type = ?", (job.job_id, record_type)
-        ).fetchone()
+        first, used, size, layout, text, refs = connection.execute(
+            "SELECT first, rows, size, layout, kinds, refs FROM _id_ranges JOIN _layouts ON _layouts.id = layout "
+            "WHERE job = ? AND _id_ranges.record_type = ?", (job.job_id, record_type)).fetchone()
         assert used + len(rows) <= size, "a job made more rows than it reserved ids for"
+        kinds = json.loads(text)
+        if not used and (decimals := [place for place, field in enumerate(fields) if kinds[field] == "decimal"]):
+            # How they are written shows in the first rows; the layout then says so.
+            kinds |= {fields[place]: _decimal_form(row[place] for row in rows if row[place]) for place in decimals}
+            connection.execute("UPDATE _id_ranges SET layout = ? WHERE record_type = ? AND first = ?",
+                               (self._layout(connection, record_type, kinds, refs), record_type, first))
+            self._forget_layout(connection, layout)
         names = ", ".join(map(_quote, (*RESERVED_COLUMNS, *fields)))
-        marks = ", ".join("?" * (len(fields) + 3))
+        marks = ", ".join(["?1", "?2", "?3", *(_mark(kinds[field], f"?{number}")
+                                               for number, field in enumerate(fields, 4))])
         owner = (job.job_id, job.created_at)
         connection.executemany(f"INSERT INTO main.{_quote(record_type)}({names}) VALUES ({marks})",
                                [(number, *owner, *row) for number, row in enumerate(rows, first + used)])
@@ -2593,8 +2704,7 @@ class RecordStore:
         else:
             connection.execute("DELETE FROM _id_ranges WHERE record_type = ? AND first = ?", (record_type, first))
             # What no range needs any more goes too: fields and kinds, and after the last job the type and its table.
-            connection.execute("DELETE FROM _layouts WHERE id = ? AND NOT EXISTS "
-                               "(SELECT 1 FROM _id_ranges WHERE layout = ?)", (layout, layout))
+            self._forget_layout(connection, layout)
             if not connection.execute("SELECT 1 FROM _id_ranges WHERE record_type = ? UNION ALL "
                                       "SELECT 1 FROM jobs WHERE id = ?", (record_type, job_id)).fetchone():
                 connection.execute(f"DROP TABLE main.{_quote(record_type)}")
@@ -4796,6 +4906,8 @@ class Recipe:
         self.columns = plan.columns  # kinds by field by record type; parents before children
         # the most rows each type can have; their number, where no range is asked for
         self.bounds = {name: record_type.bound for name, record_type in self.types.items()}
+        self.refs = {name: {field: model.field for field, model in record_type.fields.items()
+                            if isinstance(model, RefField)} for name, record_type in self.types.items()}
         plan.close()
 
     def plan(self, seed: int, now: datetime, parts: int = 1, part: int | None = None) -> Plan:
@@ -6803,7 +6915,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     with closing(request.plan()) as plan:
         columns, state = plan.columns, context.checkpoint
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
-            records.open_job(job, columns, request.recipe().bounds)
+            records.open_job(job, columns, request.recipe().bounds, request.recipe().refs)
             state = {"versions": versions, "plan": None}
         rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
                          partial(records.own_column, job))

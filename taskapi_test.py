@@ -1750,6 +1750,69 @@ def test_decimals_compare_exactly(service: taskapi.Service) -> None:
             assert list(map(Decimal, found)) == [n for n in numbers if test(n, Decimal(str(bound)))], (bound, operator)
 
 
+@pytest.mark.parametrize("values", [
+    ["12.50", "0.00", "-0.05", "99.90", None], ["1", "2.5", "0.1", None, "-3"], [None, "7", "2.50", "1e3", "-0.00"],
+    ["0.10", "12345678901234.56", "123456789012345678.90"], ["1.000000000000000000001", "5"], ["9007199254740993"]])
+def test_decimals_are_numbers_to_whoever_opens_a_database_and_come_back_as_written(
+        service: taskapi.Service, values: list[str | None]) -> None:
+    """In the record tables all that fit one way of writing; in an export's all, or none where a number would lose."""
+    store(service, {"v": "decimal"}, [[value] for value in values])
+    read = json.loads(exported(service, "json"), parse_float=str, parse_int=str)
+    assert [record["v"] for record in read] == values
+    assert exported(service, "csv").decode().split("\r\n")[1:-1] == [value or '""' for value in values]
+    numbers = [Decimal(value) for value in values if value]
+    for value, kind in plain(service.folder.root, "SELECT v, typeof(v) FROM thing WHERE v NOT NULL"):
+        assert kind in ("integer", "real") or value in ("2.50", "1e3", "-0.00") or len(value) > 15
+    _, *rows = rows_of_copy(exported(service, "sqlite"), "thing")
+    kept = all(len(number.normalize().as_tuple().digits) <= 15 or number == int(number) < 2**63 for number in numbers)
+    assert {kind for _, kind in rows} <= ({"integer", "real", "null"} if kept else {"text", "null"})
+    assert [Decimal(str(value)) for value, _ in rows if value is not None] == numbers
+
+
+def schema_of(data: bytes) -> list[str]:
+    """What an exported database declares, which its rows have to keep."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.deserialize(data)
+        for check, sound in ("foreign_key_check", []), ("integrity_check", [("ok",)]):
+            assert connection.execute(f"PRAGMA {check}").fetchall() == sound
+        return [row[0] for row in connection.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")]
+
+
+FLEET = {"seed": 3, "records": {
+    "owner": {"count": 20, "schema": {"id": "sequence", "code": "uuid", "country": {"type": "const", "value": "FR"}}},
+    "car": {"per": "owner", "count": [1, 3], "schema": {
+        "id": "uuid", "owner": {"type": "ref", "field": "owner.id"},
+        "country": {"type": "ref", "field": "owner.country"},
+        "of": {"type": "ref", "field": "owner.code", "null": 0.2}, "price": {"type": "decimal", "max": "9.99"}}}}}
+
+
+def test_an_exported_database_has_keys_and_references_where_the_records_allow_them(service: taskapi.Service) -> None:
+    """Parents first; of a field that is not unique, a parent that is not there or that a limit left out, there is none.
+
+    A second job's records have the same ids, and other codes.
+    """
+    owner = 'CREATE TABLE "owner"("id" INTEGER{}, "code" TEXT{}, "country" TEXT) STRICT'
+    car = ('CREATE TABLE "car"("id" TEXT PRIMARY KEY NOT NULL, "country" TEXT, "owner" INTEGER{}, "of" TEXT{}, '
+           '"price" NUMERIC)')
+    index, key = 'CREATE INDEX "_car.{0}" ON "car"("{0}")'.format, " PRIMARY KEY NOT NULL"
+    to_id, to_code = ' REFERENCES "owner"("id")', ' REFERENCES "owner"("code")'
+
+    def made(record_type: str | None = None, **request: Any) -> list[str]:
+        fields = request.pop("fields", ["id", "code", "country", "owner", "of", "price"])
+        return schema_of(exported(service, "sqlite", record_type, fields=fields, **request))
+
+    service.enqueue("generate", FLEET)
+    whole = [owner.format(key, " UNIQUE"), car.format(to_id, to_code), index("owner"), index("of")]
+    assert made() == made(orderBy="-country") == whole
+    assert made("car", fields=["id", "country", "owner", "of", "price"]) == [car.format("", "")]
+    assert made(limit=45)[:1] == [car.format("", "")]
+    assert made(fields=["id", "owner"])[1:] == [f'CREATE TABLE "car"("id" TEXT{key}, "owner" INTEGER{to_id}) STRICT',
+                                                index("owner")]
+    service.enqueue("generate", {**FLEET, "seed": 4})
+    assert made() == [owner.format("", " UNIQUE"), car.format("", to_code), index("of")]
+    assert made(filters={"jobId": service.enqueue("generate", {**FLEET, "seed": 5}).job_id}) == whole
+
+
 def test_no_record_type_can_meet_a_name_of_ours(service: taskapi.Service) -> None:
     """Tables, indexes, views, attached databases and aliases of our own, and keywords; ordered and not."""
     ours = {name.lstrip("_") for name in plain(service.folder.root, "SELECT name FROM sqlite_master")}
@@ -7972,7 +8035,7 @@ def test_the_readmes_schemas_work_as_they_stand(service: taskapi.Service, text: 
                                           'WHERE orderId = "order".id) FROM "order"')
         assert rows
         for total, amounts in rows:
-            assert Decimal(total) == sum(map(Decimal, amounts.split(",")))
+            assert Decimal(str(total)) == sum(map(Decimal, amounts.split(",")))
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="the README's commands stand among others of a shell")
