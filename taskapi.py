@@ -9076,9 +9076,11 @@ code, pre, textarea, output { font-family: ui-monospace, monospace; font-size: .
 pre { white-space: pre-wrap; padding: .5rem; border-left: 3px solid var(--line); margin: .4rem 0; }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .5rem 0; padding: .3rem .7rem; }
 summary { cursor: pointer; min-height: 24px; }
-form { display: grid; grid-template-columns: max-content 1fr; gap: .3rem .6rem; align-items: center; margin: .6rem 0; }
-form button, form textarea, form output { grid-column: 1 / -1; justify-self: start; }
-form textarea, form output { width: 100%; box-sizing: border-box; white-space: pre-wrap; overflow-wrap: anywhere; }
+[data-method] { display: grid; grid-template-columns: max-content 1fr; gap: .3rem .6rem; align-items: center;
+  margin: .6rem 0; }
+[data-method] :is(button, textarea, output) { grid-column: 1 / -1; justify-self: start; }
+[data-method] :is(textarea, output) { width: 100%; box-sizing: border-box; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 input, textarea, button { font: inherit; color: inherit; background: var(--card); padding: .2rem .5rem;
   border: 1px solid var(--dim); border-radius: .3rem; min-width: 0; }
 table { border-collapse: collapse; width: 100%; }
