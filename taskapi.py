@@ -54,6 +54,7 @@ import logging
 import math
 import mmap
 import os
+import pickle
 import random
 import re
 import secrets
@@ -187,6 +188,8 @@ if _amiss := packages_amiss():
     raise (SystemExit if __name__ == "__main__" or Path(sys.argv[0]).stem == "taskapi" else ImportError)(_amiss)
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from faker.generator import Generator as FakerGenerator
     from faker.providers import BaseProvider
 
@@ -4778,6 +4781,11 @@ class Plan:
         for generator in self.generators.values():
             generator.cut(part, self._parts, generator.type.root in self._shared)
 
+    def seek(self, state: Json) -> None:
+        """Count as if it had come where a `state` says, made by another plan."""
+        for name, generator in self.generators.items():
+            generator.done = state[name][0]
+
     @property
     def done(self) -> int:
         """How many rows are made."""
@@ -6646,6 +6654,7 @@ class JobContext:
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
         self._jobs, self._database, self._stopping = jobs, database, stopping
+        self.processes = 1  # that may make the parts of a request
         # The queue's:
         self.interruption: str | None = None  # why the job is canceled
         self.ended = False  # somebody else has written down how it ended: nothing more counts
@@ -6835,6 +6844,7 @@ class GenerateRequest(JobRequest):
 _CHUNK_ROWS = 40  # made between two pauses: a millisecond or two, which is how long a request may have to wait
 _SAVE_ROWS = 1000  # committed together
 _SAVE_BYTES = 2**22  # of memory, that rows may take until they are
+_MAKER_FAILURES = 3  # how often a child process may be ended while it makes one part
 
 
 class Batch(NamedTuple):
@@ -6907,6 +6917,127 @@ def part(request: GenerateRequest | Mapping[str, Json], number: int | None = Non
     return records()
 
 
+def _make_parts(boss: Connection, text: str) -> None:
+    """What a child process does: makes each part it is told into a file, and tells the length of every batch there.
+
+    It ends when nobody listens any more: it outlives its parent by no more than a batch.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # when it ends is for its parent to say
+    request = GenerateRequest.model_validate_json(text)
+    with suppress(EOFError, OSError):
+        while True:
+            number, path, known = boss.recv()
+            try:
+                with closing(request.model_copy(update={"part": number}).plan()) as plan, open(path, "wb") as file:
+                    for batch in filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up))):
+                        rows = {name: made[max(0, known.get(name, 0) - batch.state[name][0] + len(made)):]
+                                for name, made in batch.rows.items()}
+                        if any(rows.values()):
+                            block = pickle.dumps((rows, batch.state))
+                            file.write(block)
+                            file.flush()
+                            boss.send(len(block))
+                boss.send(None)
+            except (TaskError, OSError) as error:
+                boss.send(str(error))
+
+
+class _Maker:
+    """A child process that makes parts."""
+
+    def __init__(self, text: str):
+        from multiprocessing import get_context
+
+        spawn = get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_make_parts, args=(theirs, text), daemon=True)
+        if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C is not for it, not even while it starts
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        self.process.start()
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def end(self) -> None:
+        """Ends it, whatever it does."""
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+
+
+class _Makers:
+    """Child processes that make the parts of a request at the same time, into files.
+
+    Iterating gives the batches after `state` in order, and None while there is nothing to do but wait.
+    """
+
+    def __init__(self, request: GenerateRequest, folder: Path, processes: int, state: Json):
+        self._text, self._parts = request.model_dump_json(by_alias=True), request.parts or 1
+        self._first = state[""] if state else 0
+        self._known = {name: of[0] for name, of in (state or {}).items() if name}  # so many rows are there
+        self._files = folder / f"tmp{secrets.token_hex(4)}"  # named as drafts are: the next start would remove them
+        self._count = min(processes, self._parts - self._first)
+        self._makers: dict[int, _Maker] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for maker in self._makers.values():
+            maker.end()
+        for path in self._files.parent.glob(f"{self._files.name}.*"):
+            path.unlink(missing_ok=True)
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        for number in range(self._first, self._first + self._count):
+            self._start(number)
+        for number in range(self._first, self._parts):
+            for failures in itertools.count(1):
+                try:
+                    yield from self._batches(number)
+                    break
+                except (EOFError, OSError):
+                    if failures == _MAKER_FAILURES:
+                        raise JobFailed(f"the process that makes part {number} was ended {failures} times") from None
+                    self._makers.pop(number % self._count).end()
+                    self._start(number)
+            self._path(number).unlink(missing_ok=True)
+            self._tell(number + 2 * self._count)
+
+    def _path(self, number: int) -> Path:
+        return self._files.with_suffix(f".{number}")
+
+    def _start(self, number: int) -> None:
+        """Start a process for this part and others after it; it is always told two, so that it need not wait."""
+        self._makers[number % self._count] = _Maker(self._text)
+        self._tell(number)
+        self._tell(number + self._count)
+
+    def _tell(self, number: int) -> None:
+        if number < self._parts:
+            with suppress(OSError):  # it was ended, which is met when its part is due
+                self._makers[number % self._count].pipe.send((number, str(self._path(number)), self._known))
+
+    def _batches(self, number: int) -> Iterator[Batch | None]:
+        """What comes of a part; EOFError if its process was ended."""
+        pipe = self._makers[number % self._count].pipe
+        with ExitStack() as stack:
+            file: BinaryIO | None = None
+            while True:
+                while not pipe.poll(0.1):
+                    yield None
+                told = pipe.recv()
+                if not isinstance(told, int):
+                    break
+                file = file or stack.enter_context(self._path(number).open("rb"))
+                batch = Batch(*pickle.loads(file.read(told)))  # noqa: S301 - our own
+                self._known = {name: of[0] for name, of in batch.state.items() if name}
+                yield batch
+        if told:
+            raise JobFailed(told)
+
+
 @job_type("generate", GenerateRequest)
 def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
     """Makes records by a schema, in the background."""
@@ -6917,6 +7048,8 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
             records.open_job(job, columns, request.recipe().bounds, request.recipe().refs)
             state = {"versions": versions, "plan": None}
+        if state["plan"]:
+            plan.seek(state["plan"])
         rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
                          partial(records.own_column, job))
 
@@ -6925,11 +7058,16 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
 
-        for batch in _batches(plan, rows, state["plan"]):
-            if batch:
-                context.save(Progress(done=plan.done, total=plan.expected()),
-                             {"versions": versions, "plan": batch.state}, partial(append, batch))
-            yield
+        with ExitStack() as stack:
+            batches: Iterable[Batch | None] = _batches(plan, rows, state["plan"])
+            if context.processes > 1 and (request.parts or 1) > 1 and request.part is None:
+                batches = stack.enter_context(_Makers(request, context.folder.tmp, context.processes, state["plan"]))
+            for batch in batches:
+                if batch:
+                    plan.seek(batch.state)
+                    context.save(Progress(done=plan.done, total=plan.expected()),
+                                 {"versions": versions, "plan": batch.state}, partial(append, batch))
+                yield
         return JobResult({"records": plan.done, "versions": versions})
 
 
@@ -7536,6 +7674,7 @@ class Workers:
         self.jobs, self.records = JobStore(database, clock, make_id), RecordStore(database)
         self.metrics, self.gate = Metrics(), CpuGate()
         self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
+        self.processes = 1  # that may make the parts of a request, where a command asks for more
         self._closed = False  # no more jobs are taken in; requests in flight may still bring some after `stopping`
         self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
@@ -7707,8 +7846,10 @@ class Workers:
 
     def context(self, job: Job, checkpoint: Json, stopping: Callable[[], bool] | None = None) -> JobContext:
         """What a job's function gets."""
-        return JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
-                          stopping or self.stopping.is_set)
+        context = JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
+                             stopping or self.stopping.is_set)
+        context.processes = self.processes
+        return context
 
     def _work(self, context: JobContext) -> None:
         """Runs a job to its end and writes down how it ended, whatever that is."""
@@ -7948,7 +8089,7 @@ class Engine:
     """A data folder at work: settings, files, jobs and the workers; all of the service but its HTTP side."""
 
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
-                 runner: Runner | None = None):
+                 runner: Runner | None = None, processes: int = 1):
         self.settings, self.clock = settings, clock
         self.allowed_hosts = {"localhost", "127.0.0.1", "::1", *(name.lower() for name in settings.allowed_hosts)}
         self._started = monotonic()
@@ -7974,6 +8115,7 @@ class Engine:
                 undo.callback(self._database.close)
                 self._note_database()
                 self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
+                self.queue.processes = processes
                 self._start(threads=runner is None)
             except (OSError, StorageError) as error:
                 raise StartupError(f"cannot use the data folder {settings.data_dir.absolute()}: {error}") from error
@@ -10837,8 +10979,8 @@ class Service(Engine):
     """A data folder at work with its WSGI application; a context manager that leaves nothing behind."""
 
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
-                 runner: Runner | None = None):
-        super().__init__(settings, clock, make_id, runner)
+                 runner: Runner | None = None, processes: int = 1):
+        super().__init__(settings, clock, make_id, runner, processes)
         self.app = build_app(self).wsgi  # not the Bottle itself: another Bottle's `mount` would take it apart
 
     def __enter__(self) -> Self:
@@ -10864,12 +11006,12 @@ class Service(Engine):
 
 def open_service(data_dir: Path | str | None = None, *, inline: bool = False, settings: Settings | None = None,
                  clock: Clock = utc_now, make_id: Callable[[], str] | None = None, runner: Runner | None = None,
-                 **overrides: Any) -> Service:
+                 processes: int = 1, **overrides: Any) -> Service:
     """Opens a data folder, for use in a `with`.
 
     inline: a job runs inside the call that makes it, without threads. settings: all of them at once; or single ones
-    by name (`workers=1`). clock, make_id, runner: what a test wants to hold. Raises StartupError, for one when
-    another process uses the folder, and SettingError.
+    by name (`workers=1`). clock, make_id, runner: what a test wants to hold. processes: how many make the parts of a
+    request that has some. Raises StartupError, for one when another process uses the folder, and SettingError.
     """
     chosen = settings or Settings()
     if data_dir is not None:
@@ -10879,7 +11021,7 @@ def open_service(data_dir: Path | str | None = None, *, inline: bool = False, se
     except ValidationError as error:
         problem = field_problems(error)[0]
         raise SettingError(f"{problem.field}: {problem.message}") from None
-    return Service(chosen, clock, make_id, InlineRunner() if inline else runner)
+    return Service(chosen, clock, make_id, InlineRunner() if inline else runner, processes)
 
 
 def _printable(text: str) -> str:
@@ -11217,6 +11359,8 @@ def command(params: Callable[[], Sequence[click.Parameter]], needs: Needs = "wor
 _JSON = click.Option(["json", "--json"], is_flag=True, help="Print JSON instead of a table.")
 _ID = _Argument("id", "A job's id; the command jobs lists them.", required=True)
 _FILE = click.Path(readable=False)
+_PROCESSES = click.Option(["processes", "--processes"], type=click.IntRange(1, 256), metavar="N",
+                          help="Make the parts in so many processes at the same time (default: in this one).")
 _OUT = click.Option(["out", "--out"], type=_FILE, metavar="FILE",
                     help="File to write; - is stdout. It is replaced once it is whole.")
 
@@ -11342,11 +11486,13 @@ def _finish(client: Client, job: Mapping[str, Json], output: Mapping[str, Json] 
         raise StartupError(f"{job['type']} jobs make neither records nor a file for --out")
 
 
-@command(lambda: [*_recipe_options(), *_making_options()])
+@command(lambda: [*_recipe_options(), *_making_options(), _PROCESSES])
 def do_generate(client: Client) -> None:
     """Makes records, of a preset or by a schema, and writes them to --out."""
-    output = _output(client) if "out" in client.flags else None
-    _finish(client, client.ask("POST", "/generate", _recipe(client)), output)
+    output, recipe = _output(client) if "out" in client.flags else None, _recipe(client)
+    if client.flags.get("processes", 1) > 1 and not recipe.get("parts"):
+        raise SettingError("--processes share out the parts of a request: give --parts too, some for each of them")
+    _finish(client, client.ask("POST", "/generate", recipe), output)
 
 
 @command(lambda: [*_recipe_options(), _JSON], "nothing")
@@ -11507,7 +11653,7 @@ def _again(client: Client, job_id: str) -> Json:
     return client.ask("POST", f"/jobs/{job_id}/retry") if JobStatus(job["status"]).finished else job
 
 
-@command(lambda: [_ID, *_making_options()])
+@command(lambda: [_ID, *_making_options(), _PROCESSES])
 def do_resume(client: Client) -> None:
     """Goes on with a job that was interrupted, failed or canceled, and writes its file or records to --out."""
     output = _output(client) if "out" in client.flags else None
@@ -11552,12 +11698,12 @@ class _NoWork:
 _LOCK_SECONDS = 3.0  # for a server that has the folder and is about to say where it serves, or is just leaving
 
 
-def _open_or_url(settings: Settings, runner: Runner | None) -> Service | str:
+def _open_or_url(settings: Settings, runner: Runner | None, processes: int) -> Service | str:
     """The data folder, opened; or where the server is that has it. StartupError if another process just keeps it."""
     until = monotonic() + _LOCK_SECONDS
     while True:
         try:
-            return Service(settings, runner=runner)
+            return Service(settings, runner=runner, processes=processes)
         except InUse as held:
             about = held.holder
             if about and about["host"] != socket.gethostname():
@@ -11600,8 +11746,12 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
             local = local.model_copy(update={"data_dir": folder, "database": None})
         elif needs == "data" and not local.database_path.exists():
             raise StartupError(f"there is no data folder {local.data_dir.absolute()}; --data-dir names another")
-        opened = _open_or_url(local, None if needs == "workers" else _NoWork())
+        processes = flags.get("processes", 1)
+        opened = _open_or_url(local, None if needs == "workers" else _NoWork(), processes)
         if isinstance(opened, str):
+            if processes > 1:
+                raise SettingError(f"--processes: the server at {opened} has this data folder and makes its records "
+                                   "itself, in one process; leave it out, or give another --data-dir")
             client = Client(_http_transport(opened, settings.token), flags, url=opened)
             if (client.ask("GET", "/health") or {}).get("service") != "taskapi":
                 raise StartupError(f"what answers at {opened} is not taskapi")
@@ -11619,6 +11769,7 @@ def _goes_on(client: Client, settings_given: Sequence[str]) -> str:
     program = [sys.executable, sys.argv[0]] if sys.argv[0].endswith(".py") else ["taskapi"]
     out = [f"--out={client.flags['out']}"] if "out" in client.flags else []
     out += ["--discard"] if client.flags.get("discard") else []
+    out += [f"--processes={client.flags['processes']}"] if "processes" in client.flags else []
     again = shlex.join([*program, "resume", client.job_id, *settings_given, *out])
     if client.url:
         return f"interrupted; the server at {client.url} goes on with job {client.job_id}. To wait for it:\n  {again}"

@@ -17,6 +17,7 @@ import json
 import logging
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -7594,6 +7595,123 @@ def test_decimals_of_a_part_keep_their_digits_where_that_is_asked_for() -> None:
     assert [text and json.loads(text) for text in texts] == [record["price"] for _, record in taskapi.part(asked, 1)]
 
 
+@POSIX
+def test_child_processes_make_the_same_records_though_they_are_killed(tmp_path: Path, service: taskapi.Service,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them after the first batch; none is left, and no file. One that is killed ever again fails the job."""
+    request = {**RELATED, "parts": 5, "records": {name: {**spec, "count": 600} if name != "order" and isinstance(
+        spec["count"], int) else spec for name, spec in RELATED["records"].items()}}
+    expected, _ = cut(request, service)
+    killed: list[int] = []
+    batches = taskapi._Makers._batches
+
+    def killing(makers: Any, number: int) -> Iterator[Any]:
+        for batch in batches(makers, number):
+            if batch and len(killed) < 1:
+                for maker in makers._makers.values():
+                    killed.append(maker.process.pid)
+                    maker.process.kill()
+            yield batch
+
+    monkeypatch.setattr(taskapi._Makers, "_batches", killing)
+    with taskapi.open_service(tmp_path / "many", inline=True, processes=2) as many:
+        made, _ = cut(request, many)
+        assert made == expected
+        assert len(killed) == 2
+        assert not multiprocessing.active_children()
+        assert not [*(many.folder.root / "tmp").iterdir()]
+
+        class Killed(taskapi._Maker):
+            def __init__(self, text: str) -> None:
+                super().__init__(text)
+                self.process.kill()
+
+        monkeypatch.setattr(taskapi, "_Maker", Killed)
+        failed = many.enqueue("generate", request)
+        assert failed.status == "failed"
+        assert "the process that makes part 0 was ended 3 times" in failed.error
+
+
+@POSIX
+def test_a_value_that_fails_in_a_child_process_fails_the_job_as_ever(tmp_path: Path) -> None:
+    """With the message that one process gives."""
+    schema = {"n": {"type": "int", "min": 1, "max": 3}, "at": {"type": "date", "from": "2026-01-01", "to": "today"},
+              "then": {"type": "date", "from": "{at}", "to": "2026-01-01"}}
+    request = {"count": 90, "parts": 3, "seed": 1, "now": "2026-03-01T00:00:00Z", "schema": {
+        "n": schema["n"], "word": {"type": "word", "args": {"part_of_speech": "{kind}"}},
+        "kind": {"type": "choice", "values": {"noun": 99, "nonsense": 1}}}}
+    errors = []
+    for processes in (1, 2):
+        with taskapi.open_service(tmp_path / str(processes), inline=True, processes=processes) as service:
+            errors.append(service.enqueue("generate", request).error)
+    assert errors[0] == errors[1]
+    assert "nonsense" in str(errors[0])
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, but for the one that tidies up after them."""
+    found = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [int(child) for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, if nobody has asked yet how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the children of a process")
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_command_with_child_processes_goes_on_wherever_it_is_killed(tmp_path: Path, installed: bool) -> None:
+    """The parent, a child, or Ctrl-C for all of them as a terminal sends it: no child stays, and the file is the
+    same; as a script, and as an installed module that another program starts."""
+    program = [sys.executable, taskapi.__file__]
+    if installed:
+        (tmp_path / "run.py").write_text("import sys, taskapi\nif __name__ == '__main__': sys.exit(taskapi.main())")
+        program = [sys.executable, "run.py"]
+
+    def start(*argv: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*program, *argv], cwd=tmp_path, env=own_environ(), text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def done() -> int:
+        try:
+            return int(plain(tmp_path / "many", "SELECT max(done) FROM _progress")[0] or 0)
+        except sqlite3.Error:
+            return 0
+
+    asked = ["generate", "shop", "--count", "6000", "--parts", "6", "--seed", "2", "--now", "2026-01-01T00:00:00Z"]
+    assert start(*asked, "--data-dir", "one", "--out", "one.ndjson").communicate(timeout=120) == ("", "")
+    command = [*asked, "--data-dir", "many", "--out", "many.ndjson", "--processes", "2"]
+    reached = 0
+    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
+        process = start(*command)
+        until(lambda reached=reached: done() > reached, 60)
+        made = until(lambda process=process: children(process.pid))
+        os.kill(made[0], signal.SIGKILL)
+        until(lambda process=process, made=made: not {*children(process.pid)} <= {*made} or process.poll() is not None)
+        reached = done()
+        made = children(process.pid)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)
+        elif how:
+            process.send_signal(how)
+        _, err = process.communicate(timeout=120)
+        until(lambda made=made: all(map(gone, made)))
+        if how == signal.SIGINT:
+            assert process.returncode == 1
+            assert "Traceback" not in err
+            assert "--processes=2" in err
+        job_id = plain(tmp_path / "many", "SELECT id FROM jobs WHERE type = 'generate'")[0]
+        command = ["resume", job_id, "--data-dir", "many", "--out", "many.ndjson", "--processes", "2"]
+    assert process.returncode == 0, err
+    assert (tmp_path / "many.ndjson").read_bytes() == (tmp_path / "one.ndjson").read_bytes()
+    assert not [*(tmp_path / "many" / "tmp").iterdir()]
+
+
 # ==== Crashes ====
 
 
@@ -7857,7 +7975,8 @@ def test_no_definition_refers_to_a_later_one() -> None:
     (r"\bsqlite_utils\b", {4}), (r"(import|from) faker|\bfaker\.", {5}), (r"\bmultipart\.", {6}),
     (r"\bThreadPoolExecutor\(", {4, 6, 8}),  # in 4 and 6 what waits without the interpreter lock
     (r"\bthreading\.Thread\(", {4, 8, 11}), (r"\bbottle\.", {9}),
-    (r"\bwaitress\.", {11}), (r"\bsignal\.", {11}), (r"^    http_status = ", {1}),
+    (r"\bwaitress\.", {11}), (r"\bsignal\.", {7, 11}),  # in 7 a child process, which leaves Ctrl-C to its parent
+    (r"^    http_status = ", {1}),
     (r"\blogging\.(basicConfig|StreamHandler)", {11}),
     (r"\b(SELECT\b.*\bFROM|INSERT (OR \w+ )?INTO|DELETE FROM|UPDATE \w+ SET|PRAGMA)\b", {4}),
     (r"<(html|body|script)\b", {10})])
