@@ -172,6 +172,7 @@ try:
         SkipValidation,
         ValidationError,
         WithJsonSchema,
+        WrapValidator,
         computed_field,
         model_serializer,
         model_validator,
@@ -749,6 +750,7 @@ def _date_text(text: str) -> str:
 DateText = Annotated[str, AfterValidator(_date_text), WithJsonSchema(
     {"anyOf": [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]})]
 Scalar = str | int | float | bool | None
+_MOST_TESTS, _MOST_VALUES = 100, 10_000  # of a filter
 
 
 class Condition(ApiModel):
@@ -763,8 +765,19 @@ class Condition(ApiModel):
     gt: Scalar = None
     gte: Scalar = None
     in_: list[Scalar] | None = Field(None, alias="in", max_length=1000)
+    not_in: list[Scalar] | None = Field(None, max_length=1000)
     like: str | None = Field(None, description="SQL pattern: % is any text, _ any character.", max_length=1000)
+    not_like: str | None = Field(None, max_length=1000)
+    contains: str | None = Field(None, description="The very text; case counts no more than with like.",
+                                 max_length=1000)
+    starts_with: str | None = Field(None, max_length=1000)
+    ends_with: str | None = Field(None, max_length=1000)
     null: bool | None = Field(None, strict=True)
+
+    @classmethod
+    def operators(cls) -> dict[str, str]:
+        """The attributes by their names on the wire."""
+        return {str(field.alias): name for name, field in cls.model_fields.items()}
 
     @model_validator(mode="before")
     @classmethod
@@ -772,7 +785,7 @@ class Condition(ApiModel):
         """Says how a condition is written, and which operators there are."""
         if not isinstance(given, Mapping):
             raise ValueError(f'say {{"eq": {_clipped(json.dumps(given, default=str))}}}')  # noqa: TRY004 - pydantic tells of these alone
-        operators = [field.alias or name for name, field in cls.model_fields.items()]
+        operators = [*cls.operators()]
         for name in given:
             if name not in operators:
                 raise ValueError(f"no such operator {name!r}{did_you_mean(str(name), operators)}; "
@@ -782,8 +795,53 @@ class Condition(ApiModel):
     @model_serializer
     def _given(self) -> dict[str, Json]:
         """Only the operators that were given: one that compares with null is not the same as none."""
-        fields = type(self).model_fields
-        return {fields[name].alias or name: getattr(self, name) for name in fields if name in self.model_fields_set}
+        return {key: getattr(self, name) for key, name in self.operators().items() if name in self.model_fields_set}
+
+
+Test = tuple[str, str, Json]  # field, operator, value; for alternatives "", "or" and the tests of each
+
+
+def each_test(tests: Iterable[Test]) -> Iterator[Test]:
+    """The tests of fields, also those within alternatives."""
+    for test in tests:
+        yield from chain.from_iterable(map(each_test, test[2])) if test[1] == "or" else [test]
+
+
+def _alternatives(given: Json, validate: Callable[[Json], Json]) -> Json:
+    """Conditions of which one has to hold; or one on a field of the name `or`."""
+    return validate(given) if isinstance(given, list) else Condition.model_validate(given)
+
+
+class Where(ApiModel):
+    """Conditions by field, which all have to hold; of those in a list under `or` one has to."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Condition]
+
+    or_: Annotated[list[Where], Field(min_length=1), WrapValidator(_alternatives)] = Field([], alias="or")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        values = [len(value) if isinstance(value, list) else 1 for *_, value in each_test(self.tests)]
+        if len(values) > _MOST_TESTS or sum(values) > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_TESTS} conditions, or {_MOST_VALUES} values in them")
+        return self
+
+    @property
+    def tests(self) -> list[Test]:
+        """What a record has to pass."""
+        by_field: dict[str, Condition] = {**(self.model_extra or {})}
+        sides = self.or_ if isinstance(self.or_, list) else []
+        by_field |= {"or": self.or_} if isinstance(self.or_, Condition) else {}
+        own: list[Test] = [(field, operator, getattr(condition, operator)) for field, condition in by_field.items()
+                           for operator in sorted(condition.model_fields_set)]
+        if not all(side.tests for side in sides):
+            raise ValueError("an alternative under `or` names no field")
+        return [*own, ("", "or", [side.tests for side in sides])] if sides else own
+
+    @model_serializer
+    def _given(self) -> dict[str, Json]:
+        return {**(self.model_extra or {}), **({"or": self.or_} if self.or_ else {})}
 
 
 class Filters(ApiModel):
@@ -794,7 +852,7 @@ class Filters(ApiModel):
     to: DateText | None = Field(None, description="Last date or instant, included; a date means its whole day.")
     date_field: str | None = Field(None, description="Field that from and to look at; default: when it was created.")
     job_id: str | None = Field(None, description="The job that made them.")
-    where: dict[str, Condition] = Field({}, max_length=50)
+    where: Where = Where.model_validate({})
 
 
 class Health(ApiModel):
@@ -1987,6 +2045,8 @@ def _literal(text: str) -> str:
 # the field's kind: SQL makes that of the stored value, `_meaning` that of the other.
 
 _RESERVED: Mapping[str, Kind] = {"_id": "int", "_job": "text", "_created": "datetime"}
+_NEGATED = {"ne": "eq", "not_in": "in_", "not_like": "like"}  # they hold wherever the other does not, so for null too
+_PATTERNS = {"contains": "%{}%", "starts_with": "{}%", "ends_with": "%{}"}
 _ORDER = {"lt": ("<", 0), "lte": ("<=", 1), "gt": (">", 1), "gte": (">=", 0), "from": (">=", 0), "to": ("<=", 1)}
 # Among values of several types the keys of texts and of booleans are between these, and those of numbers before.
 _KEYS_OF_TYPE: Mapping[type, tuple[str, str]] = {str: ("''", "x''"), bytes: ("x''", "x'ff'")}
@@ -1995,9 +2055,10 @@ _KEYS_OF_TYPE: Mapping[type, tuple[str, str]] = {str: ("''", "x''"), bytes: ("x'
 def _number(value: Json) -> int | float | None:
     """A filter's number, also one written as a text; None if it is none, or NaN, which SQLite takes for null."""
     if isinstance(value, str):
-        with suppress(ValueError, OverflowError):
-            return _number(int(value) if re.fullmatch(r"-?\d{1,400}", value, re.ASCII) else float(value))
-        return None
+        text = value.strip()
+        if re.fullmatch(r"-?\d{1,400}", text, re.ASCII):
+            return _number(int(text))
+        return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         return None
     # Beyond what SQLite can hold is beyond every value there is.
@@ -2015,8 +2076,11 @@ def _meaning(kind: Kind, value: Json) -> tuple[Any, Any] | None:
     elif kind in _NUMBERS:
         key = _number(value)
         key = float(str(value)) if kind == "decimal" and key is not None else key
-    elif isinstance(value, bool) == (kind == "bool"):
-        key = value if kind == "bool" else str(value)
+    elif kind == "bool":
+        key = {"true": True, "false": False, True: True, False: False}.get(value) if isinstance(
+            value, str | bool) else None
+    elif not isinstance(value, bool):
+        key = str(value)
     return None if key is None else (key, key)
 
 
@@ -2068,18 +2132,102 @@ def comparison(kind: Kind, column: str, relation: str, value: Json,
         return f"{column} IS {'' if (value if relation == 'null' else relation == 'eq') else 'NOT '}NULL", []
     if relation == "like":
         return f"{text} LIKE ?", [value]
-    if relation == "ne":
-        equal = comparison(kind, column, "eq", value, mixed)
-        return equal and (f"NOT coalesce({equal[0]}, FALSE)", equal[1])
+    if relation in _PATTERNS:
+        return f"{text} LIKE ? ESCAPE '!'", [_PATTERNS[relation].format(re.sub("[%_!]", r"!\g<0>", value))]
+    if relation in _NEGATED:
+        held = comparison(kind, column, _NEGATED[relation], value, mixed)
+        return held and (f"NOT coalesce({held[0]}, FALSE)", held[1])
     values = [item for item in (value if relation == "in_" else [value]) if item is not None]
     if not values or kind == "none":
         return "FALSE", []
     alike = [item for item in values if isinstance(item, str) == (kind in _TEXTS)] if (
-        mixed and kind in _NUMBERS | _TEXTS) else values
+        mixed and kind in _NUMBERS | _TEXTS | {"bool"}) else values
     found = [(meant, item) for item in alike if (meant := _meaning(kind, item))]
     if not found or (len(found) < len(alike) and not mixed):
         return None
     return _compare(kind, column, relation, *map(list, zip(*found, strict=True)))
+
+
+# Conditions as texts, in a query or behind --where: `field=value` or `field.operator=value`
+
+_SPELLED: Mapping[str, bool] = {"true": True, "false": False}
+_SYNONYMS: Mapping[str, str] = {  # what json-server, Datasette and others say
+    **dict.fromkeys(("sort", "sort_desc", "order"), "orderBy"), **dict.fromkeys(("size", "per_page", "take"), "limit"),
+    **dict.fromkeys(("page", "start", "offset", "cursor", "next"), "after"),
+    **dict.fromkeys(("col", "columns", "select"), "fields"), "isnull": "null", "exact": "eq", "not": "ne", "ge": "gte",
+    "le": "lte"}
+
+
+def _unknown_name(name: str, fields: Collection[str], parameters: Collection[str]) -> BadRequest:
+    """What to answer to a name that is no field: the right way to say it, also for age__gte, age[gte] or _sort."""
+    operators, word, known = [*Condition.operators()], name.strip("_"), [*dict.fromkeys([*parameters, *fields])]
+    of = max((field for field in fields if name.startswith(field) and re.match(r"[._:[]", name[len(field):])),
+             key=len, default="")
+    if of:
+        word, known = name[len(of):].strip("._:[]"), operators
+    word = _SYNONYMS.get(word.lower(), word)
+    near = [hit for hit in known if hit.lower() == word.lower()] or nearest(word, known)
+    told = f"did you mean {' or '.join(repr(f'{of}.{hit}' if of else hit) for hit in near)}?" if near else (
+        f"there are: {', '.join(known)}")
+    return BadRequest.of(name, f"is no {f'operator of {of!r}' if of else 'field and no parameter here'}; {told}")
+
+
+def _readings(kind: Kind, text: str) -> list[Json]:
+    """What a text may mean: among values of several types a number or a boolean too, which is last then."""
+    spelled = _SPELLED.get(text, _number(text)) if kind in ("json", "any") else None
+    return [text] if spelled is None else [text, spelled]
+
+
+def _items(text: str) -> list[str]:
+    """The values in a text, which separates them by commas, or is a JSON list."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(items := json.loads(text), list):
+            return [item if isinstance(item, str) else json.dumps(item) for item in items]
+    return text.split(",")
+
+
+def pairs_in(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Name and text of each condition; BadRequest if one has no =."""
+    found = [text.partition("=") for text in texts]
+    for name, equals, _ in found:
+        if not equals:
+            raise BadRequest(f"{name!r} should be FIELD=VALUE or FIELD.OPERATOR=VALUE; the operators are: "
+                             f"{', '.join(Condition.operators())}")
+    return [(name, text) for name, _, text in found]
+
+
+def where_of(pairs: Iterable[tuple[str, str]], sides: Iterable[str] = (), fields: Mapping[str, Kind] | None = None,
+             parameters: Collection[str] = ()) -> dict[str, Json]:
+    """The `where` that pairs of a name (a field, or `field.operator`) and a text say, and alternatives beside them.
+
+    Where the `fields` are known, the texts are read by their kinds, and BadRequest names the nearest of a name that is
+    none of them, and none of the `parameters` beside them.
+    """
+    where: dict[str, Json] = {}
+    for name, text in pairs:
+        field, _, operator = name.rpartition(".")
+        if operator not in Condition.operators() or (fields and field not in fields and name in fields):
+            field, operator = name, "eq"
+        if fields is not None and field not in fields:
+            raise _unknown_name(name, fields, parameters)
+        readings, value = partial(_readings, fields[field] if fields else "text"), cast(Json, text)
+        if operator == "null":
+            if text not in _SPELLED:
+                raise BadRequest.of(name, "should be true or false")
+            value = _SPELLED[text]
+        elif operator in ("in", "notIn"):
+            value = [*chain.from_iterable(map(readings, _items(text)))]
+        elif operator in ("eq", "ne") and len(readings(text)) > 1:
+            operator, value = {"eq": "in", "ne": "notIn"}[operator], readings(text)
+        elif operator in _ORDER:
+            value = readings(text)[-1]
+        if operator in where.setdefault(field, {}):
+            raise BadRequest.of(name, f"is given twice; {field}.in takes several values")
+        where[field][operator] = value
+    alternatives = [where_of(pairs_in(side.split("&")), (), fields, parameters) for side in sides]
+    if alternatives and "or" in where:
+        raise BadRequest.of("or", "cannot stand beside a condition on a field of that name")
+    return where | ({"or": alternatives} if alternatives else {})
 
 
 # Queries: which records, and their text, made inside SQLite
@@ -2098,10 +2246,11 @@ class Selected(NamedTuple):
 
     filters: Filters
     fields: Sequence[str] | None = None
-    order_by: str | None = None  # a field, with a - before it for descending
+    order_by: str | None = None  # fields, separated by commas, with a - before those that descend
     limit: int | None = None
     excel_safe: bool = False  # texts that a spreadsheet would run get a ' in front
     interrupted: Callable[[], bool] = lambda: False
+    after: int = 0  # the `_id` of the record that those are read beyond
 
 
 class RecordText(NamedTuple):
@@ -2192,6 +2341,17 @@ def _record_types(connection: sqlite3.Connection, *needed: str) -> list[str]:
     return existing
 
 
+def names_in(text: str, known: Collection[str]) -> list[str]:
+    """The names that a text separates by commas; those that are known may have commas in them."""
+    parts, names = text.split(","), list[str]()
+    most = 1 + max((name.count(",") for name in known), default=0)
+    while parts:
+        found = (",".join(parts[:count]).strip() for count in range(min(most, len(parts)), 1, -1))
+        names.append(next((name for name in found if name in known), parts[0].strip()))
+        del parts[:names[-1].count(",") + 1]
+    return names
+
+
 # SQL, and what it binds, for the records from one number to another, and at most so many of them.
 _Select = Callable[[int, int, int], tuple[str, list[Any]]]
 
@@ -2219,21 +2379,21 @@ class Query:
         dates = [(end, bound) for end, bound in (("from", filters.from_), ("to", filters.to)) if bound is not None]
         by_creation = filters.date_field in (None, *RESERVED_COLUMNS[2:])
         self._created = dates if by_creation else []  # all records of a job say that they were made when the job was
-        self._conditions = [(field, relation, getattr(condition, relation)) for field, condition
-                            in filters.where.items() for relation in condition.model_fields_set]
-        self._conditions += [] if by_creation else [(str(filters.date_field), *date) for date in dates]
+        self._tests = [*filters.where.tests, *([] if by_creation else [(str(filters.date_field), *date)
+                                                                       for date in dates])]
         self._layouts = self._read_layouts()
         self._of_type: dict[str, list[Mapping[str, Kind]]] = {name: [] for name in self._types}
         for name, kinds in self._layouts.values():
             self._of_type[name].append(kinds)
         self._kinds = {name: joined_kinds(of) for name, of in self._of_type.items()}
-        self._check_conditions()
+        self._check_tests()
         self.fields = list(wanted.fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
         self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
         while self._label.lower() in map(str.lower, self.fields):
             self._label = f"_{self._label}"
         self.header = [self._label, *self.fields] if self._several else self.fields
-        self.total = self._select() if self._order_by else self._count()  # None: it is not known before they are read
+        # How many will be read; None: it is not known before.
+        self.total = self._select() if self._order else None if self._tests else min(self.count(), self._limit)
 
     # Checks
 
@@ -2247,14 +2407,16 @@ class Query:
         layouts = {number: (name, kinds) for name in self._types
                    for number, kinds in _layouts(self._connection, name).items()}
         known = list(joined_kinds(kinds for _, kinds in layouts.values()))
-        order_by = wanted.order_by or ""
-        self._descending = order_by.startswith("-") and order_by not in known
-        self._order_by = order_by[1:] if self._descending else order_by
-        for field in (*(wanted.fields or ()), self._order_by, *wanted.filters.where, wanted.filters.date_field):
-            if field and field not in known and field not in RESERVED_COLUMNS:
+        names = [*known, *RESERVED_COLUMNS]
+        signed = names_in(wanted.order_by, [*names, *(f"-{name}" for name in names)]) if wanted.order_by else []
+        self._order = [(name, False) if name in names else (name.removeprefix("-"), name[:1] == "-") for name in signed]
+        asked_for = {"fields": wanted.fields or (), "orderBy": [field for field, _ in self._order], "dateField": [
+            wanted.filters.date_field or names[0]], "where": [field for field, *_ in each_test(self._tests)]}
+        for part, field in ((part, field) for part, fields in asked_for.items() for field in fields):
+            if field not in names:
                 where = "any of the record types" if self._several else f"record type {self._types[0]!r}"
-                raise NotFound(f"there is no field {field!r} in {where}{did_you_mean(field, known)}; "
-                               f"there are: {', '.join(known)}")
+                raise BadRequest.of(part, f"there is no field {field!r} in {where}{did_you_mean(field, known)}; "
+                                          f"there are: {', '.join(known)}")
         return {number: layout for number, layout in layouts.items() if own is None or own.get(layout[0]) == number}
 
     def _layouts_of_job(self, job_id: str) -> dict[str, int]:
@@ -2267,22 +2429,37 @@ class Query:
         rows = self._connection.execute("SELECT record_type, layout FROM _readable_ranges WHERE job = ?", (job_id,))
         return dict(rows.fetchall())
 
-    def _check_conditions(self) -> None:
-        for (name, layouts), (field, relation, value) in product(self._of_type.items(), self._conditions):
+    def _check_tests(self) -> None:
+        for (name, layouts), (field, relation, value) in product(self._of_type.items(), each_test(self._tests)):
             by_kind = {_RESERVED.get(field) or kinds.get(field, "none"): kinds for kinds in layouts}
-            if by_kind and not any(self._condition(name, kinds, field, relation, value) for kinds in by_kind.values()):
+            if by_kind and not any(self._comparison(name, kinds, field, relation, value) for kinds in by_kind.values()):
                 kind = _plain(next(iter(by_kind)))
                 what = f"is not a date: {kind}" if relation in ("from", "to") else (
-                    f"cannot be compared with {json.dumps(value)}: its kind is {kind}")
-                raise BadRequest(f"filter on {field!r}: {what}")
+                    f"cannot be compared with {json.dumps(value, ensure_ascii=False)}: its kind is {kind}")
+                raise BadRequest(f"filter on {field!r}: {what}", [FieldProblem(field, what)])
 
     # Which records
 
-    def _condition(self, record_type: str, kinds: Mapping[str, Kind], field: str, relation: str,
-                   value: Json) -> tuple[str, list[Any]] | None:
+    def _comparison(self, record_type: str, kinds: Mapping[str, Kind], field: str, relation: str,
+                    value: Json) -> tuple[str, list[Any]] | None:
         kind = _RESERVED.get(field) or kinds.get(field, "none")
         column = "NULL" if kind == "none" else _column(field)
         return comparison(kind, column, relation, value, self._kinds[record_type].get(field) == "any")
+
+    def _passes(self, layout: int, tests: Iterable[Test]) -> tuple[list[str], list[Any]]:
+        """Conditions that all hold for a record of a layout if it passes the tests, and what they bind."""
+        conditions, bound = list[str](), list[Any]()
+        for field, relation, value in tests:
+            if relation == "or":
+                sides = [self._passes(layout, side) for side in value]
+                sql, values = " OR ".join(f"({' AND '.join(side)})" for side, _ in sides), [*chain.from_iterable(
+                    bound for _, bound in sides)]
+            else:
+                sql, values = self._comparison(*self._layouts[layout], field, relation, value) or (
+                    str(relation in _NEGATED).upper(), [])
+            conditions.append(f"({sql})")
+            bound += values
+        return conditions, bound
 
     def _ranges(self, record_type: str) -> tuple[str, list[Any]]:
         """FROM and WHERE of the ranges of ids that may hold selected records."""
@@ -2296,16 +2473,15 @@ class Query:
                 bound += sql[1]
         return f"_readable_ranges WHERE {' AND '.join(conditions)}", bound
 
-    def _count(self) -> int | None:
-        if self._conditions:
-            return None
-        count = 0
-        for name in self._types:
-            ranges, bound = self._ranges(name)
-            count += self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {ranges}", bound).fetchone()[0]
-        return count if self._wanted.limit is None else min(count, self._wanted.limit)
+    def count(self) -> int:
+        """How many records the filters choose, from wherever on and up to where they are read."""
+        if self._tests:
+            return sum(self._connection.execute(f"SELECT count(*) FROM {source}", [first, last, *bound]).fetchone()[0]
+                       for layout, first, last in self._runs(0) for source, bound in [self._source(layout)])
+        return sum(self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {ranges}", bound).fetchone()[0]
+                   for ranges, bound in map(self._ranges, self._types))
 
-    def _runs(self, after: int = 0) -> Iterator[tuple[int, int, int]]:
+    def _runs(self, after: int) -> Iterator[tuple[int, int, int]]:
         """(layout, first, last) of the records that may be selected, from the `_id` beyond `after` on, type by type.
 
         Neighbouring ranges of one layout are read as one.
@@ -2326,31 +2502,65 @@ class Query:
 
     def _source(self, layout: int) -> tuple[str, list[Any]]:
         """FROM and WHERE of the selected records of a layout, as r, between two ids that are bound first."""
-        name, kinds = self._layouts[layout]
-        conditions, bound = ["r._id BETWEEN ? AND ?"], []
-        for field, relation, value in self._conditions:
-            sql, values = self._condition(name, kinds, field, relation, value) or (str(relation == "ne").upper(), [])
-            conditions.append(sql)
-            bound += values
-        return f"main.{_quote(name)} AS r WHERE {' AND '.join(conditions)}", bound
+        conditions, bound = self._passes(layout, self._tests)
+        return (f"main.{_quote(self._layouts[layout][0])} AS r WHERE "
+                f"{' AND '.join(['r._id BETWEEN ? AND ?', *conditions])}"), bound
+
+    def _keys(self, layout: int) -> list[str]:
+        """What ORDER BY looks at; a + keeps SQLite from reading what it is compared with as the column's type."""
+        kinds = [(field, KIND_SQL[_RESERVED.get(field) or self._layouts[layout][1].get(field, "none")])
+                 for field, _ in self._order]
+        return [f"+({(kind.order or kind.key).format(c=_column(field))})" for field, kind in kinds]
+
+    def _anchor(self) -> list[Any]:
+        """The keys of the record that the first one comes after; BadRequest if it is gone."""
+        after, name = self._wanted.after, self._types[0]
+        found = self._connection.execute(
+            "SELECT layout FROM _readable_ranges WHERE record_type = ? AND first <= ? AND ? < first + rows",
+            [name, after, after]).fetchone()
+        if not found or found[0] not in self._layouts:
+            raise BadRequest.of("after", "is not the `next` of a page, or the record there has been deleted")
+        keys = ", ".join(self._keys(found[0]))
+        return list(self._connection.execute(f"SELECT {keys} FROM main.{_quote(name)} AS r WHERE _id = ?",
+                                             [after]).fetchone())
+
+    def _beyond(self, layout: int, anchor: Sequence[Any]) -> tuple[str, list[Any]]:
+        """Whether a record comes after one with these keys: of equal keys the ids decide, and null is the least."""
+        sql, bound = "r._id > ?", [self._wanted.after]
+        for key, value, (_, descending) in reversed([*zip(self._keys(layout), anchor, self._order, strict=True)]):
+            if value is None:
+                sql = f"({key} IS NULL AND {sql})" if descending else f"({key} IS NOT NULL OR {sql})"
+            else:
+                farther = f"coalesce({key} < ?, TRUE)" if descending else f"{key} > ?"
+                sql, bound = f"({farther} OR ({key} IS ? AND {sql}))", [value, value, *bound]
+        return sql, bound
 
     def _select(self) -> int:
         """Notes the selected records in a temporary table that counts them in order from 1; returns how many.
 
-        It is SQLite that sorts, outside of memory if need be, and without asking Python for its lock. No record type
-        can have the tables' names.
+        It is SQLite that sorts, outside of memory if need be, and without asking Python for its lock. For a few of many
+        it keeps no more than these. No record type can have the tables' names.
         """
-        self._connection.execute('CREATE TEMP TABLE "-found"(key, layout, id)')
-        for layout, first, last in self._runs():
+        names = [f"k{number}" for number in range(len(self._order))]
+        order = ", ".join(f"{name}{' DESC' * descending}" for name, (_, descending) in zip(
+            names, self._order, strict=True))
+        self._connection.execute(f'CREATE TEMP TABLE "-found"({", ".join(names)}, layout, id)')
+        anchor = self._anchor() if self._wanted.after else None
+        most = self._limit + 1  # one more tells whether there are more
+        for layout, first, last in self._runs(0):
             source, bound = self._source(layout)
-            kind = KIND_SQL[_RESERVED.get(self._order_by) or self._layouts[layout][1].get(self._order_by, "none")]
-            key = (kind.order or kind.key).format(c=_column(self._order_by))
-            self._connection.execute(f'INSERT INTO temp."-found" SELECT {key}, {layout}, r._id FROM {source} '
-                                     "ORDER BY r._id", [first, last, *bound])
+            keys = ", ".join(f"{key} AS {name}" for key, name in zip(self._keys(layout), names, strict=True))
+            if anchor is not None:
+                beyond, values = self._beyond(layout, anchor)
+                source, bound = f"{source} AND {beyond}", [*bound, *values]
+            few = f"{order}, r._id LIMIT {most}" if most <= _BLOCK_RECORDS else "r._id"
+            self._connection.execute(f'INSERT INTO temp."-found" SELECT {keys}, {layout}, r._id FROM {source} '
+                                     f"ORDER BY {few}", [first, last, *bound])
         self._connection.execute('CREATE TEMP TABLE "-selected"(n INTEGER PRIMARY KEY, layout INTEGER, id INTEGER)')
-        return self._connection.execute(
+        found = self._connection.execute(
             f'INSERT INTO temp."-selected"(layout, id) SELECT layout, id FROM temp."-found" '
-            f"ORDER BY key {'DESC' if self._descending else 'ASC'}, rowid LIMIT ?", (self._limit,)).rowcount
+            f"ORDER BY {order}, rowid LIMIT ?", (most,)).rowcount
+        return min(found, self._limit)
 
     @property
     def _limit(self) -> int:
@@ -2369,16 +2579,16 @@ class Query:
         return f"{' UNION ALL '.join(selects)} ORDER BY n", [first, last] * len(layouts)
 
     def _spans(self, columns: Callable[[int], str], record_types: Collection[str],
-               after: int = 0) -> Iterator[tuple[str, int, int, _Select]]:
+               ) -> Iterator[tuple[str, int, int, _Select]]:
         """What is to be read: the type, the first and the last number, and the SQL for those of any part of them.
 
         In order these are places, of each of the types, or of all together if it is ""; else `_id`s of one layout.
         """
-        if self._order_by:
+        if self._order:
             for name in record_types:
                 yield name, 1, self.total or 0, partial(self._in_order, columns, name)
             return
-        for layout, start, end in self._runs(after):
+        for layout, start, end in self._runs(self._wanted.after):
             if {"", self._layouts[layout][0]}.isdisjoint(record_types):
                 continue
             source, bound = self._source(layout)
@@ -2392,11 +2602,11 @@ class Query:
 
     def _most(self, wanted: int) -> int:
         """So many at a time, or fewer where each may need a SELECT of its own."""
-        return _MOST_SELECTS if self._order_by and len(self._layouts) >= _MOST_SELECTS else wanted
+        return _MOST_SELECTS if self._order and len(self._layouts) >= _MOST_SELECTS else wanted
 
     # Their text
 
-    def text_blocks(self, text: RecordText, after: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    def text_blocks(self, text: RecordText) -> Iterator[tuple[bytes, int, int]]:
         """Texts of many records, how many each is of, and the number of the last one.
 
         Each is of about _BLOCK_BYTES, and _BLOCK_LIMIT at most if it is of several records. SQLite joins them, so that
@@ -2404,7 +2614,7 @@ class Query:
         """
         line = lru_cache(maxsize=None)(partial(self._line, text.delimiter))
         left, step, longest = self._limit, 100, self._most(_BLOCK_RECORDS)
-        for _, first, last, select in self._spans(line, [""], after):
+        for _, first, last, select in self._spans(line, [""]):
             while first <= last and left:
                 end = min(last, first + step - 1)
                 looked_at = end - first + 1  # however many of them fit the filters
@@ -2424,7 +2634,8 @@ class Query:
     def _line(self, delimiter: str | None, layout: int) -> str:
         name, kinds = self._layouts[layout]
         label = (self._label, name) if self._several else None
-        shown = [(field, kinds.get(field, "none")) for field in self.fields if delimiter or field in self._kinds[name]]
+        kinds, known = {**_RESERVED, **kinds}, {**_RESERVED, **self._kinds[name]}
+        shown = [(field, kinds.get(field, "none")) for field in self.fields if delimiter or field in known]
         sql = _cells_sql(shown, label, delimiter, self._wanted.excel_safe) if delimiter else _object_sql(shown, label)
         return f"{sql} AS line"
 
@@ -2446,18 +2657,31 @@ class Query:
             block = (b"" if text.delimiter else b",").join([part[1:-1] for part in parts])
         return _floats(block) if b"\xfe" in block else block, count, last or 0
 
-    def page(self, after: int) -> tuple[bytes, int | None]:
-        """The records of one type from the `_id` beyond `after` on, as JSON objects with commas between.
+    def page(self) -> tuple[bytes, int | None]:
+        """The records of one type as JSON objects with commas between, and the `_id` of the last if there are more.
 
-        It ends early before it exceeds _BLOCK_LIMIT. Beside it the last `_id`, if there are more.
+        It ends early before it exceeds _BLOCK_LIMIT. The next page begins after that record, wherever it is by then, so
+        that of equal records each is on one page, whatever has been added; to find its place SQLite reads the keys of
+        all, but sorts those of a page alone.
         """
-        texts, room, reached = list[bytes](), _BLOCK_LIMIT, after
-        for block, _, last in self.text_blocks(RecordText(", "), after):
+        texts, room, reached, found = list[bytes](), _BLOCK_LIMIT, self._wanted.after, 0
+        for block, count, last in self.text_blocks(RecordText(", ")):
             if texts and len(block) > room:
+                found = self._limit
                 break
             texts.append(block)
-            room, reached = room - len(block), last
-        return b", ".join(texts), reached if any(True for _ in self._runs(reached)) else None
+            room, reached, found = room - len(block), last, found + count
+        more = found == self._limit and self._is_more(reached)
+        if more and self._order:
+            reached, = self._connection.execute('SELECT id FROM temp."-selected" WHERE n = ?', (reached,)).fetchone()
+        return b", ".join(texts), reached if more else None
+
+    def _is_more(self, reached: int) -> bool:
+        """Whether there is a selected record beyond that of a number."""
+        if self._order:
+            return bool(self._connection.execute('SELECT 1 FROM temp."-selected" WHERE n > ?', (reached,)).fetchone())
+        return any(self._connection.execute(f"SELECT 1 FROM {source} LIMIT 1", [first, last, *bound]).fetchone()
+                   for layout, first, last in self._runs(reached) for source, bound in [self._source(layout)])
 
     # Their copy in a database of their own
 
@@ -2810,13 +3034,28 @@ class RecordStore:
             connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
             yield from Query(connection, wanted).copy()
 
-    def page(self, filters: Filters, limit: int, after: int | None) -> tuple[bytes, int | None]:
-        """Up to `limit` records of one type, older first, from the `_id` after `after`, as JSON with commas between.
-
-        Beside it the last `_id`, if there are more; a page of long records ends early.
-        """
+    def page(self, wanted: Selected) -> tuple[bytes, int | None, int]:
+        """`Query.page`, and how many records the filters choose in all."""
         with self._database.read() as connection:
-            return Query(connection, Selected(filters, limit=limit)).page(after or 0)
+            connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
+            query = Query(connection, wanted)
+            items, last = query.page()
+            return items, last, query.count()
+
+    def fields(self, record_type: str) -> dict[str, Kind]:
+        """The fields of a record type, and those that every record has; NotFound if there is no such type."""
+        with self._database.read() as connection:
+            _record_types(connection, record_type)
+            return {**joined_kinds(_layouts(connection, record_type).values()), **_RESERVED}
+
+    def at(self, record_type: str, place: int) -> int | None:
+        """The `_id` of the record at a place, from 1, in the order in which they lie."""
+        with self._database.read() as connection:
+            found = connection.execute(
+                "SELECT first + :place - 1 - before FROM (SELECT first, rows, sum(rows) OVER (ORDER BY first) - rows "
+                "AS before FROM _readable_ranges WHERE record_type = :name) WHERE :place BETWEEN before + 1 AND "
+                "before + rows", {"name": record_type, "place": min(place, _NO_LIMIT)}).fetchone()
+            return found and int(found[0])
 
 
 # ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
@@ -5248,6 +5487,11 @@ class AtomicFile:
         self.flush()
         return self.path.open("rb")
 
+    def open_last(self) -> BinaryIO:
+        """Opens the whole for reading; the file goes when that is closed."""
+        self.flush()
+        return cast(BinaryIO, _LastReader(self))
+
     def keep(self, path: str, filename: str, content_type: str) -> StoredFile:
         """Moves the file to `path` (relative to the data folder), durably."""
         target = self._root / path
@@ -5272,6 +5516,19 @@ class AtomicFile:
             self._file.close()
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+class _LastReader(io.FileIO):
+    """A file that is read once."""
+
+    def __init__(self, draft: AtomicFile):
+        super().__init__(draft.path)
+        self._draft = draft
+
+    def close(self) -> None:
+        """Closes and removes it."""
+        super().close()
+        self._draft.close()
 
 
 class _OpenFile(io.FileIO):
@@ -7132,7 +7389,8 @@ class ExportRequest(JobRequest):
     filters: Filters = Filters.model_validate({})
     fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Which fields, in which order; default: all.")
-    order_by: str | None = Field(None, min_length=1, description="A field; with - before it, descending.")
+    order_by: str | None = Field(None, min_length=1, description="Fields, separated by commas; with - "
+                                                                 "before it, descending.")
     limit: int | None = Field(None, ge=0, le=2**63 - 1, description="How many records at most.")
     gzip: bool = Field(False, description="Compress the file.")
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
@@ -8365,17 +8623,23 @@ def _header_key(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
-def _given(text: str) -> dict[str, str]:
-    pairs = parse_qsl(text, keep_blank_values=True)
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
+def _given(text: str, lists: Collection[str] = ()) -> dict[str, Json]:
+    """Names and values of a query; those of `lists` may be given more than once."""
+    given: dict[str, Json] = {}
+    for name, value in parse_qsl(text, keep_blank_values=True):
+        if name in lists:
+            given.setdefault(name, []).append(value)
+        elif name in given:
             raise BadRequest.of(name, "is given twice")
-    return dict(pairs)
+        else:
+            given[name] = value
+    return given
 
 
 @lru_cache(maxsize=128)  # most are empty
 def _asked(model: type[ApiModel], text: str) -> ApiModel:
-    return validated(model, lambda: model.model_validate(_given(text)))
+    lists = [str(field.alias) for field in model.model_fields.values() if get_origin(field.annotation) is list]
+    return validated(model, lambda: model.model_validate(_given(text, lists), by_alias=True, by_name=False))
 
 
 class Request:
@@ -8700,12 +8964,60 @@ def get_record_types(call: Request) -> bottle.HTTPResponse:
     return reply(RecordTypes(items=call.engine.queue.records.types()))
 
 
-class RecordsQuery(NoQuery):
-    """Query of GET /records/{recordType}."""
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    with file:
+        while size > 0 and (block := file.read(min(_BLOCK, size))):
+            size -= len(block)
+            yield block
 
-    job_id: str | None = None
-    limit: int = Field(100, ge=1, le=1000)
+
+def _sent(call: Request, file: BinaryIO, size: int, status: int, headers: Mapping[str, str]) -> bottle.HTTPResponse:
+    """An answer of so many bytes of a file, from where it stands."""
+    headers = {**headers, "Content-Length": str(size)}
+    if call.method == "HEAD" or not size:
+        file.close()
+        return bottle.HTTPResponse(b"", status, headers)
+    # Bottle hands a file over to Waitress, which sends it as far as Content-Length says, and holds neither a thread nor
+    # the file's content meanwhile; of what is no file to Bottle it would hold all.
+    knows_length = hasattr(call.environ.get("wsgi.file_wrapper"), "prepare")
+    return bottle.HTTPResponse(file if knows_length else _blocks(file, size), status, headers)
+
+
+class RecordQuery(NoQuery):
+    """Query of GET /records/{recordType}/{key}."""
+
+    job_id: str | None = Field(None, description="The job that made them.")
+    fields: str | None = Field(None, description="Which fields, in which order, separated by commas; default: all.")
+
+
+RECORD_FORMATS = ("json", "ndjson", "csv")
+_PAGE, _LARGEST_PAGE = 100, 1000  # records
+
+
+class RecordsQuery(RecordQuery):
+    """Query of GET /records/{recordType}: these, and conditions, each a field's name or `field.operator`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    limit: int | None = Field(None, ge=1, le=2**63 - 1, description=(
+        f"How many at most. A page of JSON has {_PAGE}, or up to {_LARGEST_PAGE}; else default: all."))
     after: int | None = Field(None, ge=0, le=2**63 - 1, description="The `next` of the page before.")
+    order_by: str | None = Field(None, description="Fields, separated by commas; with - before it, descending.")
+    format: Literal["json", "ndjson", "csv"] | None = Field(None, description="Default: as Accept says, or json.")
+    or_: list[str] = Field([], alias="or", description="Of these, such as age.gte=65, one has to hold; within one, & "
+                                                       "joins several that all have to.")
+
+
+def _selected(call: Request, query: RecordQuery, record_type: str) -> Selected:
+    """What a query asks for, its texts read by the kinds of the fields; NotFound if there is no such type."""
+    kinds, conditions = call.engine.queue.records.fields(record_type), Where.model_validate({})
+    if isinstance(query, RecordsQuery):
+        parameters = [str(field.alias) for field in RecordsQuery.model_fields.values()]
+        where = where_of((query.model_extra or {}).items(), query.or_, kinds, parameters)
+        conditions = validated(Where, lambda: Where.model_validate(where, by_alias=True, by_name=False))
+    return Selected(Filters.model_construct(record_type=record_type, job_id=query.job_id, where=conditions),
+                    names_in(query.fields, kinds) if query.fields is not None else None,
+                    interrupted=call.environ.get("taskapi.gone", lambda: False))
 
 
 class RecordPage(ApiModel):
@@ -8713,29 +9025,81 @@ class RecordPage(ApiModel):
 
     items: list[dict[str, Json]]
     next: str | None
+    total: int = Field(description="How many records the conditions choose.")
+    links: dict[str, str] = Field(description="`next`, the path of the next page, where there is one.")
 
 
-@route("GET", "/records/{recordType}", {200: RecordPage, 404: ErrorBody}, query=RecordsQuery)
+def _page(call: Request, wanted: Selected) -> bottle.HTTPResponse:
+    if (wanted.limit or 0) > _LARGEST_PAGE:
+        raise BadRequest.of("limit", f"should be at most {_LARGEST_PAGE} for a page; format=ndjson has no such limit")
+    items, last, total = call.engine.queue.records.page(wanted._replace(limit=wanted.limit or _PAGE))
+    links: dict[str, str] = {}
+    if last is not None:
+        kept = [pair for pair in parse_qsl(call.environ.get("QUERY_STRING", ""), True) if pair[0] != "after"]
+        links["next"] = f"{MOUNT.get()}{call.path}?{urlencode([*kept, ('after', last)])}"
+    return reply(b'{"items": [%b], "next": %b, "total": %d, "links": %b}' % (
+        items, to_json(None if last is None else str(last)), total, to_json(links)))
+
+
+def _whole(call: Request, wanted: Selected, name: str) -> bottle.HTTPResponse:
+    """The records in a format, as an export has them. They go by way of a file: to send that takes no thread."""
+    draft = AtomicFile(call.engine.folder.root)
+    try:
+        for _ in FORMATS[name].write(ExportSink(draft, gzip=False), call.engine.queue.records, wanted):
+            pass
+        file = draft.open_last()
+    except BaseException:
+        draft.close()
+        raise
+    if draft.bytes > _BLOCK:
+        return _sent(call, file, draft.bytes, 200, {"Content-Type": FORMATS[name].content_type})
+    with file:
+        return reply(file.read(), content_type=FORMATS[name].content_type)
+
+
+@route("GET", "/records/{recordType}", {200: (RecordPage, "application/x-ndjson", "text/csv"), 404: ErrorBody},
+       query=RecordsQuery)
 def get_records(call: Request, query: RecordsQuery, record_type: str) -> bottle.HTTPResponse:
-    """Records of one type, oldest first, a page at a time."""
-    filters = Filters.model_construct(record_type=record_type, job_id=query.job_id, where={})
-    items, last = call.engine.queue.records.page(filters, query.limit, query.after)
-    following = b"null" if last is None else b'"%d"' % last
-    return reply(b'{"items": [%b], "next": %b}' % (items, following))
+    """Records of one type, oldest first, which fit the conditions: a page of JSON, or all of them as CSV or NDJSON.
+
+    `?age.gte=18&plan.in=pro,team&city=Paris`: a condition is a field, with eq where it names no other operator.
+    """
+    wanted = _selected(call, query, record_type)._replace(
+        limit=query.limit, order_by=query.order_by, after=query.after or 0)
+    accepted = {name: _weight(call.header("Accept"), FORMATS[name].content_type.partition(";")[0])
+                for name in RECORD_FORMATS}
+    liked = max(RECORD_FORMATS, key=lambda name: accepted[name])  # the first of equals
+    name = query.format or liked
+    try:
+        response = _page(call, wanted) if name == "json" else _whole(call, wanted, name)
+    except Interrupted:
+        raise Unavailable("the client has gone") from None
+    response.set_header("Vary", "Accept")
+    return response
 
 
+@route("GET", "/records/{recordType}/{key}", {200: dict, 404: ErrorBody}, query=RecordQuery)
+def get_record(call: Request, query: RecordQuery, record_type: str, key: str) -> bottle.HTTPResponse:
+    """One record: by its `id` where the type has that field (the oldest of several), else by its place, from 1."""
+    records, missing = call.engine.queue.records, NotFound(f"there is no record {key!r} of type {record_type!r}")
+    wanted, kinds = _selected(call, query, record_type), records.fields(record_type)
+    field, value = ("id", key) if "id" in kinds else ("_id", records.at(record_type, int(key)) if re.fullmatch(
+        r"\d{1,18}", key, re.ASCII) else None)
+    if value is None:
+        raise missing
+    where = Where.model_validate(where_of([(f"{field}.eq", str(value))], kinds))
+    try:
+        items, *_ = records.page(wanted._replace(filters=wanted.filters.model_copy(update={"where": where}), limit=1))
+    except BadRequest:  # an id of another kind
+        raise missing from None
+    if not items:
+        raise missing
+    return reply(items)
 @route("DELETE", "/records/{recordType}", {204: None, 404: ErrorBody, 409: ErrorBody})
 def delete_records(call: Request, record_type: str) -> bottle.HTTPResponse:
     """Deletes all records of one type; the jobs that made them stay. 409 while a job is writing some."""
     call.engine.queue.records.delete_type(record_type)
     return bottle.HTTPResponse(status=204)
-
-
-def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    with file:
-        while size > 0 and (block := file.read(min(_BLOCK, size))):
-            size -= len(block)
-            yield block
 
 
 def _matches(header: str, etag: str, *, weak: bool) -> bool:
@@ -8789,18 +9153,12 @@ def get_download(call: Request, job_id: str) -> bottle.HTTPResponse:
     if wanted and call.header("If-Range") in (None, headers["ETag"], headers["Last-Modified"]):
         start, end, headers["Content-Range"] = _byte_range(wanted, job.file.bytes)
     status = 206 if headers.get("Content-Range") else 200
-    headers |= {"Content-Type": job.file.content_type, "Content-Length": str(end - start),
+    headers |= {"Content-Type": job.file.content_type,
                 "Content-Disposition": content_disposition(job.file.filename)}
     headers = {name: value for name, value in headers.items() if value}
     file = call.engine.folder.open(job.file)
-    if call.method == "HEAD" or start == end:
-        file.close()
-        return bottle.HTTPResponse(b"", status, headers)
     file.seek(start)
-    # Bottle hands a file over to Waitress, which sends it as far as Content-Length says, and holds neither a thread nor
-    # the file's content meanwhile; of what is no file to Bottle it would hold all.
-    knows_length = hasattr(call.environ.get("wsgi.file_wrapper"), "prepare")
-    return bottle.HTTPResponse(file if knows_length else _blocks(file, end - start), status, headers)
+    return _sent(call, file, end - start, status, headers)
 
 
 @route("GET", "/metrics", {200: "text/plain"})
@@ -9079,6 +9437,9 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
     for name, schema in (schema_of(entry.query)["properties"] if entry.query else {}).items():
         parameters.append({"name": name, "in": "query", "schema": schema,
                            "description": schema.get("description", "")})
+    if entry.query and entry.query.model_config.get("extra") == "allow":
+        parameters.append({"name": "where", "in": "query", "style": "form", "explode": True, "schema": {
+            "type": "object", "additionalProperties": {"type": "string"}}, "description": str(entry.query.__doc__)})
     if makes_job and entry.body:
         parameters.append({"name": "Idempotency-Key", "in": "header",
                            "schema": {"type": "string", "minLength": 1, "maxLength": 200},
@@ -9132,7 +9493,9 @@ def _secured(document: dict[str, Json]) -> dict[str, Json]:
 def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json]:
     """The OpenAPI 3.1 document, made from the routes and their models; `secured`: the token is wanted."""
     routes = list(routes)
-    used = [shape for entry in routes for shape in (entry.query, entry.body, *entry.answers.values())]
+    answers = [shape for entry in routes for shapes in entry.answers.values()
+               for shape in (shapes if isinstance(shapes, tuple) else [shapes])]
+    used = [*answers, *(shape for entry in routes for shape in (entry.query, entry.body))]
     shapes: set[type[ApiModel]] = {ErrorBody}
     shapes |= {shape for shape in used if isinstance(shape, type) and issubclass(shape, ApiModel)}
     inputs = {shape for entry in routes for shape in (entry.body, entry.query) if shape}
@@ -9169,7 +9532,8 @@ def build_app(engine: Engine) -> bottle.Bottle:
     app = bottle.Bottle()
     routes = all_routes()
     for entry in routes:
-        app.route(re.sub(r"{(\w+)}", lambda match: f"<{to_snake(match[1])}>", entry.path), entry.method,
+        app.route(re.sub(r"{(\w+)}", lambda match: f"<{to_snake(match[1])}{':path' * (match[1] == 'key')}>",
+                         entry.path), entry.method,
                   partial(middleware, engine, entry))
 
     def refuse(_: Request, error: bottle.HTTPError) -> bottle.HTTPResponse:
@@ -11495,6 +11859,11 @@ def do_generate(client: Client) -> None:
     _finish(client, client.ask("POST", "/generate", recipe), output)
 
 
+def _cells(record: Mapping[str, Json]) -> list[object]:
+    return [cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell, ensure_ascii=False)
+            for cell in record.values()]
+
+
 @command(lambda: [*_recipe_options(), _JSON], "nothing")
 def do_preview(client: Client) -> None:
     """Prints some records, by default ten, and stores none."""
@@ -11506,30 +11875,19 @@ def do_preview(client: Client) -> None:
     for name, items in by_type.items():
         if name:
             print(f"{name}:")
-        _print_table(client, items, lambda item: [
-            cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell, ensure_ascii=False)
-            for cell in item.values()], [*items[0]] if items else ())
+        _print_table(client, items, _cells, [*items[0]] if items else ())
 
 
-def _condition(text: str) -> tuple[str, str, Json]:
-    """Field, operator and value of a --where, such as age.gte=18; without an operator it means eq."""
-    name, equals, value = text.partition("=")
-    operators = _keys(Condition)
-    field, _, operator = name.rpartition(".")
-    if not equals:
-        raise SettingError(f"--where {text}: should be FIELD=VALUE or FIELD.OPERATOR=VALUE; the operators are "
-                           f"{' '.join(operators)}")
-    if operator not in operators:
-        field, operator = name, "eq"
-    words: dict[str, Json] = {"true": True, "false": False}
-    return field, operator, value.split(",") if operator == "in" else words.get(value, value)
+def _condition_options() -> list[click.Parameter]:
+    about = "FIELD=VALUE or FIELD.OPERATOR=VALUE, such as age.gte=18 or plan.in=pro,team"
+    return [click.Option(["where", "--where"], multiple=True, metavar="CONDITION", help=f"{about}; may be repeated."),
+            click.Option(["or", "--or"], multiple=True, metavar="CONDITION",
+                         help="Likewise, several joined with &; of those given one has to hold.")]
 
 
 @command(lambda: [
     _Argument("type", "Record types, separated by commas; all if none is named.", required=False),
-    *_options(Filters, "recordType", "where"), *_options(ExportRequest, "filters"), _OUT,
-    click.Option(["where", "--where"], multiple=True, metavar="CONDITION",
-                 help="FIELD=VALUE or FIELD.OPERATOR=VALUE, such as age.gte=18 or plan.in=pro,team; may be repeated.")])
+    *_options(Filters, "recordType", "where"), *_options(ExportRequest, "filters"), _OUT, *_condition_options()])
 def do_export(client: Client) -> None:
     """Writes records to --out, by default to stdout."""
     client.flags = {"out": "-", **client.flags}
@@ -11537,8 +11895,10 @@ def do_export(client: Client) -> None:
     if "type" in client.flags:
         types = [name.strip() for name in client.flags["type"].split(",")]
         filters["recordType"] = types if len(types) > 1 else types[0]
-    for field, test, value in map(_condition, client.flags.get("where", ())):
-        filters.setdefault("where", {}).setdefault(field, {})[test] = value
+    try:
+        filters["where"] = where_of(pairs_in(client.flags.get("where", ())), client.flags.get("or", ()))
+    except BadRequest as error:
+        raise SettingError(str(error)) from None
     request = {**_output(client), **client.body("after"), "filters": filters}
     _hand_over(client, {**client.ask("POST", "/export", request), "after": None})
 
@@ -11595,11 +11955,23 @@ def do_jobs(client: Client) -> None:
     _print_table(client, _get(client, "/jobs", *_keys(JobsQuery))["items"], _job_cells)
 
 
-@command(lambda: [_JSON], "data")
+@command(lambda: [_Argument("type", "A record type, to read its records.", required=False),
+                  *_options(RecordsQuery, "or"), *_condition_options(), _JSON], "data")
 def do_records(client: Client) -> None:
-    """Lists the record types, with counts and fields."""
-    _print_table(client, client.ask("GET", "/records")["items"], lambda entry: (
-        entry["recordType"], f"{entry['count']:,}", " ".join(entry["fields"])))
+    """Lists the record types, with counts and fields; or the records of one."""
+    if "type" not in client.flags:
+        _print_table(client, client.ask("GET", "/records")["items"], lambda entry: (
+            entry["recordType"], f"{entry['count']:,}", " ".join(entry["fields"])))
+        return
+    given = [*client.body(*_keys(RecordsQuery, "or")).items(), *(
+        text.partition("=")[::2] for text in client.flags.get("where", ())), *(
+        ("or", side) for side in client.flags.get("or", ()))]
+    path = f"/records/{quote(client.flags['type'], safe='')}?{urlencode(given)}"
+    if client.flags.get("format", "json") != "json":
+        sys.stdout.buffer.writelines(client.send("GET", path, {}, io.BytesIO(), 0))
+        return
+    items = client.ask("GET", path)["items"]
+    _print_table(client, items, _cells, [*items[0]] if items else ())
 
 
 def _job_path(client: Client, form: str) -> str:

@@ -487,7 +487,8 @@ WRONG_REQUESTS = {
        for filters, *words in (
            ({"recordtype": "a"}, "filters.recordtype: is not known here; did you mean 'recordType'"),
            ({"where": {"a": {"gtt": 1}}}, "filters.where.a: no such operator 'gtt'; did you mean 'gt'"),
-           ({"where": {"a": {"between": [1, 2]}}}, "there are: eq, ne, lt, lte, gt, gte, in, like, null"),
+           ({"where": {"a": {"between": [1, 2]}}}, "there are: eq, ne, lt, lte, gt, gte, in, notIn, like, notLike, contains, "
+     "startsWith, endsWith, null"),
            ({"where": {"a": 18}}, r'filters.where.a: say {\"eq\": 18}'),
            ({"where": {"a": ["b"]}}, r'{\"eq\": [\"b\"]}'))},
     "a negative limit": (400, "POST", "/export", {"format": "csv", "limit": -1}, None, "limit"),
@@ -1597,7 +1598,7 @@ def test_each_jobs_records_read_back_as_they_were_alone(
     """Whatever kinds other jobs write in fields of the same names: pages, every format, an export's database."""
     def seen(record_type: str, job: taskapi.Job) -> list[Any]:
         filters = taskapi.Filters(record_type=record_type, job_id=job.job_id)
-        return [archive.queue.records.page(filters, 1000, None)[0], *(
+        return [archive.queue.records.page(taskapi.Selected(filters, limit=1000))[0], *(
             exported(archive, export_format, record_type, filters={"jobId": job.job_id}, orderBy=order)
             for export_format in ("csv", "json", "ndjson") for order in (None, "-_id")),
             rows_of_copy(exported(archive, "sqlite", record_type, filters={"jobId": job.job_id}), record_type)]
