@@ -252,6 +252,10 @@ class Unauthorized(TaskError):
     http_status = 401
 
 
+class WrongValue(BadRequest):
+    """What a field is compared with is no value of its kind."""
+
+
 class CrossSite(TaskError):
     """A browser sent this on behalf of another site's page."""
 
@@ -893,6 +897,7 @@ _LONGEST, _NO_LIMIT = 2**31 - 1, 2**62  # bytes of a text; records
 _RUN_IDS = 20_000  # ranges of ids are put together until they have about so many
 _MOST_SELECTS = 400  # SQLite joins up to 500 to one statement
 _MOST_COLUMNS = 1_993  # of a record table; SQLite gives up to 2,000
+_KEPT_TOTALS = 100  # how many records fitted the latest filters
 _KEPT_READERS = 8  # connections for reading that stay open for the next time
 _COPY_STEP = 20_000  # records that one statement copies into an exported database
 _STEPS_BETWEEN = 1_000_000  # steps of SQLite's machine, some ten milliseconds, until it asks whether to go on
@@ -1957,6 +1962,7 @@ _FLOAT_CELL = _FLOAT(quote="'\"'", exact="exact_float({c})")
 # fractions of a second, so they stay aside. Null for what is no date.
 _WITHOUT_FRACTION = "iif(substr({c}, 20, 1) = '.', substr({c}, 1, 19) || ltrim(substr({c}, 21), '0123456789'), {c})"
 _MOMENT = ("CASE WHEN length({c}) = 24 AND {c} GLOB '????-??-??T*Z' THEN substr({c}, 1, 23) || '000' "
+           "WHEN {c} GLOB '????-??-??T??:??:??Z' THEN substr({c}, 1, 19) || '.000000' "
            "WHEN {c} GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*' THEN "
            f"strftime('%Y-%m-%dT%H:%M:%S', {_WITHOUT_FRACTION}) || '.' || substr(iif(substr({{c}}, 20, 1) = '.', "
            "substr({c}, 21, length({c}) - 20 - length(ltrim(substr({c}, 21), '0123456789'))), '') || '000000', 1, 6) "
@@ -2058,7 +2064,8 @@ def _number(value: Json) -> int | float | None:
         text = value.strip()
         if re.fullmatch(r"-?\d{1,400}", text, re.ASCII):
             return _number(int(text))
-        return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) else None
+        return float(text) if re.fullmatch(
+            r"[+-]?(inf|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", text, re.ASCII) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         return None
     # Beyond what SQLite can hold is beyond every value there is.
@@ -2436,7 +2443,7 @@ class Query:
                 kind = _plain(next(iter(by_kind)))
                 what = f"is not a date: {kind}" if relation in ("from", "to") else (
                     f"cannot be compared with {json.dumps(value, ensure_ascii=False)}: its kind is {kind}")
-                raise BadRequest(f"filter on {field!r}: {what}", [FieldProblem(field, what)])
+                raise WrongValue(f"filter on {field!r}: {what}", [FieldProblem(field, what)])
 
     # Which records
 
@@ -2657,24 +2664,29 @@ class Query:
             block = (b"" if text.delimiter else b",").join([part[1:-1] for part in parts])
         return _floats(block) if b"\xfe" in block else block, count, last or 0
 
-    def page(self) -> tuple[bytes, int | None]:
-        """The records of one type as JSON objects with commas between, and the `_id` of the last if there are more.
+    def page(self) -> tuple[bytes, int, int | None]:
+        """Records of one type as JSON objects with commas between, how many, and the last's `_id` if there are more.
 
         It ends early before it exceeds _BLOCK_LIMIT. The next page begins after that record, wherever it is by then, so
         that of equal records each is on one page, whatever has been added; to find its place SQLite reads the keys of
         all, but sorts those of a page alone.
         """
-        texts, room, reached, found = list[bytes](), _BLOCK_LIMIT, self._wanted.after, 0
+        texts, room, reached, found, full = list[bytes](), _BLOCK_LIMIT, self._wanted.after, 0, False
         for block, count, last in self.text_blocks(RecordText(", ")):
-            if texts and len(block) > room:
-                found = self._limit
+            if full := bool(texts) and len(block) > room:
                 break
             texts.append(block)
             room, reached, found = room - len(block), last, found + count
-        more = found == self._limit and self._is_more(reached)
+        more = (full or found == self._limit) and self._is_more(reached)
         if more and self._order:
             reached, = self._connection.execute('SELECT id FROM temp."-selected" WHERE n = ?', (reached,)).fetchone()
-        return b", ".join(texts), reached if more else None
+        return b", ".join(texts), found, reached if more else None
+
+    def jobs(self) -> bytes:
+        """Tells whether the same jobs' records can be read as before: what is completed does not change."""
+        jobs = self._connection.execute("SELECT group_concat(job) FROM _readable_ranges WHERE record_type = ?",
+                                        self._types).fetchone()[0]
+        return hashlib.sha256(str(jobs).encode()).digest()
 
     def _is_more(self, reached: int) -> bool:
         """Whether there is a selected record beyond that of a number."""
@@ -2790,6 +2802,7 @@ class RecordStore:
 
     def __init__(self, database: Database):
         self._database = database
+        self._totals: dict[tuple[str, bytes], int] = {}
 
     # Writing
 
@@ -3039,8 +3052,14 @@ class RecordStore:
         with self._database.read() as connection:
             connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
             query = Query(connection, wanted)
-            items, last = query.page()
-            return items, last, query.count()
+            items, found, last = query.page()
+            if last is None and not wanted.after:
+                return items, None, found
+            asked = wanted.filters.model_dump_json(), query.jobs()
+            if (total := self._totals.get(asked)) is None:  # counting reads them all: once for all pages
+                total = query.count()
+                self._totals = {**dict([*self._totals.items()][-_KEPT_TOTALS:]), asked: total}
+            return items, last, total
 
     def fields(self, record_type: str) -> dict[str, Kind]:
         """The fields of a record type, and those that every record has; NotFound if there is no such type."""
@@ -9066,10 +9085,9 @@ def get_records(call: Request, query: RecordsQuery, record_type: str) -> bottle.
     """
     wanted = _selected(call, query, record_type)._replace(
         limit=query.limit, order_by=query.order_by, after=query.after or 0)
-    accepted = {name: _weight(call.header("Accept"), FORMATS[name].content_type.partition(";")[0])
-                for name in RECORD_FORMATS}
-    liked = max(RECORD_FORMATS, key=lambda name: accepted[name])  # the first of equals
-    name = query.format or liked
+    media = {FORMATS[name].content_type.partition(";")[0]: name for name in RECORD_FORMATS}
+    liked = max(media, key=lambda name: _weight(call.header("Accept"), name, f"{name.partition('/')[0]}/*", "*/*"))
+    name = query.format or media[liked]  # the first of those that are liked best
     try:
         response = _page(call, wanted) if name == "json" else _whole(call, wanted, name)
     except Interrupted:
@@ -9081,20 +9099,19 @@ def get_records(call: Request, query: RecordsQuery, record_type: str) -> bottle.
 @route("GET", "/records/{recordType}/{key}", {200: dict, 404: ErrorBody}, query=RecordQuery)
 def get_record(call: Request, query: RecordQuery, record_type: str, key: str) -> bottle.HTTPResponse:
     """One record: by its `id` where the type has that field (the oldest of several), else by its place, from 1."""
-    records, missing = call.engine.queue.records, NotFound(f"there is no record {key!r} of type {record_type!r}")
-    wanted, kinds = _selected(call, query, record_type), records.fields(record_type)
-    field, value = ("id", key) if "id" in kinds else ("_id", records.at(record_type, int(key)) if re.fullmatch(
-        r"\d{1,18}", key, re.ASCII) else None)
-    if value is None:
-        raise missing
-    where = Where.model_validate(where_of([(f"{field}.eq", str(value))], kinds))
-    try:
-        items, *_ = records.page(wanted._replace(filters=wanted.filters.model_copy(update={"where": where}), limit=1))
-    except BadRequest:  # an id of another kind
-        raise missing from None
-    if not items:
-        raise missing
-    return reply(items)
+    records, wanted, found = call.engine.queue.records, _selected(call, query, record_type)._replace(limit=1), b""
+    kinds = records.fields(record_type)
+    place = records.at(record_type, int(key)) if re.fullmatch(r"[1-9]\d{0,17}", key, re.ASCII) else None
+    pair = ("id.eq", key) if "id" in kinds else ("_id.eq", str(place or 0))
+    wanted = wanted._replace(filters=wanted.filters.model_copy(update={
+        "where": Where.model_validate(where_of([pair], fields=kinds))}))
+    with suppress(WrongValue), records.lines(wanted, RecordText()) as (_, blocks):  # an id of another kind
+        found, *_ = next(blocks, (found,))
+    if not found:
+        raise NotFound(f"there is no record {key!r} of type {record_type!r}")
+    return reply(found)
+
+
 @route("DELETE", "/records/{recordType}", {204: None, 404: ErrorBody, 409: ErrorBody})
 def delete_records(call: Request, record_type: str) -> bottle.HTTPResponse:
     """Deletes all records of one type; the jobs that made them stay. 409 while a job is writing some."""
