@@ -2130,6 +2130,9 @@ def comparison(kind: Kind, column: str, relation: str, value: Json,
     since other jobs wrote other kinds, a text is no number and a number no text. None if no value of that kind can be
     compared with this one.
     """
+    if relation in _NEGATED and value is not None:
+        held = comparison(kind, column, _NEGATED[relation], value, mixed)
+        return held and (f"NOT coalesce({held[0]}, FALSE)", held[1])
     text, kind = f"({KIND_SQL[kind].text.format(c=column)})", _plain(kind)
     if relation in ("from", "to") and kind != "none":
         if kind in _NUMBERS or kind == "bool":
@@ -2141,9 +2144,6 @@ def comparison(kind: Kind, column: str, relation: str, value: Json,
         return f"{text} LIKE ?", [value]
     if relation in _PATTERNS:
         return f"{text} LIKE ? ESCAPE '!'", [_PATTERNS[relation].format(re.sub("[%_!]", r"!\g<0>", value))]
-    if relation in _NEGATED:
-        held = comparison(kind, column, _NEGATED[relation], value, mixed)
-        return held and (f"NOT coalesce({held[0]}, FALSE)", held[1])
     values = [item for item in (value if relation == "in_" else [value]) if item is not None]
     if not values or kind == "none":
         return "FALSE", []
@@ -9055,7 +9055,7 @@ def _page(call: Request, wanted: Selected) -> bottle.HTTPResponse:
     links: dict[str, str] = {}
     if last is not None:
         kept = [pair for pair in parse_qsl(call.environ.get("QUERY_STRING", ""), True) if pair[0] != "after"]
-        links["next"] = f"{MOUNT.get()}{call.path}?{urlencode([*kept, ('after', last)])}"
+        links["next"] = f"{MOUNT.get()}{call.path}?{urlencode([*kept, ('after', last)], safe=',:')}"
     return reply(b'{"items": [%b], "next": %b, "total": %d, "links": %b}' % (
         items, to_json(None if last is None else str(last)), total, to_json(links)))
 
@@ -9393,6 +9393,8 @@ def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPRes
     for name, value in {**_STANDARD_HEADERS, **cors}.items():
         if name not in response.headers:
             response.set_header(name, value)
+        elif name == "Vary":
+            response.set_header(name, f"{value}, {response.headers[name]}")
     _pack(call, response)
     metrics.observe("request_seconds", monotonic() - began, route=entry.path)
     metrics.add("requests_total", method=call.method, route=entry.path, status=response.status_code)
@@ -11912,10 +11914,7 @@ def do_export(client: Client) -> None:
     if "type" in client.flags:
         types = [name.strip() for name in client.flags["type"].split(",")]
         filters["recordType"] = types if len(types) > 1 else types[0]
-    try:
-        filters["where"] = where_of(pairs_in(client.flags.get("where", ())), client.flags.get("or", ()))
-    except BadRequest as error:
-        raise SettingError(str(error)) from None
+    filters["where"] = where_of(pairs_in(client.flags.get("where", ())), client.flags.get("or", ()))
     request = {**_output(client), **client.body("after"), "filters": filters}
     _hand_over(client, {**client.ask("POST", "/export", request), "after": None})
 
@@ -11980,9 +11979,8 @@ def do_records(client: Client) -> None:
         _print_table(client, client.ask("GET", "/records")["items"], lambda entry: (
             entry["recordType"], f"{entry['count']:,}", " ".join(entry["fields"])))
         return
-    given = [*client.body(*_keys(RecordsQuery, "or")).items(), *(
-        text.partition("=")[::2] for text in client.flags.get("where", ())), *(
-        ("or", side) for side in client.flags.get("or", ()))]
+    given = [*client.body(*_keys(RecordsQuery, "or")).items(), *pairs_in(client.flags.get("where", ())),
+             *(("or", side) for side in client.flags.get("or", ()))]
     path = f"/records/{quote(client.flags['type'], safe='')}?{urlencode(given)}"
     if client.flags.get("format", "json") != "json":
         sys.stdout.buffer.writelines(client.send("GET", path, {}, io.BytesIO(), 0))
@@ -12300,6 +12298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure: StartupError = _usage_error(error)
     except StartupError as error:
         failure = error
+    except BadRequest as error:  # conditions that are none
+        failure = SettingError(str(error))
     print(f"taskapi: {failure}", file=sys.stderr)
     return failure.exit_code
 
