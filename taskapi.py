@@ -5682,7 +5682,7 @@ class IngestOptions(ApiModel):
     header: str = Field("auto", description="auto: the first line names the fields; none: they are column_1, "
                                             "column_2...; or the names, separated by commas.")
     delimiter: Annotated[str, AfterValidator(_delimiter)] | None = Field(
-        None, description="Of a CSV file: one character, or tab; told from its content if missing.")
+        None, description="Of a CSV file: one character (a blank is any run of them), or tab; found if missing.")
     encoding: Annotated[str, AfterValidator(_encoding)] | None = Field(
         None, description="Of a text; stands before the file. Default: UTF-8, UTF-16 with its mark, or windows-1252.")
     ragged: Literal["refuse", "pad"] = Field("refuse", description="Whether CSV rows may be short: pad ends them in "
@@ -6129,7 +6129,8 @@ class FieldNames:
 # CSV. A cell stays as it is written while rows are told apart: the quotes around it tell "" from null, and text from
 # numbers.
 
-_DELIMITERS = ",;\t|"
+_DELIMITERS, _RARE_DELIMITERS = ",;\t|", "^~ "  # of which a blank stands for a run of blanks
+_BLANKS = re.compile(r'("[^"]*")|^[ \t]+|[ \t]+(?=\r?$)|([ \t]+)', re.MULTILINE)
 _NUMERIC = re.compile(r"[-\d.,: ]*")
 _DECIMAL_COMMA = re.compile(r" *[-+]?[\d.]*\d,\d+ *")
 
@@ -6160,6 +6161,16 @@ def _first_record(text: str, delimiter: str, start: int = 0) -> tuple[list[str],
     return cells, start - 1
 
 
+def _names_rows(rows: Sequence[Sequence[str]], delimiter: str) -> bool:
+    """Whether each row begins with a name, or number, that the header has no cell for, as R's write.table has it."""
+    names = [row[0] for row in rows[1:]]
+    if {len(row) - 1 for row in rows[1:]} != {len(rows[0])} or not all(rows[0]) or len({*names}) < len(names):
+        return False
+    counted = names == [*map(str, range(1, len(rows)))] and len(names) > 1
+    named = delimiter in "\t " and not any(map(_NUMERIC.fullmatch, names))
+    return any(row[-1] for row in rows[1:]) and (counted or named or all(name[:1] == '"' for name in names))
+
+
 def _sample_rows(sample: str, delimiter: str, gap: re.Pattern[str]) -> list[list[str]]:
     """The cells of up to a hundred records, until one that is broken or cut; at least one record."""
     rows: list[list[str]] = []
@@ -6169,7 +6180,38 @@ def _sample_rows(sample: str, delimiter: str, gap: re.Pattern[str]) -> list[list
         if rows and sample[end:end + 1] not in ("\r", "\n"):
             break
         rows.append(cells)
+    if len(rows) > 1 and _names_rows(rows, delimiter):
+        rows[0].insert(0, '""' if rows[0][0][:1] == '"' else "")
     return rows or [[""]]
+
+
+def _squeezed(texts: Iterable[str]) -> Iterator[str]:
+    """The texts with one blank for each run of blanks and tabs, and none around a line; what is in quotes stays."""
+    held = ""
+    for text in chain(texts, ["\n"]):
+        held += text
+        end = max(held.rfind("\n"), held.rfind("\r")) + 1 or (len(held) if len(held) > _RECORD_LIMIT else 0)
+        if end:
+            yield _BLANKS.sub(lambda run: run[1] or (run[2] and " ") or "", held[:end])
+            held = held[end:]
+
+
+def _rare_delimiter(text: str, gap: re.Pattern[str], line: int) -> str | None:
+    """What cuts the first records, in which none of the usual delimiters stands, into the same number of cells.
+
+    Blanks have to show a column of numbers. JobFailed where they set columns apart, and do not show which.
+    """
+    for delimiter in _RARE_DELIMITERS:
+        rows = _sample_rows("".join(_squeezed([text])) if delimiter == " " else text, delimiter, gap)
+        header, *below = rows
+        if below and len(header) > 1 and {*map(len, below)} == {len(header)} and (delimiter != " " or any(
+                all(cell and _NUMERIC.fullmatch(cell) for cell in column) for column in zip(*below, strict=True))):
+            return delimiter
+    lines = [each for each in text.splitlines()[:100] if each.strip()]
+    if 2 * sum(bool(re.search(r"\S {2,}\S", each)) for each in lines) > len(lines) > 1:
+        raise _bad_line(line, "there are columns with blanks between them: delimiter=' ' takes runs of them for one, "
+                              "delimiter=tab the lines as they are")
+    return None
 
 
 def _usual_width(rows: Sequence[Sequence[str]]) -> int:
@@ -6206,6 +6248,7 @@ def _find_delimiter(samples: Mapping[str, list[list[str]]], line: int) -> str:
     usual = {delimiter: _usual_width(rows) for delimiter, rows in samples.items()}
     other = max(usual.values())
     if not steady and (other > widest or usual[best[0]] == 1 < other):
+        other = other if other > widest else 1
         raise _bad_line(line, f"the first line has {_fields(widest)}, the lines below it have {other}: skip leaves out "
                               "lines above the header, comment those that begin with it, header names the fields, and "
                               "delimiter tells what is between them")
@@ -6221,8 +6264,8 @@ def _check_rest(rest: str, delimiter: str, gap: re.Pattern[str], line: int, last
         raise _bad_line(line, f"the quote that opens field {len(cells)} is never closed")
     if rest[end:end + 1] not in ("", "\r", "\n", '"'):
         line += _lines_in(rest[start:end])
-        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}; is it another "
-                              "delimiter?")
+        raise _bad_line(line, f"there is text behind the closing quote of field {len(cells)}: a quote in "
+                              "a field is written twice, or delimiter names another delimiter")
     if len(rest) > _RECORD_LIMIT:
         raise _bad_line(line, f"a record is longer than {_RECORD_LIMIT} characters; is a quote not closed?")
 
@@ -6245,8 +6288,8 @@ def _padded(rows: Sequence[Sequence[str]], pattern: re.Pattern[str], text: str, 
         cells, _ = _first_record(row[width], delimiter)
         if len(cells) > width or not pad:
             place = next(match for index, match in enumerate(pattern.finditer(text)) if index == number)
-            hint = ("ragged=pad ends short rows in nulls" if len(cells) < width else
-                    "skip or comment leaves out what stands above the header")
+            hint = ("ragged=pad ends short rows in nulls, comment leaves out lines by how they begin"
+                    if len(cells) < width else "skip or comment leaves out what stands above the header")
             raise _bad_line(line + _lines_in(text[:place.start(width + 1)]),
                             f"{_fields(len(cells))} instead of {width}; {hint}")
         yield *cells, *[""] * (width - len(cells))
@@ -6308,11 +6351,17 @@ def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, 
     if not delimiter:
         samples = {each: _sample_rows(text, each, gap) for each in _DELIMITERS}
         delimiter = likely if likely and len(samples[likely][0]) > 1 else _find_delimiter(samples, line)
+        if max(len(rows[0]) for rows in samples.values()) == 1:
+            delimiter = _rare_delimiter(text, gap, line) or delimiter
+    if delimiter == " ":
+        texts = _squeezed(chain([text], texts))
+        text = next(texts)
     first, end = _first_record(text, delimiter)
     if text[end:end + 1] not in ("\r", "\n"):
         _check_rest(text, delimiter, gap, line, last=True)
         raise _bad_line(line, "there is no header: the file is empty" if not text else
                         f"the first line is longer than {_PIECE} characters")
+    first = _sample_rows(text, delimiter, gap)[0] if options.header == "auto" else first
     header, is_first = _header(first, options.header, line)
     fields = names[""].of_header(header, line)
     names[""].quoted = is_first and all(cell[:1] == '"' for cell in first)
@@ -6344,7 +6393,7 @@ def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def _refuse_constant(name: str) -> Json:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON: null is")
 
 
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_JsonNumber, parse_constant=_refuse_constant)
@@ -6654,6 +6703,7 @@ def _is_datetime(cell: str) -> bool:
                              r"(Z|[+-][0-9]{2}:[0-9]{2})?", text) and datetime.fromisoformat(text))
 
 
+_NULL = r"\N"  # without quotes, as databases write it: Postgres by COPY, MySQL
 _JSON_SCALAR = re.compile(r"true|false|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _KIND_TESTS: Mapping[Kind, Callable[[str], bool]] = {
     # A quoted cell is no number, whatever it reads: the quotes are what makes a text.
@@ -6675,7 +6725,7 @@ def _all_fit(kind: Kind, cells: Iterable[str]) -> bool:
 
 def _kinds(cells: Sequence[str], candidates: Sequence[Kind], names: FieldNames) -> list[Kind]:
     """Those of the kinds that fit all cells."""
-    distinct = {*cells} - {"", names.null}
+    distinct = {*cells} - {"", names.null, _NULL}
     if not distinct:
         return [*candidates]
     found: list[Kind] = []
@@ -6702,7 +6752,7 @@ _TO_VALUE: Mapping[Kind, Callable[[str], Json]] = {  # any other is a text
 def _values(cells: Sequence[str], kind: Kind) -> list[Json]:
     """Cells as the record tables store them."""
     convert = _TO_VALUE.get(kind, _unquoted)
-    null = ("",) if kind in ("text", "any", "json") else ("", '""')
+    null = ("", _NULL) if kind in ("text", "any", "json") else ("", _NULL, '""')
     return [None if cell in null else convert(cell) for cell in cells]
 
 

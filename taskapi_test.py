@@ -3889,7 +3889,14 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"column_1": "Mazda", "mpg": "21", "cyl": 6}, {"column_1": "Datsun", "mpg": "22.8", "cyl": 4}]),
     "R's write.csv2": ("r.csv", '"";"x"\n"1";1,5\n"2";2,25\n', {}, [
         {"column_1": "1", "x": "1,5"}, {"column_1": "2", "x": "2,25"}]),
-    "R's write.table": ("r.txt", '"a" "b"\n"1" 2 3\n', {"delimiter": " "}, ["3 fields instead of 2"]),
+    "R's write.table": ("r.txt", '"a" "b c"\n"1" 2 "x  y"\n', {}, [{"column_1": "1", "a": 2, "b c": "x  y"}]),
+    "R's write.table without quotes": ("r.txt", "mpg\tcyl\nMazda RX4\t21\t6\nDatsun 710\t22\t4\n", {}, [
+        {"column_1": "Mazda RX4", "mpg": 21, "cyl": 6}, {"column_1": "Datsun 710", "mpg": 22, "cyl": 4}]),
+    "R's write.table with numbers": ("r.csv", "a,b\n1,5,x\n2,6,y\n", {}, [
+        {"column_1": 1, "a": 5, "b": "x"}, {"column_1": 2, "a": 6, "b": "y"}]),
+    "long rows, all of them": ("a.csv", "a,b\n1,2,3\n4,5,6\n", {}, ["line 1: the first line has 2 fields", "header"]),
+    "a long row, the only one": ("a.csv", "a,b\n1,2,3\n", {}, ["line 1: the first line has 2 fields", "header"]),
+    "names with commas": ("a.csv", "a,b\nLee, Ann,1\nRoy, Bob,2\n", {}, ["line 1: the first line has 2 fields"]),
     "R's write.table, named": ("r.txt", '"a" "b"\n"1" 2 3\n', {"delimiter": " ", "skip": 1, "header": "row,a,b"}, [
         {"row": "1", "a": 2, "b": 3}]),
     "pandas, with its index": ("p.csv", ",name\n0,Ann\n1,Bob\n", {}, [
@@ -3913,7 +3920,10 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "names, told": ("a.csv", "1,x\n", {"header": "id, text"}, [{"id": 1, "text": "x"}]),
     "too few names, told": ("a.csv", "1,x\n", {"header": "id"}, ["2 fields instead of the 1"]),
     "Postgres COPY": ("t.txt", "1\tAnn\t\\N\n", {"header": "none"},
-        [{"column_1": 1, "column_2": "Ann", "column_3": "\\N"}]),
+        [{"column_1": 1, "column_2": "Ann", "column_3": None}]),
+    "MySQL's OUTFILE": ("m.csv", 'id,name,born\n1,"Ann",\\N\n2,\\N,"1990-01-31"\n3,"\\N",\\N\n', {}, [
+        {"id": 1, "name": "Ann", "born": None}, {"id": 2, "name": None, "born": "1990-01-31"},
+        {"id": 3, "name": "\\N", "born": None}]),
     # encodings
     "windows-1252": ("a.csv", b"a,b\n1,caf\xe9 \x80\n", {}, [{"a": 1, "b": "café €"}]),
     "windows-1252, late": ("a.csv", b"b\n" + b"x\n" * 100_000 + b"caf\xe9\n", {},
@@ -3933,7 +3943,8 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"a": "4", "b": 5, "c": 6}]),
     "long rows, not padded": ("a.csv", "a,b\n1,2\n1,2,3\n", {"ragged": "pad"}, ["line 3: 3 fields instead of 2"]),
     "blank lines": ("a.csv", "\r\n  \r\na,b\r\n\r\n1,2\r\n   \r\n\r\n", {}, [{"a": 1, "b": 2}]),
-    "a source below": ("a.csv", "a,b\n1,2\nSource: somebody\n", {}, ["line 3", "ragged=pad"]),
+    "a source below": ("a.csv", "a,b\n1,2\nSource: somebody\n", {}, ["line 3", "ragged=pad", "comment"]),
+    "a source below, left out": ("a.csv", "a,b\n1,2\nSource: you\n", {"comment": "Source"}, [{"a": 1, "b": 2}]),
     # what stands above, and between
     "a note": ("a.csv", "# note\na,b\n1,2\n", {}, ["line 1", "skip", "comment", "delimiter"]),
     "a note, left out": ("a.csv", "# note, and more\na,b\n# within\n1,2\n# end\n", {"comment": "#"},
@@ -3954,6 +3965,17 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "an SAP-like list": ("a.txt", "|Plant|Qty|\n|0100 |5  |\n", {"delimiter": "|"}, [
         {"column_1": None, "Plant": "0100 ", "Qty": "5  "}]),
     "Excel's sep": ("a.csv", "sep=;\r\na;b\r\n1;x,y\r\n", {}, [{"a": 1, "b": "x,y"}]),
+    "carets": ("a.txt", "id^name\n1^Ann, B.\n2^Bob\n", {}, [{"id": 1, "name": "Ann, B."}, {"id": 2, "name": "Bob"}]),
+    "tildes": ("a.csv", "id~name\n1~\n2~Bob\n", {}, [{"id": 1, "name": None}, {"id": 2, "name": "Bob"}]),
+    "single blanks": ("a.txt", "id name\n1 Ann\n2 Bob\n", {}, [{"id": 1, "name": "Ann"}, {"id": 2, "name": "Bob"}]),
+    "a report": ("a.txt", "  year    value \r\n  1990     1.5\r\n  1991\t\t22.25  \r\n", {}, [
+        {"year": 1990, "value": 1.5}, {"year": 1991, "value": 22.25}]),
+    "a report of texts": ("a.txt", "First name  City\nAnn Lee     Paris\nBob         Rome\n", {}, [
+        "delimiter=' '", "delimiter=tab"]),
+    "it, told": ("a.txt", "name    city\nAnn  Paris\nBob  Rome\n", {"delimiter": " "}, [
+        {"name": "Ann", "city": "Paris"}, {"name": "Bob", "city": "Rome"}]),
+    "full names": ("a.csv", "full name\nAnn Lee\nBob Roy\n", {}, [{"full name": "Ann Lee"}, {"full name": "Bob Roy"}]),
+    "backslashes before quotes": ("a.csv", 'a,b\n1,"say \\"hi\\""\n', {}, ["line 2", "written twice", "delimiter"]),
     "names in one column": ("a.csv", "name\nSmith, John\nDoe, Jane\n", {}, ["line 1", "delimiter"]),
     "names in one column, told": ("a.csv", "name\nSmith, John\n", {"delimiter": "tab"}, [{"name": "Smith, John"}]),
     "sentences in one column": ("a.txt", "text\nOne, two.\nThree\nFour\nFive, six, seven\n", {}, [
