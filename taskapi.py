@@ -459,6 +459,8 @@ class Settings(BaseModel):
         default=None, repr=False, description="Secret that every call but `GET /` has to bring, as `Authorization: "
                                               "Bearer`.")
     no_token: bool = Field(default=False, description="Says that no token is wanted where others can reach the port.")
+    test_controls: bool = Field(
+        default=False, description="Lets tests make requests and jobs fail, set the clock and start anew: `/test/`.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged.")
     log_format: Literal["text", "json"] = Field(
@@ -475,6 +477,8 @@ class Settings(BaseModel):
             raise ValueError("no_token: there is a token")
         if self.host in (*_LOOPBACK_NAMES, "::1"):
             return self
+        if self.test_controls:
+            raise ValueError(f"test_controls: host {self.host} is not loopback, where everybody could use them")
         # Without a Host check on a public address any web page could reach this server under a name of its own.
         if not self.allowed_hosts:
             raise ValueError(f"host {self.host} is not loopback: set allowed_hosts to the names clients will use")
@@ -1062,6 +1066,22 @@ def _decimal_key(value: str | float | None) -> str | None:
     return f"2{key}" if number > 0 else "0" + "".join(str(9 - int(digit)) for digit in key) + "~"
 
 
+def empty_database() -> sqlite3.Connection:
+    """One as a new data folder has it, in memory."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    for migrate in _MIGRATIONS:
+        migrate(connection)
+    connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+    return connection
+
+
+def stored_paths(connection: sqlite3.Connection) -> set[str]:
+    """The relative path of every file that belongs to a job."""
+    rows = connection.execute("SELECT json_extract(file, '$.path') FROM jobs WHERE file IS NOT NULL")
+    return {row[0] for row in rows}
+
+
 class _Piece(NamedTuple):
     """Work that waits for the writer thread, and the future of its result."""
 
@@ -1369,6 +1389,20 @@ class Database:
         self._writer.execute("PRAGMA busy_timeout = 0")
         self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000:.0f}")
+
+    def load(self, source: sqlite3.Connection, look: Callable[[sqlite3.Connection], T]) -> T:
+        """Makes this a copy of another database, in one transaction; returns what `look` finds here just before it."""
+        def work(connection: sqlite3.Connection) -> T:
+            found = look(connection)
+            connection.execute("COMMIT")  # of what shares the transaction: SQLite copies outside of any
+            try:
+                source.backup(connection)
+            finally:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("SAVEPOINT piece")
+            return found
+
+        return self.submit(work, durable=True).result()
 
     # Reading
 
@@ -1928,8 +1962,11 @@ class JobStore:
     def stored_paths(self) -> set[str]:
         """The relative path of every file that belongs to a job."""
         with self._database.read() as connection:
-            rows = connection.execute("SELECT json_extract(file, '$.path') FROM jobs WHERE file IS NOT NULL")
-            return {row[0] for row in rows}
+            return stored_paths(connection)
+
+    def forget_counts(self) -> None:
+        """After the table was replaced."""
+        self._room = 0
 
 
 # Records as SQL: what a kind of field is in a table, in a text, in a comparison
@@ -5594,10 +5631,10 @@ class DataFolder:
                 path.unlink()
         return len(stray)
 
-    def remove(self, file: StoredFile) -> None:
+    def remove(self, path: str) -> None:
         """Removes a job's file; where a download still holds it (Windows), the next start does."""
         with suppress(OSError):
-            (self.root / file.path).unlink(missing_ok=True)
+            (self.root / path).unlink(missing_ok=True)
 
     def open(self, file: StoredFile) -> BinaryIO:
         """Opens a job's file for reading; NotFound if it is gone."""
@@ -6976,12 +7013,15 @@ class JobContext:
     """What a job's function may use: its `job`, `checkpoint` and `progress`, the records, the folder, the settings."""
 
     def __init__(self, job: Job, checkpoint: Json, jobs: JobStore, records: RecordStore, folder: DataFolder,
-                 settings: Settings, database: Database, stopping: Callable[[], bool]):
+                 settings: Settings, database: Database, stopping: Callable[[], bool],
+                 on_check: Callable[[JobContext], None] = lambda context: None):
         self.job, self.checkpoint, self.progress = job, checkpoint, job.progress
         self.records, self.folder, self.settings = records, folder, settings
         self._jobs, self._database, self._stopping = jobs, database, stopping
         self.processes = 1  # that may make the parts of a request
+        self.done, self.save_at = job.progress.done, math.inf  # what is saved; when to save next, if not later
         # The queue's:
+        self._on_check = on_check  # the place of a test's faults
         self.interruption: str | None = None  # why the job is canceled
         self.ended = False  # somebody else has written down how it ended: nothing more counts
         self.fresh = 0.0  # until when it may be a short one
@@ -6995,10 +7035,15 @@ class JobContext:
         self.checked = monotonic()
         return self.interruption is not None or self._stopping()
 
+    def is_due(self, done: int) -> bool:
+        """Whether what was made is to be saved now, since a fault waits for it."""
+        return done >= self.save_at
+
     def check(self) -> None:
         """Raises Interrupted when the job is to end here; as each `yield` and `save` does."""
         if self.interrupted():
             raise Interrupted
+        self._on_check(self)
 
     def save(self, progress: Progress, checkpoint: Json = None,
              work: Callable[[sqlite3.Connection], object] = lambda connection: None) -> None:
@@ -7016,6 +7061,7 @@ class JobContext:
 
         self.folder.free_space()
         self._database.write(transaction)
+        self.done = progress.done
         self.check()
 
 
@@ -7180,14 +7226,16 @@ class Batch(NamedTuple):
     state: Json
 
 
-def _batches(plan: Plan, rows: RowSource, state: Json = None) -> Iterator[Batch | None]:
-    """What a plan makes after that state; None is a pause."""
+def _batches(plan: Plan, rows: RowSource, state: Json = None,
+             due: Callable[[int], bool] = lambda done: False) -> Iterator[Batch | None]:
+    """What a plan makes after that state; None is a pause. `due` tells when to commit early."""
     saved = 0
     for chunk in plan.chunks(rows, state, _CHUNK_ROWS):
         size = rows.size()
         if size > MAX_FAMILY_BYTES:
             raise JobFailed(f"a record and those made per it take more than {MAX_FAMILY_BYTES // 2**20} MiB")
-        if chunk.whole and (chunk.done - saved >= _SAVE_ROWS or size >= _SAVE_BYTES or chunk.done == chunk.total):
+        if chunk.whole and (chunk.done - saved >= _SAVE_ROWS or size >= _SAVE_BYTES or chunk.done == chunk.total
+                            or due(chunk.done)):
             yield Batch(rows.made(), plan.state())
             rows.committed()
             saved = chunk.done
@@ -7385,7 +7433,8 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
 
         with ExitStack() as stack:
-            batches: Iterable[Batch | None] = _batches(plan, rows, state["plan"])
+            batches: Iterable[Batch | None] = _batches(plan, rows, state["plan"],
+                                                               context.is_due)
             if context.processes > 1 and (request.parts or 1) > 1 and request.part is None:
                 batches = stack.enter_context(_Makers(request, context.folder.tmp, context.processes, state["plan"]))
             for batch in batches:
@@ -7954,6 +8003,236 @@ class CpuGate:
             sleep(0.001)
 
 
+# ---- Test controls: what a test of a client may do to the service; each acts at one place ----
+
+
+class MovableClock:
+    """A clock that goes on from where it was put forward, and stands still where it was set."""
+
+    def __init__(self, clock: Clock, on_move: Callable[[], object] = lambda: None):
+        self._clock, self._shift, self._set = clock, timedelta(), cast("datetime | None", None)
+        self._on_move = on_move  # after each
+
+    def __call__(self) -> datetime:
+        return (self._set or self._clock()) + self._shift
+
+    def set(self, now: str | datetime) -> None:
+        """Stands still at this instant, from now on."""
+        try:
+            self._set, self._shift = _moment(str(now), last=False), timedelta()
+        except (ValueError, OverflowError):
+            raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z") from None
+        self._on_move()
+
+    def advance(self, span: str) -> None:
+        """Is so much later, as in "3d" or "1h30m" (units y M w d h m s)."""
+        now = self()
+        try:
+            if not re.fullmatch(r"(-?\d{1,6}[yMwdhms])+", span, re.ASCII):
+                raise ValueError(span)
+            moved = EPOCH + timedelta(milliseconds=_shifted(now, re.sub(r"(?<![-\d])(?=\d)", "+", span)))
+        except (ValueError, OverflowError):
+            raise BadRequest.of("advance", 'must be a span such as "3d" or "1h30m" (units y M w d h m s)') from None
+        self._shift += moved - now
+        self._on_move()
+
+    def reset(self) -> None:
+        """Is the real one again."""
+        self._set, self._shift = None, timedelta()
+
+
+class FaultOn(ApiModel):
+    """What a fault strikes: requests by method and path, or jobs by type."""
+
+    method: str | None = None
+    path: str | None = Field(None, description="`*` is any text; of `/` only the path `/` itself is meant.")
+    job: str | None = Field(None, description="A job type; `*` is any.")
+    done: int = Field(0, ge=0, description="How far such a job has to be, in records.")
+
+
+class FaultThen(ApiModel):
+    """What happens to a request (status to after), or to a job (error, interrupt or pause)."""
+
+    status: int | None = Field(None, ge=200, le=599)
+    delay: float = Field(0, ge=0, le=3600, allow_inf_nan=False, description="Seconds before the answer.")
+    headers: dict[str, str | int] = Field({}, max_length=50)
+    body: Json = Field(None, description="As JSON; a text is sent as it is.")
+    close: bool = Field(False, description="Cuts the connection: at once, or after so many bytes of the body.")
+    after: int | None = Field(None, ge=0)
+    error: str | None = Field(None, description="The job fails with this message.")
+    interrupt: bool = Field(False, description="As if the process had been killed and started again.")
+    pause: bool = Field(False, description="The job stands still until the fault is removed.")
+
+    @property
+    def answers(self) -> bool:
+        """Whether the request comes to no handler."""
+        return self.status is not None or "body" in self.model_fields_set
+
+
+class FaultRequest(ApiModel):
+    """Something that is to go wrong."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"on": {"method": "POST", "path": "/generate"}, "then": {"status": 503, "headers": {"Retry-After": "1"}},
+         "times": 2}]})
+
+    on: FaultOn
+    then: FaultThen
+    times: int | None = Field(None, ge=1, description="How often; a job once by default, a request always.")
+    skip: int = Field(0, ge=0, description="How many are let pass before.")
+    probability: float = Field(1, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, description="Of the chances; by default that of the service.")
+
+
+_JOB_FAULTS = ("error", "interrupt", "pause")
+_NOT_TO_SET = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "content-length",
+               "proxy-authenticate", "proxy-authorization"}  # they are the server's
+_MOST_FAULTS, _MOST_REQUESTS, _MOST_LOGGED = 1000, 1000, 2**16  # bytes of a body
+
+
+def _check_fault(on: FaultOn, then: FaultThen) -> None:
+    """Raises BadRequest for what does not fit together."""
+    given = then.model_fields_set
+    if not (on.model_fields_set - {"done"}):
+        raise BadRequest.of("on", "name a path, a method or a job")
+    if on.job is not None:
+        if on.path is not None or on.method is not None:
+            raise BadRequest.of("on.job", "stands beside no path or method")
+        if "*" not in on.job and on.job not in JOB_TYPES:
+            raise BadRequest.of("on.job", f"there is no job type {on.job!r}{did_you_mean(on.job, JOB_TYPES)}")
+        if wrong := given - {*_JOB_FAULTS}:
+            raise BadRequest.of(f"then.{min(wrong)}", f"is for requests; for a job: {', '.join(_JOB_FAULTS)}")
+        if sum((then.error is not None, then.interrupt, then.pause)) != 1:
+            raise BadRequest.of("then", f"name one of {', '.join(_JOB_FAULTS)}")
+        return
+    if on.done:
+        raise BadRequest.of("on.done", "is for jobs")
+    methods = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+    if on.method is not None and on.method.upper() not in methods:
+        raise BadRequest.of("on.method", f"is none{did_you_mean(on.method, methods)}; there are: {', '.join(methods)}")
+    if on.path is not None and (not re.match("[/*]", on.path) or "?" in on.path or on.path.startswith("/test/")):
+        raise BadRequest.of("on.path", "begins with / or *, has no query, and is none of /test/")
+    if wrong := given & {*_JOB_FAULTS}:
+        raise BadRequest.of(f"then.{min(wrong)}", "is for jobs: name one in on.job")
+    if not given:
+        raise BadRequest.of("then", "name status, delay, headers, body, close or after")
+    for name, value in then.headers.items():
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or name.lower() in _NOT_TO_SET or (
+                re.search(r"[^\t -~\xa0-\xff]", str(value))):
+            raise BadRequest.of(f"then.headers.{name}", "is no header that an answer may be given")
+
+
+class Fault:
+    """A fault, and what is left of it."""
+
+    def __init__(self, number: int, request: FaultRequest, seed: int):
+        self.id, self.on, self.then, self._request = str(number), request.on, request.then, request
+        self.removed = threading.Event()
+        self._times = request.times if request.times or request.on.job is None else 1
+        self._skip, self._struck = request.skip, 0
+        self._seen: set[tuple[str, int]] = set()  # attempts at jobs: each is one chance
+        self._random = random.Random(request.seed if request.seed is not None else f"{seed} {number}")
+
+    @property
+    def left(self) -> float:
+        """How often it may still strike."""
+        return math.inf if self._times is None else self._times - self._struck
+
+    def is_on(self, method: str, path: str) -> bool:
+        """Whether it is about such a request."""
+        wanted = "*" if self.on.path is None else self.on.path
+        return self.on.job is None and (self.on.method or method).upper() == method and (
+            path == wanted or (path != "/" and fits(path, wanted)))
+
+    def awaits(self, context: JobContext) -> bool:
+        """Whether it is about this attempt at a job, which has not met it."""
+        attempt = (context.job.job_id, context.job.attempt)
+        return self.on.job is not None and fits(context.job.type, self.on.job) and self.left > 0 and (
+            attempt not in self._seen)
+
+    def strikes(self, attempt: tuple[str, int] | None = None) -> bool:
+        """Whether it strikes this time, and counts that."""
+        if attempt:
+            self._seen.add(attempt)
+        if self._skip or self.left <= 0:
+            self._skip = max(0, self._skip - 1)
+            return False
+        if self._random.random() >= self._request.probability:
+            return False
+        self._struck += 1
+        return True
+
+    def shown(self) -> dict[str, Json]:
+        """As clients see it."""
+        asked = self._request.model_dump(exclude_unset=True)
+        return {"id": self.id, "skip": 0, "probability": 1, **asked, "times": self._times,
+                "left": None if self._times is None else self._times - self._struck, "struck": self._struck}
+
+
+def fits(text: str, pattern: str) -> bool:
+    """Whether a text is like a pattern, in which * is any text."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
+
+
+class Faults:
+    """What is to go wrong with requests and jobs; the first fault that strikes is the one that counts."""
+
+    def __init__(self, settings: Settings, inline: bool):
+        self._settings, self._inline = settings, inline
+        self._lock = threading.Lock()  # guards what follows
+        self._faults: dict[str, Fault] = {}
+        self._count = 0
+
+    def add(self, fault: Mapping[str, Json] | FaultRequest | None = None, /, **more: Json) -> dict[str, Json]:
+        """Takes what POST /test/faults does, as an object or by name (`on=`, `then=`, `times=`...); BadRequest."""
+        if not self._settings.test_controls:
+            raise Conflict("the service was opened without test_controls")
+        request = fault if isinstance(fault, FaultRequest) else validated(
+            FaultRequest, lambda: FaultRequest.model_validate({**(fault or {}), **more}))
+        _check_fault(request.on, request.then)
+        if self._inline and request.then.pause:
+            raise BadRequest.of("then.pause", "would hold the call that makes the job, within which it runs here")
+        with self._lock:
+            if len(self._faults) >= _MOST_FAULTS:
+                raise Conflict(f"there are {_MOST_FAULTS} faults already")
+            self._count += 1
+            made = self._faults[str(self._count)] = Fault(self._count, request, self._settings.seed or 0)
+        return made.shown()
+
+    def list(self) -> Sequence[dict[str, Json]]:
+        """All of them, with what is `left` and how often each has `struck`."""
+        with self._lock:
+            return [fault.shown() for fault in self._faults.values()]
+
+    def clear(self, fault_id: str | None = None) -> None:
+        """Removes one, or all, and ends what they hold; NotFound."""
+        with self._lock:
+            if fault_id is not None and fault_id not in self._faults:
+                raise NotFound(f"there is no fault {fault_id!r}")
+            for key in [fault_id] if fault_id is not None else [*self._faults]:
+                self._faults.pop(key).removed.set()
+            self._count = self._count if self._faults else 0
+
+    def of_request(self, method: str, path: str) -> Fault | None:
+        """The fault that this request meets."""
+        if not self._faults or path.startswith("/test/"):
+            return None
+        with self._lock:
+            hits = (fault for fault in self._faults.values() if fault.is_on(method, path) and fault.strikes())
+            return next(hits, None)
+
+    def of_job(self, context: JobContext) -> Fault | None:
+        """The fault that this job meets where it is; it is told where to save next, to meet others."""
+        if not self._faults:
+            return None
+        with self._lock:
+            waiting = [fault for fault in self._faults.values() if fault.awaits(context)]
+            context.save_at = min((fault.on.done for fault in waiting if fault.on.done > context.done),
+                                  default=math.inf)
+            attempt = (context.job.job_id, context.job.attempt)
+            return next((fault for fault in waiting if fault.on.done <= context.done and fault.strikes(attempt)), None)
+
+
 def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None) -> JobSteps:
     """A job's function, with its request read back; itself a generator, so that nothing fails before it runs."""
     job = context.job
@@ -7970,7 +8249,7 @@ def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None
         return checked_result(returned)
     except BaseException:
         if isinstance(file := getattr(returned, "file", None), StoredFile):
-            context.folder.remove(file)
+            context.folder.remove(file.path)
         raise
 
 
@@ -8000,6 +8279,7 @@ class Workers:
                  make_id: Callable[[], str] | None = None, runner: Runner | None = None):
         self.jobs, self.records = JobStore(database, clock, make_id), RecordStore(database)
         self.metrics, self.gate = Metrics(), CpuGate()
+        self.faults = Faults(settings, isinstance(runner, InlineRunner))
         self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
         self.processes = 1  # that may make the parts of a request, where a command asks for more
         self._closed = False  # no more jobs are taken in; requests in flight may still bring some after `stopping`
@@ -8007,6 +8287,7 @@ class Workers:
         self._database, self._folder, self._settings, self._clock = database, folder, settings, clock
         self._executor = cast(Runner, ThreadPoolExecutor(_MOST_THREADS, "taskapi-worker")) if runner is None else runner
         self._state = threading.Condition()  # guards all below
+        self._held = False  # nothing is claimed, and what runs goes back to pending
         self._due = False  # a job may be ready that no claim has looked for
         self._called = -math.inf  # when a run was called that has not begun
         self._looks = 0  # how often a run has looked for a job
@@ -8059,7 +8340,7 @@ class Workers:
             job = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
             self.records.discard(job.job_id)
             if context.job.file:
-                self._folder.remove(context.job.file)
+                self._folder.remove(context.job.file.path)
             self._ended(job)
         with self._state:
             context.ended = True
@@ -8073,6 +8354,28 @@ class Workers:
         """Waits until no run is active; False if that takes longer."""
         with self._state:
             return self._state.wait_for(lambda: not self._active, min(seconds, threading.TIMEOUT_MAX))
+
+    @contextmanager
+    def held(self, seconds: float = 5.0) -> Iterator[None]:
+        """While no job runs: those that do go back to pending, and go on after the block.
+
+        Raises Unavailable if one comes to no check in time.
+        """
+        self._held = True
+        try:
+            if not self.wait_until_idle(seconds):
+                raise Unavailable("a job does not come to a pause; cancel it first")
+            yield
+        finally:
+            self._held = False
+            self.wake(anyway=True)
+
+    def table_was_replaced(self) -> None:
+        """Forgets what was known of jobs, and answers everybody who waits for one."""
+        self.jobs.forget_counts()
+        with self._state:
+            self._canceled.clear()
+        self.release_waiters()
 
     def interrupt(self) -> None:
         """Running jobs go back to pending at their next check, and no more begin; a signal handler may call this."""
@@ -8136,7 +8439,7 @@ class Workers:
         """A claimed job; None if none is due, and then the run is not active any more."""
         while True:
             with self._state:
-                if not self._due or self.stopping.is_set() or run not in self._active:
+                if not self._due or self._held or self.stopping.is_set() or run not in self._active:
                     self._active.pop(run, None)
                     return None
                 self._due, self._active[run] = False, None
@@ -8155,7 +8458,7 @@ class Workers:
         """Fails the pending jobs that were to follow one that was not completed."""
         for job in self.jobs.fail_dependents():
             if job.file:
-                self._folder.remove(job.file)
+                self._folder.remove(job.file.path)
             self._ended(job.model_copy(update={"file": None}))
 
     def _begin(self, run: object, claim: Claim) -> JobContext:
@@ -8174,9 +8477,24 @@ class Workers:
     def context(self, job: Job, checkpoint: Json, stopping: Callable[[], bool] | None = None) -> JobContext:
         """What a job's function gets."""
         context = JobContext(job, checkpoint, self.jobs, self.records, self._folder, self._settings, self._database,
-                             stopping or self.stopping.is_set)
+                             stopping or (lambda: self._held or self.stopping.is_set()), self._meet_fault)
         context.processes = self.processes
         return context
+
+    def _meet_fault(self, context: JobContext) -> None:
+        """What a test wants to happen to a job at this point."""
+        fault = self.faults.of_job(context)
+        if fault is None:
+            return
+        if fault.then.error is not None:
+            raise JobFailed(fault.then.error)
+        if fault.then.interrupt:  # from here on as a fault of the storage: charged, and again from the checkpoint
+            raise StorageError("the server ended while the job ran")
+        self.gate.pass_on(context)
+        self.tire(context)
+        while not fault.removed.wait(_CHECK_SECONDS):
+            if context.interrupted():
+                raise Interrupted
 
     def _work(self, context: JobContext) -> None:
         """Runs a job to its end and writes down how it ended, whatever that is."""
@@ -8245,7 +8563,7 @@ class Workers:
             self.records.discard(job.job_id)
         ended = self.jobs.finish(job, status, error=error)
         if job.file:  # after the row let go of it: a crash in between leaves a stray, which the next start sweeps
-            self._folder.remove(job.file)
+            self._folder.remove(job.file.path)
         return ended
 
     def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
@@ -8311,7 +8629,7 @@ class JobQueue(Workers):
         with ExitStack() as undo:
             file = keep(job_id) if keep else None
             if file:
-                undo.callback(self._folder.remove, file)
+                undo.callback(self._folder.remove, file.path)
             job, new = self.jobs.insert(job_type_name, body, record_type=makes, after=request.after, key=key,
                                         key_hash=key_hash, max_pending=self._settings.max_pending, job_id=job_id,
                                         file=file, weight=weight)
@@ -8334,7 +8652,7 @@ class JobQueue(Workers):
         done = self._run_function(self.context(job, None, lambda: False), request)
         assert done.file is not None
         with ExitStack() as undo:
-            undo.callback(self._folder.remove, done.file)
+            undo.callback(self._folder.remove, done.file.path)
             job, new = self.jobs.insert(job.type, body, job_id=job.job_id, result=done.result, file=done.file, key=key,
                                         key_hash=key_hash)
             if new:
@@ -8369,7 +8687,7 @@ class JobQueue(Workers):
         job = self.jobs.cancel(job_id)
         if job.status.finished:
             if file:
-                self._folder.remove(file)
+                self._folder.remove(file.path)
             self._ended(job)
             return job
         with self._state:
@@ -8399,7 +8717,7 @@ class JobQueue(Workers):
         """Deletes a finished job with its file and its records."""
         job = self.jobs.remove(job_id)
         if job.file:
-            self._folder.remove(job.file)
+            self._folder.remove(job.file.path)
         self.records.discard(job_id)
         _LOG.info("job %s %s deleted", job.job_id, job.type)
 
@@ -8417,7 +8735,9 @@ class Engine:
 
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
                  runner: Runner | None = None, processes: int = 1):
-        self.settings, self.clock = settings, clock
+        self.settings, self.clock = settings, MovableClock(clock, self._retire_all)
+        self.seen: deque[dict[str, Json]] = deque(maxlen=_MOST_REQUESTS)  # requests, where a test may ask for them
+        self._replacing = threading.Lock()
         self.allowed_hosts = {"localhost", "127.0.0.1", "::1", *(name.lower() for name in settings.allowed_hosts)}
         self._started = monotonic()
         self._closed = False
@@ -8441,7 +8761,8 @@ class Engine:
                 self._database = Database(settings.database_path, lambda: self._note_database(database=None))
                 undo.callback(self._database.close)
                 self._note_database()
-                self.queue = JobQueue(self._database, self.folder, settings, clock, make_id, runner)
+                self.queue = JobQueue(self._database, self.folder, settings, self.clock, make_id, runner)
+                self.faults = self.queue.faults
                 self.queue.processes = processes
                 self._start(threads=runner is None)
             except (OSError, StorageError) as error:
@@ -8535,14 +8856,57 @@ class Engine:
         for job_id in self.queue.records.orphans():
             self.queue.records.discard(job_id, orphaned=True)
 
-    def retire(self) -> None:
-        """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now."""
+    def retire(self) -> int:
+        """Deletes jobs past their retention, a few at a time; one whose file is being downloaded stays for now.
+
+        Returns how many.
+        """
+        removed = 0
         if self.settings.retention_days:
             limit = self.clock() - timedelta(days=self.settings.retention_days)
             for job_id in self.queue.jobs.finished_before(instant(limit), 50):
-                file = self.queue.jobs.get(job_id).file
-                if not file or not self.folder.in_use(file):
-                    self.queue.remove(job_id)
+                with suppress(NotFound):  # somebody else was quicker
+                    file = self.queue.jobs.get(job_id).file
+                    if not file or not self.folder.in_use(file):
+                        self.queue.remove(job_id)
+                        removed += 1
+        return removed
+
+    def _retire_all(self) -> None:
+        while self.retire():
+            pass
+
+    def requests(self, method: str | None = None, path: str | None = None,
+                 status: int | None = None) -> list[dict[str, Json]]:
+        """What the service was asked lately, as GET /test/requests tells it; `path` may have *."""
+        return [entry for entry in [*self.seen] if method in (None, entry["method"]) and (
+            path is None or fits(entry["path"], path)) and status in (None, entry["status"])]
+
+    def reset(self) -> None:
+        """For tests: all as new. Jobs that run are interrupted, and never write again."""
+        self.faults.clear()
+        with closing(empty_database()) as empty:
+            self._replace(empty)
+        self.clock.reset()
+        self.seen.clear()
+
+    def _replace(self, source: sqlite3.Connection) -> None:
+        """Puts a copy of another database in the place of ours, at once, and removes the files it does not know."""
+        with self._replacing, self.queue.held():
+            gone = self._database.load(source, stored_paths) - stored_paths(source)
+            self.queue.table_was_replaced()
+        for path in gone:
+            self.folder.remove(path)
+
+    def records(self, record_type: str) -> list[dict[str, Json]]:
+        """All records of a type, oldest first; NotFound."""
+        found: list[dict[str, Json]] = []
+        after: int | None = 0
+        while after is not None:
+            filters = Filters.model_construct(record_type=record_type, where={})
+            items, after = self.queue.records.page(filters, 1000, after)
+            found += json.loads(b"[%b]" % items)
+        return found
 
     def _keep_room(self) -> None:
         """Where the disk is nearly full, gives back what deleted records took."""
@@ -8585,6 +8949,17 @@ class Engine:
             return self.queue.wait(job_id, seconds, gone)
         finally:
             self._polls.release()
+
+    def hold(self, seconds: float, over: threading.Event, gone: Callable[[], bool]) -> None:
+        """Lets a request wait until it is `over`; not when half of the threads wait already."""
+        if self._polls.acquire(blocking=False):
+            try:
+                until = monotonic() + seconds
+                while not over.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))):
+                    if monotonic() >= until or self.queue.stopping.is_set() or gone():
+                        break
+            finally:
+                self._polls.release()
 
     def drain(self, seconds: float | None = None) -> bool:
         """Waits until no job is pending or running; False if that takes longer than `seconds`."""
@@ -8711,12 +9086,35 @@ def _asked(model: type[ApiModel], text: str) -> ApiModel:
     return validated(model, lambda: model.model_validate(_given(text, lists), by_alias=True, by_name=False))
 
 
+_COOKIE = "taskapi_"
+
+
+def page_cookie(token: str) -> tuple[str, str]:
+    """Name and value of the page's cookie: no token, but a proof of it. Servers on other ports have other names."""
+    proof = hashlib.sha256(f"taskapi page {token}".encode()).hexdigest()
+    return f"{_COOKIE}{proof[:8]}", proof[8:]
+
+
+def has_token(header: Callable[[str], str | None], settings: Settings) -> bool:
+    """Whether a request brings the token, as itself or as the page's cookie, or none is wanted."""
+    if settings.token is None:
+        return True
+    scheme, _, given = (header("Authorization") or "").partition(" ")
+    name, proof = page_cookie(settings.token)
+    cookie = re.search(rf"(?:^|;)\s*{name}=([^;\s]*)", header("Cookie") or "")
+    bearer = given.strip() if scheme.lower() == "bearer" else ""
+    # Not ==, which takes the longer the more of it is right.
+    return secrets.compare_digest(bearer.encode(), settings.token.encode()) or (
+        secrets.compare_digest((cookie[1] if cookie else "").encode(), proof.encode()))
+
+
 class Request:
     """One request on its way through a handler: the engine behind it, the query, the body."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.flight = ExitStack()  # what holds while the request is in flight; closed before it waits for a job
+        self.fault: Fault | None = None  # the one that it met
         self.environ: dict[str, Any] = bottle.request.environ
         self.method: str = bottle.request.method
         self.path: str = bottle.request.path
@@ -8759,14 +9157,35 @@ class Request:
         except BadGzip as error:
             raise BadRequest(f"the body is not as its Content-Encoding says: {error}") from None
 
-    def body(self, model: type[Q]) -> Q:
-        """The JSON body as a model."""
+    @functools.cached_property
+    def json_body(self) -> bytes:
+        """The JSON body, as it is without its Content-Encoding."""
         if (self.header("Content-Type") or "").partition(";")[0].strip().lower() != _JSON_TYPE:
             raise UnsupportedMedia(f"send the body as Content-Type: {_JSON_TYPE}")
-        raw = b"".join(self.blocks(_JSON_LIMIT)).removeprefix(codecs.BOM_UTF8)
-        request = validated(model, lambda: model.model_validate_json(raw, by_alias=True, by_name=False))
-        check_json(raw)
+        return b"".join(self.blocks(_JSON_LIMIT)).removeprefix(codecs.BOM_UTF8)
+
+    def body(self, model: type[Q]) -> Q:
+        """The JSON body as a model."""
+        request = validated(model, lambda: model.model_validate_json(self.json_body, by_alias=True, by_name=False))
+        check_json(self.json_body)
         return request
+
+    def note(self, status: int, seconds: float) -> None:
+        """Keeps for a test what this request was; the token is not shown."""
+        body, cut = None, self.fault is not None and self.fault.then.close and self.fault.then.after is None
+        with suppress(Exception):  # what cannot be read was refused for that
+            body = json.loads(self.json_body) if len(self.json_body) <= _MOST_LOGGED else None
+        token, headers = self.engine.settings.token, {}
+        for key, value in self.environ.items():
+            if key.startswith("HTTP_") or key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+                for secret in (token, page_cookie(token)[1]) if token else ():
+                    value = value.replace(secret, "***")
+                headers[key.removeprefix("HTTP_").replace("_", "-").title()] = value
+        self.engine.seen.append({
+            "at": instant(self.engine.clock()), "method": self.method, "path": self.path,
+            "query": dict(parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)),
+            "headers": headers, "body": body, "status": None if cut else status, "ms": round(seconds * 1000, 3),
+            "fault": self.fault.id if self.fault else None})
 
     def upload(self) -> AbstractContextManager[Upload]:
         """The file that the body brings, with the options in the query and in the form."""
@@ -8859,28 +9278,6 @@ def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **header
 
 
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
-
-
-_COOKIE = "taskapi_"
-
-
-def page_cookie(token: str) -> tuple[str, str]:
-    """Name and value of the page's cookie: no token, but a proof of it. Servers on other ports have other names."""
-    proof = hashlib.sha256(f"taskapi page {token}".encode()).hexdigest()
-    return f"{_COOKIE}{proof[:8]}", proof[8:]
-
-
-def has_token(header: Callable[[str], str | None], settings: Settings) -> bool:
-    """Whether a request brings the token, as itself or as the page's cookie, or none is wanted."""
-    if settings.token is None:
-        return True
-    scheme, _, given = (header("Authorization") or "").partition(" ")
-    name, proof = page_cookie(settings.token)
-    cookie = re.search(rf"(?:^|;)\s*{name}=([^;\s]*)", header("Cookie") or "")
-    bearer = given.strip() if scheme.lower() == "bearer" else ""
-    # Not ==, which takes the longer the more of it is right.
-    return secrets.compare_digest(bearer.encode(), settings.token.encode()) or (
-        secrets.compare_digest((cookie[1] if cookie else "").encode(), proof.encode()))
 
 
 @route("GET", "/health", {200: Health, 503: Health})
@@ -9411,10 +9808,53 @@ def _checked(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.H
             raise
         page = BROWSER_PAGES["token"](call)
         return bottle.HTTPResponse(page.body, error.http_status, {**page.headers, **error.headers})
+    return _with_faults(call, partial(_handled, call, entry, arguments))
+
+
+def _cut(call: Request, response: bottle.HTTPResponse, after: int | None) -> None:
+    """Has the connection end in the middle of this answer, or before it; where no server does that, raises for it."""
+    if hasattr(response.body, "read"):
+        response.body = _blocks(response.body, int(response.headers["Content-Length"]))
+    if cut := call.environ.get("taskapi.cut"):
+        cut(-1 if after is None else after)
+        return
+    whole = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+
+    def blocks() -> Iterator[bytes]:
+        yield whole[:max(after or 0, 1)] or b"\0"
+        raise ConnectionResetError("a fault has cut the connection")
+
+    response.body = blocks()
+
+
+def _with_faults(call: Request, answer: Callable[[], bottle.HTTPResponse]) -> bottle.HTTPResponse:
+    """What `answer` returns, unless a test wants something to go wrong: the one place of that for requests."""
+    call.fault = call.engine.faults.of_request(call.method, call.path)
+    if call.fault is None:
+        return answer()
+    then = call.fault.then
+    if then.delay:
+        call.flight.close()
+        call.engine.hold(then.delay, call.fault.removed, call.environ.get("taskapi.gone", lambda: False))
+    if then.answers:
+        status = then.status or 200
+        error = {"error": f"fault {call.fault.id} was asked for", "status": status} if status >= 400 else {}
+        response = reply(then.body if "body" in then.model_fields_set else error, status)
+    else:
+        response = reply({}) if then.close and then.after is None else answer()
+    for name, value in then.headers.items():
+        response.set_header(name, str(value))
+    if then.close or then.after is not None:
+        _cut(call, response, then.after)
+    return response
+
+
+def _handled(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
+    """The answer of a handler, given the models that it takes."""
     if entry.path == UNROUTED:
         return entry.handler(call, **arguments)
     query = call.query(entry.query or NoQuery)
-    if MOUNT.get() and not raw_path:  # relative links would miss the mount
+    if MOUNT.get() and not call.environ.get("bottle.raw_path"):  # relative links would miss the mount
         return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
     models = [query] if entry.query else []
     if entry.body and entry.body is not UploadForm:
@@ -9448,10 +9888,94 @@ def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPRes
     _pack(call, response)
     metrics.observe("request_seconds", monotonic() - began, route=entry.path)
     metrics.add("requests_total", method=call.method, route=entry.path, status=response.status_code)
+    if engine.settings.test_controls and not call.path.startswith("/test/"):
+        call.note(response.status_code, monotonic() - began)
     return response
 
 
-def all_routes() -> list[Route]:
+@route("POST", "/test/faults", {201: dict, 409: ErrorBody}, body=FaultRequest)
+def post_fault(call: Request, request: FaultRequest) -> bottle.HTTPResponse:
+    """Makes the next requests, or jobs, of a kind go wrong."""
+    return reply(call.engine.faults.add(request), 201)
+
+
+@route("GET", "/test/faults", {200: dict})
+def get_faults(call: Request) -> bottle.HTTPResponse:
+    """The faults, what is left of each, and how often it has struck."""
+    return reply({"items": call.engine.faults.list()})
+
+
+@route("DELETE", "/test/faults", {204: None})
+@route("DELETE", "/test/faults/{id}", {204: None, 404: ErrorBody})
+def delete_faults(call: Request, id: str | None = None) -> bottle.HTTPResponse:
+    """Removes one fault, or all; a job that it holds goes on."""
+    call.engine.faults.clear(id)
+    return bottle.HTTPResponse(status=204)
+
+
+class SeenQuery(NoQuery):
+    """Query of GET /test/requests."""
+
+    method: str | None = None
+    path: str | None = Field(None, description="`*` is any text.")
+    status: int | None = None
+
+
+@route("GET", "/test/requests", {200: dict}, query=SeenQuery)
+def get_requests(call: Request, query: SeenQuery) -> bottle.HTTPResponse:
+    """The last 1,000 requests, in the order in which they were answered."""
+    return reply({"items": call.engine.requests(query.method, query.path, query.status)})
+
+
+@route("DELETE", "/test/requests", {204: None})
+def delete_requests(call: Request) -> bottle.HTTPResponse:
+    """Forgets them."""
+    call.engine.seen.clear()
+    return bottle.HTTPResponse(status=204)
+
+
+class ClockRequest(ApiModel):
+    """Where to set the clock: one of them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"advance": "3d"}]})
+
+    now: str | None = Field(None, description="An instant; the clock stands there.")
+    advance: str | None = Field(None, description="A span such as 3d or 1h30m.")
+
+
+@route("GET", "/test/clock", {200: dict})
+def get_clock(call: Request) -> bottle.HTTPResponse:
+    """What the service takes for now."""
+    return reply({"now": instant(call.engine.clock())})
+
+
+@route("PUT", "/test/clock", {200: dict}, body=ClockRequest)
+def put_clock(call: Request, request: ClockRequest) -> bottle.HTTPResponse:
+    """Sets the clock, which then stands still, or puts it forward; what is past its retention goes at once."""
+    if (request.now is None) == (request.advance is None):
+        raise BadRequest.of("now", "name either now or advance")
+    if request.now is not None:
+        call.engine.clock.set(request.now)
+    else:
+        call.engine.clock.advance(str(request.advance))
+    return get_clock(call)
+
+
+@route("DELETE", "/test/clock", {204: None})
+def delete_clock(call: Request) -> bottle.HTTPResponse:
+    """Makes the clock the real one again."""
+    call.engine.clock.reset()
+    return bottle.HTTPResponse(status=204)
+
+
+@route("POST", "/test/reset", {204: None})
+def post_reset(call: Request) -> bottle.HTTPResponse:
+    """Makes all as new: no jobs, records, files, faults or requests, and the real clock."""
+    call.engine.reset()
+    return bottle.HTTPResponse(status=204)
+
+
+def all_routes(test_controls: bool = False) -> list[Route]:
     """All routes: the ones above, and POST /{name} for each job type whose request is JSON."""
     def poster(kind: JobType) -> Callable[..., bottle.HTTPResponse]:
         def post_job(call: Request, query: WaitQuery, request: JobRequest) -> bottle.HTTPResponse:
@@ -9469,7 +9993,8 @@ def all_routes() -> list[Route]:
 
     posted = [Route("POST", f"/{kind.name}", poster(kind), WaitQuery, kind.model, {202: Job, 409: ErrorBody})
               for kind in JOB_TYPES.values() if kind.posted]
-    return [*ROUTES[:2], *posted, *ROUTES[2:]]  # in the order in which people meet them
+    others = [entry for entry in ROUTES[2:] if test_controls or not entry.path.startswith("/test/")]
+    return [*ROUTES[:2], *posted, *others]  # in the order in which people meet them
 
 
 _COMMON_ANSWERS = {error.http_status: str(error.__doc__) for error in (
@@ -9500,7 +10025,7 @@ def _content(shape: Any) -> dict[str, Json]:
 
 def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json]:
     """One operation of the OpenAPI document."""
-    makes_job = any(status in entry.answers for status in (201, 202))
+    makes_job = Job in entry.answers.values()
     parameters: list[Json] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                               for name in re.findall(r"{(\w+)}", entry.path)]
     for name, schema in (schema_of(entry.query)["properties"] if entry.query else {}).items():
@@ -9519,7 +10044,7 @@ def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json
         answer: dict[str, Json] = {"description": _COMMON_ANSWERS.get(status, HTTPStatus(status).phrase)}
         for shape in filter(None, shapes if isinstance(shapes, tuple) else (shapes,)):
             answer.setdefault("content", {}).update(_content(shape))
-        if headers := _ANSWER_HEADERS.get(bytes if shapes is bytes else status):
+        if (headers := _ANSWER_HEADERS.get(bytes if shapes is bytes else status)) and (makes_job or status != 201):
             answer["headers"] = {name: {"schema": {"type": "string"}, "description": about}
                                  for name, about in headers.items()}
         answers[str(status)] = answer
@@ -9590,16 +10115,21 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
     return _secured(document) if secured else document
 
 
+def described(settings: Settings) -> dict[str, Json]:
+    """The document of a server with these settings."""
+    return openapi(all_routes(settings.test_controls), secured=settings.token is not None)
+
+
 @route("GET", "/openapi.json", {200: dict})
 def get_openapi(call: Request) -> bottle.HTTPResponse:
     """This description, for programs."""
-    return reply(openapi(all_routes(), secured=call.engine.settings.token is not None))
+    return reply(described(call.engine.settings))
 
 
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
     app = bottle.Bottle()
-    routes = all_routes()
+    routes = all_routes(engine.settings.test_controls)
     for entry in routes:
         app.route(re.sub(r"{(\w+)}", lambda match: f"<{to_snake(match[1])}{':path' * (match[1] == 'key')}>",
                          entry.path), entry.method,
@@ -9814,7 +10344,7 @@ def _page_reply(title: str, style: str, body: str, script: str = "") -> Any:
 def get_docs(call: Request) -> Any:
     """This description, for people."""
     base = f"{call.environ.get('wsgi.url_scheme', 'http')}://{call.header('Host') or 'localhost'}{MOUNT.get()}"
-    document = openapi(all_routes(), secured=call.engine.settings.token is not None)
+    document = described(call.engine.settings)
     return _page_reply(f"taskapi {__version__}", _STYLE, docs_page(document, base), _TRY_SCRIPT)
 
 
@@ -11194,11 +11724,21 @@ class _Answer(waitress.task.Task):  # type: ignore[misc]  # Waitress has no type
 class _WSGITask(_Answer, waitress.task.WSGITask):  # type: ignore[misc]  # Waitress has no types
     """An answer of the application."""
 
+    cut_at = sys.maxsize  # bytes of the body after which a test wants the connection to end; -1 is before the head
+
     def get_environment(self) -> dict[str, Any]:
-        """With a way to ask whether the client is still there."""
+        """With ways to ask whether the client is still there, and to cut its connection."""
         environ: dict[str, Any] = super().get_environment()
         environ["taskapi.gone"] = self.channel.check_client_disconnected
+        environ["taskapi.cut"] = partial(setattr, self, "cut_at")
         return environ
+
+    def write(self, data: bytes) -> None:
+        """Writes, as far as it is not to be cut."""
+        if self.cut_at >= 0:
+            super().write(data[:self.cut_at - self.content_bytes_written])
+        if self.content_bytes_written >= self.cut_at:
+            raise waitress.channel.ClientDisconnected
 
 
 class _ErrorTask(_Answer, waitress.task.ErrorTask):  # type: ignore[misc]  # Waitress has no types
@@ -11414,6 +11954,7 @@ class Service(Engine):
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
                  runner: Runner | None = None, processes: int = 1):
         super().__init__(settings, clock, make_id, runner, processes)
+        self.url: str | None = None  # while it is served
         self.app = build_app(self).wsgi  # not the Bottle itself: another Bottle's `mount` would take it apart
 
     def __enter__(self) -> Self:
@@ -11427,12 +11968,14 @@ class Service(Engine):
         """Serves from a thread of its own for as long as the block lasts; gives the URL, without a slash at the end."""
         server = HttpServer(self, self.app, self.settings.host, self.settings.port if port is None else port)
         self.announce(server.url)
+        self.url = server.url
         thread = threading.Thread(target=server.run, args=[self.queue.release_waiters], name="taskapi-http")
         thread.start()
         try:
             yield server.url
         finally:
             self.announce(None)
+            self.url = None
             server.stop()
             thread.join()
 
@@ -12357,6 +12900,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---- pytest: fixtures, as a plugin where the package is installed, by import where this file is copied ----
 
 
+class ServedUrl(str):
+    """The URL of a service, with all that the service has."""
+
+    _service: Service
+
+    def __new__(cls, url: str, service: Service) -> Self:
+        """The text that it is."""
+        made = super().__new__(cls, url)
+        made._service = service
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service, name)
+
+
 @lru_cache(maxsize=1)
 def _fixtures() -> types.ModuleType:
     """The fixtures, in a module of their own, since pytest must not be imported with this one."""
@@ -12365,17 +12923,22 @@ def _fixtures() -> types.ModuleType:
     clock = partial(datetime, 2026, 1, 1, tzinfo=UTC)
     fixtures = types.ModuleType("taskapi_fixtures")
 
+    options: Any = {"clock": clock, "seed": 1, "test_controls": True}
+
     @pytest.fixture
     def taskapi_service(tmp_path: Path) -> Iterator[Service]:
         """A service in a temporary folder whose jobs run at once; the same requests make the same records."""
-        with open_service(tmp_path / "taskapi", inline=True, clock=clock, seed=1) as service:
+        with open_service(tmp_path / "taskapi", inline=True, **options) as service, service.serving(port=0):
             yield service
 
     @pytest.fixture
     def taskapi_server(tmp_path: Path) -> Iterator[str]:
-        """The URL of a live server in this process, on a free port, with its data in a temporary folder."""
-        with open_service(tmp_path / "taskapi-server", clock=clock, seed=1) as service, service.serving(port=0) as url:
-            yield url
+        """The URL of a live server in this process, on a free port, with its data in a temporary folder.
+
+        It has the attributes of the Service too, for one `faults`.
+        """
+        with open_service(tmp_path / "taskapi-server", **options) as service, service.serving(port=0) as url:
+            yield ServedUrl(url, service)
 
     vars(fixtures).update(taskapi_service=taskapi_service, taskapi_server=taskapi_server)
     return fixtures

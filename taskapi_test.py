@@ -5053,6 +5053,300 @@ def test_the_commands_bring_the_token(
     assert SECRET not in told
 
 
+# Test controls
+
+
+@pytest.fixture
+def testing(tmp_path: Path) -> Iterator[taskapi.ServedUrl]:
+    """A service under test controls with workers, served."""
+    with taskapi.open_service(tmp_path / "data", seed=1, test_controls=True, retention_days=2) as service, \
+            service.serving(port=0) as url:
+        yield taskapi.ServedUrl(url, service)
+
+
+def test_without_the_setting_there_are_no_test_controls(url: str, service: taskapi.Service) -> None:
+    """Nor are they described; with it they are, and the service's own calls stay as they are."""
+    for entry in taskapi.all_routes(test_controls=True):
+        if entry.path.startswith("/test/"):
+            refused(ask(url, entry.method, entry.path, {}), 404)
+    assert "/test/" not in ask(url, "GET", "/openapi.json").body.decode()
+    assert ask(url, "GET", "/docs").body.count(b"/test/") == 0
+    with pytest.raises(taskapi.Conflict, match="test_controls"):
+        service.faults.add(on={"path": "/jobs"}, then={"status": 500})
+    with pytest.raises(taskapi.SettingError, match="loopback"):
+        taskapi.open_service(service.folder.root, host="0.0.0.0", allowed_hosts=["a.example"], no_token=True,
+                             test_controls=True)
+
+
+MADE = {"recordType": "person", "count": 700, "seed": 5, "now": "2026-01-01T00:00:00Z"}
+PATH, JOB = {"path": "/jobs"}, {"job": "generate"}
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ({}, "on"), ({"on": PATH}, "then"), ({"on": {}, "then": {"status": 500}}, "on"),
+    ({"on": {"paht": "/jobs"}, "then": {"status": 500}}, "did you mean 'path'"),
+    ({"on": {"method": "PSOT"}, "then": {"status": 500}}, "did you mean 'POST'"),
+    ({"on": {"job": "genrate"}, "then": {"pause": True}}, "did you mean 'generate'"),
+    ({"on": {**JOB, **PATH}, "then": {"pause": True}}, "on.job"), ({"on": JOB, "then": {"status": 500}}, "then.status"),
+    ({"on": JOB, "then": {"error": "x", "pause": True}}, "then"), ({"on": JOB, "then": {}}, "then"),
+    ({"on": PATH, "then": {"interrupt": True}}, "then.interrupt"), ({"on": PATH, "then": {}}, "then"),
+    ({"on": {**PATH, "done": 5}, "then": {"status": 500}}, "on.done"),
+    ({"on": {"path": "jobs"}, "then": {"status": 500}}, "on.path"),
+    ({"on": {"path": "/jobs?limit=1"}, "then": {"status": 500}}, "on.path"),
+    ({"on": {"path": "/test/reset"}, "then": {"status": 500}}, "on.path"),
+    ({"on": PATH, "then": {"status": 99}}, "then.status"), ({"on": PATH, "then": {"delay": -1}}, "then.delay"),
+    ({"on": PATH, "then": {"status": 500, "headers": {"Content-Length": "1"}}}, "then.headers.Content-Length"),
+    ({"on": PATH, "then": {"status": 500, "headers": {"A": "1\r\nB: 2"}}}, "then.headers.A"),
+    ({"on": PATH, "then": {"status": 500}, "times": 0}, "times"),
+    ({"on": PATH, "then": {"status": 500}, "probability": 1.1}, "probability"),
+    ({"on": PATH, "then": {"status": 500}, "tiems": 1}, "did you mean 'times'")], ids=str)
+def test_a_wrong_fault_is_refused_by_the_name_of_its_field(
+        taskapi_service: taskapi.Service, fault: dict[str, Any], words: str) -> None:
+    """And none is left."""
+    refused(ask(taskapi_service.url, "POST", "/test/faults", fault), 400, words)
+    with pytest.raises(BadRequest):
+        taskapi_service.faults.add(fault)
+    assert taskapi_service.faults.list() == []
+
+
+def test_a_fault_answers_the_requests_that_it_is_about(testing: taskapi.ServedUrl) -> None:
+    """By method and path, after those to skip, so many times; with status, headers and body; told how often."""
+    made = ask(testing, "POST", "/test/faults", {
+        "on": {"method": "post", "path": "/gen*"}, "skip": 1, "times": 2,
+        "then": {"status": 503, "delay": 0.01, "headers": {"Retry-After": 7, "X-Of": "ours"}, "body": {"error": "no"}}})
+    assert made.status == 201
+    answers = [ask(testing, "POST", "/generate", PERSONS) for _ in range(4)]
+    assert [answer.status for answer in answers] == [202, 503, 503, 202]
+    assert (answers[1].headers["Retry-After"], answers[1].headers["X-Of"], answers[1].json) == (
+        "7", "ours", {"error": "no"})
+    assert ask(testing, "GET", "/jobs").status == 200
+    [fault] = ask(testing, "GET", "/test/faults").json["items"]
+    assert (fault["id"], fault["left"], fault["struck"]) == (made.json["id"], 0, 2)
+    assert ask(testing, "DELETE", f"/test/faults/{fault['id']}").status == 204
+    refused(ask(testing, "DELETE", f"/test/faults/{fault['id']}"), 404)
+    testing.faults.add(on={"path": "*"}, then={"status": 500})
+    testing.faults.add(on={"path": "/"}, then={"status": 204, "body": "x"}, times=1)
+    assert refused(ask(testing, "GET", "/nowhere"), 500)
+    assert [ask(testing, "GET", "/").status for _ in range(2)] == [204, 200]  # * is not about the health check
+    assert ask(testing, "DELETE", "/test/faults").status == 204
+    assert ask(testing, "GET", "/jobs").status == 200
+    testing.faults.add(on={"path": "/jobs"}, then={"headers": {"X-Of": "ours"}})  # the real answer, but for this
+    assert ask(testing, "GET", "/jobs").headers["X-Of"] == "ours"
+    testing.faults.clear()
+    testing.faults.add(on={"path": "/jobs"}, then={"status": 200, "body": "{broken"})
+    assert ask(testing, "GET", "/jobs").body == b"{broken"
+
+
+def test_chances_are_drawn_alike_under_the_same_seed(testing: taskapi.ServedUrl, tmp_path: Path) -> None:
+    """In another service too, and by a seed of the fault's own."""
+    def drawn(url: taskapi.ServedUrl, **more: Any) -> list[int]:
+        url.reset()
+        url.faults.add(on={"path": "/jobs"}, then={"status": 500}, probability=0.5, **more)
+        return [ask(url, "GET", "/jobs").status for _ in range(20)]
+
+    first = drawn(testing)
+    assert {*first} == {200, 500}
+    with taskapi.open_service(tmp_path / "other", seed=1, test_controls=True) as other, other.serving(port=0) as url:
+        assert drawn(taskapi.ServedUrl(url, other)) == first == drawn(testing)
+    assert drawn(testing, seed=2) == drawn(testing, seed=2) != first
+
+
+def test_a_fault_cuts_the_connection_before_or_in_the_middle_of_an_answer(testing: taskapi.ServedUrl) -> None:
+    """Of a JSON answer and of a download, whole or a range; others stay whole."""
+    testing.wait(testing.enqueue("generate", MADE).job_id, 20)
+    job = testing.wait(testing.enqueue("export", {"format": "csv"}).job_id, 20)
+    for path, after, range_ in ((f"/download/{job.job_id}", 7000, None), ("/fields", 500, None), ("/jobs", 0, None),
+                                (f"/download/{job.job_id}", 10, "bytes=5-99"), ("/jobs", None, None)):
+        then = {"close": True, "after": after} if after is not None else {"close": True}
+        testing.faults.add(on={"path": path}, then=then, times=1)
+        headers = {"Range": range_} if range_ else {}
+        with pytest.raises((http.client.IncompleteRead, http.client.RemoteDisconnected)) as cut:
+            ask(testing, "GET", path, None, headers)
+        assert len(getattr(cut.value, "partial", b"")) == (after or 0)
+        assert ask(testing, "GET", path, None, headers).status in (200, 206)
+    assert [entry["status"] for entry in testing.requests(path="/jobs")] == [200, 200, None, 200]
+    testing.faults.add(on={"path": "/jobs"}, then={"close": True})
+    with pytest.raises(ConnectionResetError):
+        webtest.TestApp(testing.app).get("/jobs")
+
+
+def test_what_was_asked_is_remembered(tmp_path: Path) -> None:
+    """Method, path, query, headers, a JSON body up to 64 KiB, status, time; the last 1,000; never the token."""
+    with taskapi.open_service(tmp_path, test_controls=True, inline=True, token=SECRET) as service, \
+            service.serving(port=0) as url:
+        ask(url, "POST", "/generate?wait=0", PERSONS, BEARER | {"X-Of": "ours"})
+        ask(url, "POST", "/generate", {"count": 0}, BEARER)
+        ask(url, "GET", "/nowhere?a=%C3%A9")
+        ask(url, "POST", "/preview", b'{"count": 1, "x": "' + b"y" * 2**16 + b'"}', JSON | BEARER)
+        ask(url, "POST", "/generate", b"{", JSON | BEARER)
+        first, *others = ask(url, "GET", "/test/requests", None, BEARER).json["items"]
+        assert [entry["status"] for entry in others] == [400, 401, 400, 400]
+        assert [entry["body"] for entry in others] == [{"count": 0}, None, None, None]
+        assert others[1]["query"] == {"a": "é"}
+        assert (first["method"], first["path"], first["query"], first["body"], first["status"]) == (
+            "POST", "/generate", {"wait": "0"}, PERSONS, 202)
+        assert (first["headers"]["X-Of"], first["headers"]["Authorization"]) == ("ours", "Bearer ***")
+        assert 0 <= first["ms"] < 60_000
+        assert [len(service.requests(**query)) for query in (
+            {"status": 400}, {"method": "GET"}, {"path": "/gen*"}, {"path": "/x"})] == [3, 1, 3, 0]
+        answer = ask(url, "GET", "/test/requests?status=400&path=*e*&method=POST", None, BEARER)
+        assert len(answer.json["items"]) == 3
+        service.seen.extend({**first, "n": n} for n in range(1200))
+        assert len(ask(url, "GET", "/test/requests", None, BEARER).json["items"]) == 1000
+        assert ask(url, "DELETE", "/test/requests", None, BEARER).status == 204
+        assert service.requests() == []
+
+
+def test_a_delay_holds_no_more_than_half_of_the_threads_and_ends_with_its_fault(tmp_path: Path) -> None:
+    """A further request is answered at once; removing the fault lets all go."""
+    with taskapi.open_service(tmp_path, test_controls=True, threads=4) as service, service.serving(port=0) as url, \
+            ThreadPoolExecutor(2) as pool:
+        service.faults.add(on={"path": "/records"}, then={"delay": 3000})
+        held = [pool.submit(ask, url, "GET", "/records") for _ in range(2)]
+        until(lambda: service.faults.list()[0]["struck"] == 2)
+        until(lambda: ask(url, "GET", "/records").status == 200)
+        assert ask(url, "GET", "/jobs").status == 200
+        assert not any(waiting.done() for waiting in held)
+        service.faults.clear()
+        assert [waiting.result(20).status for waiting in held] == [200, 200]
+
+
+def test_a_job_is_interrupted_as_by_a_crash_and_ends_with_the_same_records(testing: taskapi.ServedUrl) -> None:
+    """The attempt is counted and noted, the checkpoint is where it goes on; without progress it fails in the end."""
+    request = {**MADE, "recordType": "whole", "schema": {"id": "sequence", "n": "name"}}
+    testing.wait(testing.enqueue("generate", request).job_id)
+    ask(testing, "POST", "/test/faults", {"on": {"job": "generate", "done": 300}, "then": {"interrupt": True}})
+    job = testing.wait(testing.enqueue("generate", {**request, "recordType": "broken"}).job_id, 20)
+    assert (job.status, job.attempt, [entry.reason for entry in job.interruptions]) == (
+        "completed", 2, ["the server ended while the job ran"])
+    assert testing.records("broken") == testing.records("whole")
+    assert testing.faults.list()[0]["left"] == 0
+    testing.faults.clear()
+    testing.faults.add(on={"job": "*"}, then={"interrupt": True}, times=9)
+    job = testing.wait(testing.enqueue("generate", MADE).job_id, 20)
+    assert (job.status, job.attempt) == ("failed", 3)
+    assert testing.faults.list()[0]["struck"] == 3
+
+
+def test_a_job_fails_or_stands_still_where_a_test_wants_it(testing: taskapi.ServedUrl) -> None:
+    """At that progress; a job that stands still lets others run, and can be canceled and put back by a stop."""
+    testing.faults.add(on={"job": "generate", "done": 300}, then={"error": "the disk is full"}, skip=1)
+    jobs = [testing.wait(testing.enqueue("generate", MADE).job_id, 20) for _ in range(3)]
+    assert [(job.status, job.error) for job in jobs] == [
+        ("completed", None), ("failed", "the disk is full"), ("completed", None)]
+    for end in ("removed", "canceled", "stopped"):
+        testing.faults.clear()
+        fault = testing.faults.add(on={"job": "generate", "done": 300}, then={"pause": True})["id"]
+        job_id = testing.enqueue("generate", MADE).job_id
+        until(lambda: testing.faults.list()[0]["struck"])
+        job = testing.wait(job_id, 0)
+        assert (job.status, 300 <= job.progress.done < 400) == ("in-progress", True)
+        assert testing.wait(testing.enqueue("generate", MADE).job_id, 20).status == "completed"
+        if end == "removed":
+            ask(testing, "DELETE", f"/test/faults/{fault}")
+            assert testing.wait(job_id, 20).status == "completed"
+        elif end == "canceled":
+            assert ask(testing, "POST", f"/jobs/{job_id}/cancel").json["status"] == "canceled"
+        else:
+            testing.queue.interrupt()
+            until(lambda paused=job_id: testing.wait(paused, 0).status == "pending")
+
+
+def test_the_clock_is_the_tests(testing: taskapi.ServedUrl) -> None:
+    """It stands where it is set, goes on from where it is put forward; what is past its retention goes at once."""
+    assert ask(testing, "PUT", "/test/clock", {"now": "2026-01-01T00:00:00Z"}).json["now"] == "2026-01-01T00:00:00.000Z"
+    job = testing.wait(testing.enqueue("generate", {"count": 3}).job_id, 20)
+    assert {job.created_at, job.started_at, job.finished_at} == {"2026-01-01T00:00:00.000Z"}
+    assert job.request["now"] == "2026-01-01T00:00:00.000Z"
+    assert ask(testing, "PUT", "/test/clock", {"advance": "1d12h"}).json["now"] == "2026-01-02T12:00:00.000Z"
+    assert testing.wait(job.job_id, 0)
+    testing.clock.advance("1d")
+    refused(ask(testing, "GET", f"/status/{job.job_id}"), 404)
+    assert ask(testing, "GET", "/records").json["items"] == []
+    for wrong, word in (({"now": "soon"}, "now"), ({"advance": "3 days"}, "advance"), ({}, "now"),
+                        ({"now": "2026-01-01", "advance": "1d"}, "now"), ({"advance": "999999y"}, "advance")):
+        refused(ask(testing, "PUT", "/test/clock", wrong), 400, word)
+    assert ask(testing, "DELETE", "/test/clock").status == 204
+    now = datetime.fromisoformat(ask(testing, "GET", "/test/clock").json["now"])
+    assert abs(now - datetime.now(UTC)) < timedelta(minutes=5)
+
+
+def test_a_reset_makes_a_service_in_use_as_new(testing: taskapi.ServedUrl, tmp_path: Path) -> None:
+    """With running, waiting and finished jobs, files, readers and long polls; nothing of before is written later."""
+    folder = tmp_path / "data"
+    done = ask(testing, "POST", "/generate", PERSONS, {"Idempotency-Key": "a"}).json["jobId"]
+    ask(testing, "POST", "/upload", form(b"x" * 3000, "a.txt"), FORM)
+    testing.wait(testing.enqueue("export", {"format": "csv", "after": done}).job_id, 20)
+    running = [testing.enqueue("generate", BUSY | {"recordType": "other", "schema": {"n": "name"}}) for _ in range(3)]
+    until(lambda: testing.wait(running[0].job_id, 0).progress.done)
+    testing.faults.add(on={"path": "/jobs"}, then={"status": 500})
+    testing.clock.set("2026-01-01")
+    with ThreadPoolExecutor(1) as pool:
+        poll = pool.submit(ask, testing, "GET", f"/status/{running[0].job_id}?wait=30")
+        until(lambda: len(testing.queue._waiters))
+        assert ask(testing, "POST", "/test/reset").status == 204
+        refused(poll.result(20), 404)
+    assert (testing.requests(), testing.faults.list()) in (([], []), (testing.requests(), []))
+    assert ask(testing, "GET", "/jobs").json["items"] == ask(testing, "GET", "/records").json["items"] == []
+    assert plain(folder, "SELECT name FROM sqlite_master WHERE name IN ('person', 'other')") == []
+    assert not [*(folder / "uploads").iterdir(), *(folder / "exports").iterdir()]
+    again = ask(testing, "POST", "/generate?wait=20", PERSONS, {"Idempotency-Key": "a"})
+    assert again.json["jobId"] != done
+    assert again.json["createdAt"] > "2026-01-02"
+    assert [item["count"] for item in ask(testing, "GET", "/records").json["items"]] == [10]
+    testing.drain(20)
+    assert plain(folder, "SELECT job FROM _id_ranges") == [again.json["jobId"]]
+    assert_sound(folder)
+
+
+# Three clients as people write them; each fails without what it is for
+
+
+def test_a_poller_survives_a_cut_connection(testing: taskapi.ServedUrl) -> None:
+    """It asks again, and does not post again."""
+    def finished(url: str, job_id: str, careless: bool) -> str:
+        while True:
+            try:
+                job = json.load(urllib.request.urlopen(f"{url}/status/{job_id}?wait=5"))
+            except (OSError, http.client.HTTPException):
+                if careless:
+                    raise
+                continue
+            if job["status"] not in ("pending", "in-progress"):
+                return job["status"]
+
+    job_id = testing.enqueue("generate", MADE).job_id
+    for then in ({"close": True}, {"close": True, "after": 20}):
+        testing.faults.add(on={"path": "/status/*"}, then=then, times=1)
+    with pytest.raises(OSError, match="closed connection"):
+        finished(testing, job_id, careless=True)
+    assert finished(testing, job_id, careless=False) == "completed"
+
+
+def test_a_download_is_resumed_where_it_was_cut(testing: taskapi.ServedUrl) -> None:
+    """With Range and If-Range; one that begins anew each time never comes to the end."""
+    def download(url: str, resume: bool) -> bytes:
+        data, tag = b"", ""
+        for _ in range(6):
+            headers = {"Range": f"bytes={len(data)}-", "If-Range": tag} if data else {}
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request) as answer:
+                tag, data = answer.headers["ETag"], data if answer.status == 206 else b""
+                try:
+                    return data + answer.read()
+                except http.client.IncompleteRead as cut:
+                    data = data + cut.partial if resume else b""
+        raise TimeoutError
+
+    testing.wait(testing.enqueue("generate", MADE).job_id, 20)
+    job = testing.wait(testing.enqueue("export", {"format": "csv"}).job_id, 20)
+    testing.faults.add(on={"path": "/download/*"}, then={"close": True, "after": job.file.bytes // 5}, times=20)
+    with pytest.raises(TimeoutError):
+        download(f"{testing}/download/{job.job_id}", resume=False)
+    data = download(f"{testing}/download/{job.job_id}", resume=True)
+    assert hashlib.sha256(data).hexdigest() == job.result["sha256"]
+
+
 @pytest.mark.parametrize("entry", SERVED, ids=lambda entry: f"{entry.method} {entry.path}")
 def test_an_unknown_name_in_a_query_is_refused_by_every_call(live: Live, entry: taskapi.Route) -> None:
     """With the nearest of those that there are."""
@@ -8424,6 +8718,8 @@ def test_the_readmes_python_works_as_it_stands(tmp_path: Path) -> None:
         assert site.get(made["links"]["self"]).json["jobId"] == made["jobId"]
     with taskapi.open_service(tmp_path / "live") as service, service.serving(port=0) as url:
         space["test_the_client_reads_every_page"](url)
+    with taskapi.open_service(tmp_path / "faults", test_controls=True) as service, service.serving(port=0) as url:
+        space["test_the_client_is_patient"](taskapi.ServedUrl(url, service))
     del taskapi.JOB_TYPES["count"], taskapi.FIELD_TYPES["die"], taskapi.PRESETS["player"]
 
 
