@@ -9299,6 +9299,17 @@ def get_root(call: Request) -> bottle.HTTPResponse:
     return response
 
 
+@route("POST", "/ui", {204: None})
+def post_ui(call: Request) -> bottle.HTTPResponse:
+    """Gives a browser the cookie that stands for the token, where one is set; asked by the page."""
+    response = bottle.HTTPResponse(status=204)
+    if token := call.engine.settings.token:
+        secure = "; Secure" if call.environ.get("wsgi.url_scheme") == "https" else ""
+        response.set_header("Set-Cookie", "{}={}; Path={}/; HttpOnly; SameSite=Strict{}".format(
+            *page_cookie(token), MOUNT.get(), secure))
+    return response
+
+
 class NoQuery(ApiModel):
     """The query of a call that takes none, and base of the others: there all values come as texts."""
 
@@ -11565,17 +11576,6 @@ def token_page(_: Request) -> Any:
         '<input name="user" value="taskapi" autocomplete="username" hidden><label>Token <input name="token" '
         'type="password" autocomplete="current-password" required autofocus></label> <button>Open</button></p>'
         '<p role="alert"></p></form></main>'), _SIGN_IN_SCRIPT)
-
-
-@route("POST", "/ui", {204: None})
-def post_ui(call: Request) -> bottle.HTTPResponse:
-    """Gives a browser the cookie that stands for the token, where one is set; asked by the page."""
-    response = bottle.HTTPResponse(status=204)
-    if token := call.engine.settings.token:
-        secure = "; Secure" if call.environ.get("wsgi.url_scheme") == "https" else ""
-        response.set_header("Set-Cookie", "{}={}; Path={}/; HttpOnly; SameSite=Strict{}".format(
-            *page_cookie(token), MOUNT.get(), secure))
-    return response
 
 
 BROWSER_PAGES |= {"/": get_ui, "token": token_page}
