@@ -8902,9 +8902,9 @@ class Engine:
         """All records of a type, oldest first; NotFound."""
         found: list[dict[str, Json]] = []
         after: int | None = 0
+        filters = Filters.model_construct(record_type=record_type, where={})
         while after is not None:
-            filters = Filters.model_construct(record_type=record_type, where={})
-            items, after = self.queue.records.page(filters, 1000, after)
+            items, after, _ = self.queue.records.page(Selected(filters, limit=1000, after=after))
             found += json.loads(b"[%b]" % items)
         return found
 
