@@ -8902,7 +8902,7 @@ class Engine:
         """All records of a type, oldest first; NotFound."""
         found: list[dict[str, Json]] = []
         after: int | None = 0
-        filters = Filters.model_construct(record_type=record_type, where={})
+        filters = Filters(record_type=record_type)
         while after is not None:
             items, after, _ = self.queue.records.page(Selected(filters, limit=1000, after=after))
             found += json.loads(b"[%b]" % items)
