@@ -101,6 +101,7 @@ from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.utils import format_datetime
 from enum import StrEnum
+from fractions import Fraction
 from functools import lru_cache, partial
 from hashlib import blake2b
 from html import escape
@@ -120,6 +121,7 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    NoReturn,
     Protocol,
     Self,
     TypeVar,
@@ -3123,7 +3125,7 @@ MAX_FAMILY = 100_000  # records that one record may bring along
 MAX_SHARED = 1000  # records of types that others refer to, that each part of a request makes anew to know them
 MAX_FAMILY_BYTES = 2**25  # of memory, for a record and what it brings along
 MAX_SIZE_ARG = 4_096  # what an argument may ask for: letters of a text, digits of a number, words of a sentence
-MAX_DEPTH = 8  # lists and objects inside each other
+MAX_DEPTH = 12  # lists and objects inside each other
 MAX_WORK = 3_000  # values that trying a recipe once may take, over all its types, fields and locales
 TRIALS = 20  # values drawn from a field before there is a job: they show its kind and size
 UNIQUE_TRIES = 1000  # how often a unique field that is no text draws until the job fails, as stock Faker does
@@ -3155,7 +3157,8 @@ def _pick(rng: random.Random, table: Any) -> Draw:
         keys, sums = tuple(table), list(itertools.accumulate(table.values()))
         uniform, total, last = rng.random, sums[-1] + 0.0, len(sums) - 1
         return lambda: keys[bisect(sums, uniform() * total, 0, last)]
-    getrandbits, n = rng.getrandbits, table.stop - table.start if isinstance(table, range) else len(table)
+    getrandbits = rng.getrandbits
+    n = -((table.start - table.stop) // table.step) if isinstance(table, range) else len(table)  # len stops at 2**63
     bits = n.bit_length()
 
     def draw() -> Any:
@@ -3557,13 +3560,21 @@ _Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
 _Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
 
 
+def _json_schema_of(schema: Any) -> Any:
+    """Of a pydantic model, which a program may give in its place, the JSON Schema."""
+    return schema.model_json_schema() if isinstance(schema, type) and issubclass(schema, BaseModel) else schema
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_json_schema_of), Field(min_length=1, max_length=MAX_FIELDS)]
+
+
 class RecordSpec(BaseModel):
     """So many records of a type, in all or `per` record of another type, and the fields of each."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True, defer_build=True)
     count: _Count | tuple[_Count, _Count]
     per: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema", min_length=1, max_length=MAX_FIELDS)
+    schema_: Schema = Field(alias="schema")
 
     @property
     def range(self) -> tuple[int, int]:
@@ -3688,12 +3699,17 @@ class ForeignRow:
         self.row = self.block.get(ordinal)
 
 
+def escaped(step: str) -> str:
+    """A step of a JSON Pointer."""
+    return step.replace("~", "~0").replace("/", "~1")
+
+
 class RecipeType:
     """One record type of a recipe, checked."""
 
-    def __init__(self, name: str, spec: RecordSpec, path: str) -> None:
-        self.name, self.spec, self.path = name, spec, path
-        self.index = {column: slot for slot, column in enumerate(spec.schema_)}
+    def __init__(self, name: str, spec: RecordSpec, path: str, schema: Mapping[str, Any]) -> None:
+        self.name, self.spec, self.path, self.schema = name, spec, path, schema
+        self.index = {column: slot for slot, column in enumerate(schema)}
         self.fields: dict[str, Any] = {}  # the checked description of each, in the order in which they are made
         self.deferred: set[str] = set()  # fields that wait for the children: sums, and what reads them
         self.parent: RecipeType | None = None
@@ -3703,6 +3719,11 @@ class RecipeType:
     def at(self, *steps: str) -> str:
         """The path of a part of this description."""
         return ".".join([*filter(None, [self.path]), *steps])
+
+    def field_path(self, column: str) -> str:
+        """The path of a field; in a JSON Schema its JSON Pointer."""
+        own = self.schema is self.spec.schema_
+        return self.at("schema", column) if own else f"{self.at('schema')}#/properties/{escaped(column)}"
 
     def ancestors(self) -> list[RecipeType]:
         """The types that this one is made per, nearest first."""
@@ -3965,6 +3986,382 @@ class Scope:
         if owner is me or above:
             return _mapped(lambda: values[slot], _LOAD.get(kind)), kind
         return _mapped(me.lookup(owner).reader(column, values), _LOAD.get(kind)), kind
+
+
+# ---- Regular expressions: texts drawn from them, in a time that no expression blows up ----
+
+MAX_STATES = 20_000  # of one expression
+_READABLE, _PRINTABLE = string.ascii_letters + string.digits, "".join(map(chr, range(32, 127)))
+_CATEGORIES: dict[str, Callable[[str], bool]] = {
+    "DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda letter: letter.isalnum() or letter == "_"}
+
+
+class Letters:
+    """The characters that one place of an expression may have: a test, and those to draw."""
+
+    def __init__(self, op: str, arg: Any) -> None:
+        self.named: list[str] = []
+        self.fits = self._test(op, arg)
+        usual = [a for a in chain(_READABLE, self.named) if self.fits(a) and not "\ud800" <= a <= "\udfff"]
+        self.choices = [*dict.fromkeys(usual)] or [*filter(self.fits, _PRINTABLE)]
+
+    def _test(self, op: str, arg: Any) -> Callable[[str], bool]:
+        if op == "IN":
+            negated = arg[0][0].name == "NEGATE"
+            tests = [self._test(op.name, arg) for op, arg in arg[negated:]]
+            return lambda letter: any(test(letter) for test in tests) is not negated
+        if op == "CATEGORY":
+            name = arg.name.removeprefix("CATEGORY_")
+            test = _CATEGORIES[name.removeprefix("NOT_")]
+            return (lambda letter: not test(letter)) if name.startswith("NOT_") else test
+        if op == "ANY":
+            return "\n".__ne__
+        low, high = arg if op == "RANGE" else (arg, arg)
+        self.named += map(chr, range(max(low, 1), min(high, low + 99) + 1))
+        return lambda letter: (low <= ord(letter) <= high) is (op != "NOT_LITERAL")
+
+
+class Regex:
+    """A regular expression that is to be found in a text, as an automaton: what it takes grows with both, no more.
+
+    ValueError tells what can not be done, such as to look around or back.
+    """
+
+    def __init__(self, source: str) -> None:
+        import re._parser as parser  # type: ignore[import-not-found, unused-ignore]  # what `re` reads them with
+
+        try:
+            self._tree = parser.parse(re.sub(r"\(\?<(?=\w)", "(?P<", source))
+            self.size = self._count(self._tree)
+        except (re.error, OverflowError, RecursionError, FutureWarning) as error:
+            raise ValueError(f"is no regular expression that texts can be drawn from: {error}") from None
+        if self.size > MAX_STATES or self._tree.state.flags & ~re.UNICODE:
+            raise ValueError(f"takes {self.size} steps, of at most {MAX_STATES}" if self.size > MAX_STATES else
+                             "has flags, which are not supported")
+        self._reached: dict[tuple[int, bool, bool, bool], tuple[list[tuple[Letters, int]], bool]] = {}
+        self._steps: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}
+
+    def _count(self, tree: Any) -> int:
+        """How many states there will be, about."""
+        total = 1
+        for op, arg in tree:
+            if op.name in ("MAX_REPEAT", "MIN_REPEAT"):
+                low, high, inner = arg
+                total += (low + 1 if str(high) == "MAXREPEAT" else high) * (1 + self._count(inner))
+            elif op.name == "SUBPATTERN" and not arg[1] | arg[2]:
+                total += self._count(arg[3])
+            elif op.name == "BRANCH":
+                total += sum(map(self._count, arg[1]))
+            elif op.name in ("AT", "IN", "ANY", "LITERAL", "NOT_LITERAL") and "BOUNDARY" not in str(arg):
+                total += 1
+            else:
+                raise ValueError("looks around or back, from which no text can be drawn")
+        return total
+
+    @functools.cached_property
+    def _edges(self) -> list[list[tuple[Letters | str, int]]]:
+        """From each state: what it takes, a character or ^ or $ or nothing, and where that leads; 0 is the first."""
+        edges: list[list[tuple[Letters | str, int]]] = [[]]
+
+        def link(start: int, by: Letters | str = "", end: int = -1) -> int:
+            if end < 0:
+                edges.append([])
+                end = len(edges) - 1
+            edges[start].append((by, end))
+            return end
+
+        def add(tree: Any, at: int) -> int:
+            for op, arg in tree:
+                if op.name == "SUBPATTERN":
+                    at = add(arg[3], at)
+                elif op.name == "AT":
+                    at = link(at, "^" if "BEGINNING" in arg.name else "$")
+                elif op.name == "BRANCH":
+                    ends = [add(branch, link(at)) for branch in arg[1]]
+                    at = link(ends[0])
+                    for end in ends[1:]:
+                        link(end, "", at)
+                elif op.name in ("MAX_REPEAT", "MIN_REPEAT"):
+                    at = repeat(at, *arg)
+                else:
+                    at = link(at, Letters(op.name, arg))
+            return at
+
+        def repeat(at: int, low: int, high: Any, inner: Any) -> int:
+            for _ in range(low):
+                at = add(inner, at)
+            if str(high) == "MAXREPEAT":
+                at = link(at)
+                link(add(inner, at), "", at)
+                return link(at)
+            starts = [at]
+            for _ in range(high - low):
+                starts.append(at := add(inner, link(at)))
+            end = link(at)
+            for start in starts[:-1]:
+                link(start, "", end)
+            return end
+
+        self.end = link(add(self._tree, link(0)))
+        self.padding = Letters("ANY", None)
+        return edges
+
+    def _from(self, state: int, begin: bool, end: bool, padded: bool) -> tuple[list[tuple[Letters, int]], bool]:
+        """What a state may take, and where to; and whether it is the last: at the text's begin or end, or inside."""
+        key = state, begin, end, padded
+        if key not in self._reached:
+            seen, todo, moves = {state}, [state], list[tuple[Letters, int]]()
+            while todo:
+                for by, target in self._edges[todo.pop()]:
+                    if isinstance(by, Letters):
+                        moves.append((by, target))
+                    elif target not in seen and (not by or (begin if by == "^" else end)):
+                        seen.add(target)
+                        todo.append(target)
+            moves += [(self.padding, at) for at in seen & {0, self.end} if padded]
+            self._reached[key] = moves, self.end in seen
+        return self._reached[key]
+
+    def found_in(self, text: str) -> bool:
+        """As `re.search` has it; ValueError if to tell takes too long."""
+        states, work = frozenset([0]), 0
+        for at, letter in enumerate(text):
+            if (step := (states, letter, not at)) not in self._steps:
+                work += len(states)
+                if work > 2**14 or len(self._steps) > 2**14:
+                    raise ValueError(f"takes too many steps to look for in {len(text)} characters")
+                self._steps[step] = frozenset(
+                    target for state in states for letters, target in self._from(state, not at, False, True)[0]
+                    if letters is self.padding or letters.fits(letter))
+            states = self._steps[step]
+        return any(self._from(state, not text, True, True)[1] for state in states)
+
+    def draw(self, rng: random.Random, low: int, high: int) -> Draw:
+        """Draws texts of `low` to `high` characters that it is found in; where it can, nothing stands around it."""
+        if low > MAX_SIZE_ARG:
+            raise ValueError(f"makes texts of at most {MAX_SIZE_ARG} characters")
+        for padded in (False, True):
+            alive, lengths = self._lengths(low, high, padded)
+            if lengths:
+                break
+        else:
+            raise ValueError(f"no text of {low} to {high} characters is like that")
+        length, below, known = _pick(rng, lengths), rng.random, dict[tuple[int, int, bool], Any]()
+
+        def draw() -> str:
+            state, text, left = 0, list[str](), length()
+            while left:
+                left -= 1
+                if (key := (state, left, not text)) not in known:
+                    moves = self._from(state, not text, False, padded)[0]
+                    known[key] = [(by.choices, to) for by, to in moves if to in alive[left] and by.choices]
+                choices, state = known[key][int(below() * len(known[key]))]
+                text.append(choices[int(below() * len(choices))])
+            return "".join(text)
+
+        return draw
+
+    def _lengths(self, low: int, high: int, padded: bool) -> tuple[list[set[int]], list[int]]:
+        """By number of characters, the states that are so many from the last; and the first lengths that do."""
+        before, work = self._backwards(padded)
+        alive = [{state for state in before if self._from(state, False, True, padded)[1]}]
+        first = self._from(0, True, False, padded)[0]
+        lengths = [0] if not low and self._from(0, True, True, padded)[1] else []
+        while alive[-1] and len(alive) <= min(high, lengths[0] + 16 if lengths else high):
+            if len(alive) >= low and any(target in alive[-1] and by.choices for by, target in first):
+                lengths.append(len(alive))
+            alive.append({state for target in alive[-1] for state in before[target]})
+            work += len(alive[-1])
+            if work > 2**18:
+                raise ValueError("takes too many steps for texts of that length")
+        return alive, lengths
+
+    def _backwards(self, padded: bool) -> tuple[dict[int, set[int]], int]:
+        """From where one character leads to each state inside of a text; and how many ways there are."""
+        before, todo, work = dict[int, set[int]](), [0], 0
+        before[0] = set()
+        for _, target in self._from(0, True, False, padded)[0]:
+            if target not in before:
+                before[target] = set()
+                todo.append(target)
+        while todo:
+            state = todo.pop()
+            for by, target in self._from(state, False, False, padded)[0]:
+                work += 1
+                if by.choices:
+                    if target not in before:
+                        before[target] = set()
+                        todo.append(target)
+                    before[target].add(state)
+        return before, work
+
+
+# ---- JSON Schema: what a value has to be like ----
+
+NOT_HONOURED = frozenset({
+    "not", "if", "dependentSchemas", "patternProperties", "contains", "unevaluatedProperties", "unevaluatedItems",
+    "$dynamicRef", "$recursiveRef"})
+_DAY_FORMAT, _TIME_FORMAT = r"(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])", r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d"
+_HOST_FORMAT = r"[a-z0-9]+(-[a-z0-9]+)*(\.[a-z0-9]+(-[a-z0-9]+)*)*\.[a-z]{2,6}"
+_EMAIL_FORMAT = ({"type": "email"}, rf"^[a-z0-9]+([._-][a-z0-9]+)*@{_HOST_FORMAT}$")
+_URI_FORMAT = ({"type": "url"}, rf"^https?://{_HOST_FORMAT}/([a-z0-9]+(/[a-z0-9]+)*)?$")
+# A format's field, where there is one that is nicer than texts drawn from the expression: some texts of the format.
+_FORMATS: dict[str, tuple[dict[str, Json] | None, str]] = {
+    "date": ({"type": "date"}, f"^{_DAY_FORMAT}$"), "time": (None, f"^{_TIME_FORMAT}Z$"),
+    "date-time": ({"type": "datetime"}, rf"^{_DAY_FORMAT}T{_TIME_FORMAT}(\.\d{{3}})?Z$"),
+    "duration": (None, "^P([1-9][0-9]?D|[1-9]DT[1-9]H|T[1-9][0-9]?[HMS])$"),
+    **dict.fromkeys(("email", "idn-email"), _EMAIL_FORMAT),
+    **dict.fromkeys(("hostname", "idn-hostname"), ({"type": "domain_name"}, f"^{_HOST_FORMAT}$")),
+    **dict.fromkeys(("uri", "uri-reference", "iri", "iri-reference", "url"), _URI_FORMAT),
+    "uri-template": (None, rf"^https://{_HOST_FORMAT}/\{{[a-z]{{2,8}}\}}$"),
+    "uuid": ({"type": "uuid"}, "^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"),
+    **dict.fromkeys(("ipv4", "ipvanyaddress"), (
+        {"type": "ipv4"}, r"^((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)$")),
+    "ipv6": ({"type": "ipv6"}, "^([0-9a-f]{1,4}:){7}[0-9a-f]{1,4}$"), "regex": (None, r"^\^\[a-z\]\{[1-9]\}\$$"),
+    "json-pointer": (None, "^(/[a-z]{2,8}){1,3}$"), "relative-json-pointer": (None, "^[0-3](/[a-z]{2,8}){0,2}$"),
+    "byte": (None, "^([A-Za-z0-9+/]{4}){2,8}$"), "json-string": (None, "^[1-9][0-9]{0,5}$")}
+
+
+def _plain(value: Json) -> str:
+    """A text that is the same for values that JSON Schema takes for equal: 1 and 1.0, objects in any order."""
+    def same(part: Json) -> Json:
+        if isinstance(part, dict):
+            return {key: same(inner) for key, inner in part.items()}
+        return [*map(same, part)] if isinstance(part, list) else int(part) if _is_whole(part) else part
+
+    return json.dumps(same(value), sort_keys=True)
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Json) -> bool:
+    return _is_number(value) and value == value // 1
+
+
+_TYPE_TESTS: dict[str, Callable[[Json], bool]] = {
+    "null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool), "integer": _is_whole,
+    "number": _is_number, "string": lambda value: isinstance(value, str),
+    "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
+
+
+def _multiple(value: float, step: float) -> bool:
+    """As validators reckon it: by the quotient, where one is no whole number."""
+    return not value % step if isinstance(value, int) and isinstance(step, int) else _is_whole(value / step)
+
+
+def is_json_schema(schema: Mapping[str, Json]) -> bool:
+    """Whether it is no schema of ours, field by field, but a JSON Schema."""
+    named = isinstance(schema.get("$schema"), str) or schema.get("type") == "object"
+    return (named and isinstance(schema.get("properties"), dict)) or str(schema.get("$ref", "")).startswith("#")
+
+
+class JsonSchema:
+    """A JSON Schema document: finds what its `$ref` mean, and tells whether a value is valid.
+
+    A value that is too hard to check, or that a keyword unknown here has a say in, counts as invalid.
+    """
+
+    def __init__(self, root: dict[str, Json]) -> None:
+        self.root, self.regexes, self.steps, self.formats = root, dict[str, Regex](), 0, True
+        self.ref_alone = bool(re.search(r"draft-0[3-7]", str(root.get("$schema"))))
+
+    def parts(self, node: dict[str, Json]) -> dict[str, Json]:
+        """What counts of an object: up to draft 7, of one with a `$ref` nothing else."""
+        return {"$ref": node["$ref"]} if self.ref_alone and "$ref" in node else node
+
+    def regex(self, source: str) -> Regex:
+        """A pattern; ValueError if it can not be used."""
+        if source not in self.regexes:
+            self.regexes[source] = Regex(source)
+        return self.regexes[source]
+
+    @functools.cached_property
+    def named(self) -> dict[str, tuple[Json, str]]:
+        """The parts with a name of their own, `$id` or `$anchor`, and where they are."""
+        found, todo = dict[str, tuple[Json, str]](), [(self.root, "")]
+        while todo:
+            node, pointer = todo.pop()
+            if isinstance(node, dict):
+                for name in (node.get("$id"), node.get("id"), f"#{node.get('$anchor')}"):
+                    if isinstance(name, str):
+                        found.setdefault(name.rstrip("#"), (node, pointer))
+            pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            todo += [(inner, f"{pointer}/{escaped(str(key))}") for key, inner in pairs]
+        return found
+
+    def resolve(self, ref: str) -> tuple[Json, str]:
+        """What a `$ref` means, and its JSON Pointer; LookupError if that is not in this document."""
+        base, _, fragment = ref.partition("#")
+        node: Json = None
+        node, pointer = self.named[base] if base else (self.root, "")
+        if fragment and not fragment.startswith("/"):
+            return self.named[f"#{fragment}"]
+        for step in unquote(fragment).split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            node = node[int(key) if isinstance(node, list) and key.isdecimal() else key]
+            pointer += f"/{step}"
+        return node, pointer
+
+    def allows(self, value: Json, nodes: Iterable[Json], formats: bool = True) -> bool:
+        """Whether a value is valid against each of these parts of the document."""
+        self.steps, self.formats = 0, formats
+        try:
+            return all(self._meets(value, node) for node in nodes)
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+            return False
+
+    def _meets(self, value: Json, node: Json) -> bool:
+        if isinstance(node, bool):
+            return node
+        node, self.steps = self.parts(node), self.steps + 1
+        if self.steps > 10_000 or node.keys() & NOT_HONOURED:
+            raise ValueError("can not be told")
+        if "$ref" in node and not self._meets(value, self.resolve(node["$ref"])[0]):
+            return False
+        kinds = node.get("type", [])
+        if kinds and not any(_TYPE_TESTS[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+            return False
+        for listed in (node.get("enum"), [node["const"]] if "const" in node else None):
+            if listed is not None and _plain(value) not in map(_plain, listed):
+                return False
+        one_of = sum(self._meets(value, part) for part in node["oneOf"]) if "oneOf" in node else 1
+        fits = (self._number(value, node) if _is_number(value) else self._text(value, node) if isinstance(value, str)
+                else self._list(value, node) if isinstance(value, list)
+                else self._object(value, node) if isinstance(value, dict) else True)
+        return fits and one_of == 1 and all(self._meets(value, part) for part in node.get("allOf", ())) and (
+            "anyOf" not in node or any(self._meets(value, part) for part in node["anyOf"]))
+
+    def _number(self, value: float, node: Json) -> bool:
+        low, high = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
+        return (node.get("minimum", value) <= value <= node.get("maximum", value)
+                and (low is None or low is False or value > (node["minimum"] if low is True else low))
+                and (high is None or high is False or value < (node["maximum"] if high is True else high))
+                and ("multipleOf" not in node or _multiple(value, node["multipleOf"])))
+
+    def _text(self, value: str, node: Json) -> bool:
+        form = _FORMATS.get(node.get("format", "")) if self.formats else None
+        return (node.get("minLength", 0) <= len(value) <= node.get("maxLength", math.inf)
+                and ("pattern" not in node or self.regex(node["pattern"]).found_in(value))
+                and (form is None or self.regex(form[1]).found_in(value)))
+
+    def _list(self, value: list[Json], node: Json) -> bool:
+        first, rest = node.get("prefixItems", []), node.get("items", True)
+        if isinstance(rest, list):
+            first, rest = rest, node.get("additionalItems", True)
+        return (node.get("minItems", 0) <= len(value) <= node.get("maxItems", math.inf)
+                and not (node.get("uniqueItems") and len({*map(_plain, value)}) < len(value))
+                and all(self._meets(item, first[at] if at < len(first) else rest) for at, item in enumerate(value)))
+
+    def _object(self, value: dict[str, Json], node: Json) -> bool:
+        known, others = node.get("properties", {}), node.get("additionalProperties", True)
+        needs = {**node.get("dependencies", {}), **node.get("dependentRequired", {})}
+        return (node.get("minProperties", 0) <= len(value) <= node.get("maxProperties", math.inf)
+                and value.keys() >= {*node.get("required", ())}
+                and all(value.keys() >= {*needs[name]} for name in needs if name in value)
+                and all(self._meets(name, node.get("propertyNames", True)) for name in value)
+                and all(self._meets(item, known.get(name, others)) for name, item in value.items()))
 
 
 # ---- Field types: one class each; first what they have in common, then Faker's methods ----
@@ -4330,28 +4727,37 @@ class _Number(FieldType):
 
 @field_type("int", min=18, max=65)
 class IntField(_Number):
-    """A whole number from `min` to `max`, both included; with `mean` and `sd` bell-shaped."""
+    """A whole number from `min` to `max`, both included, a `multipleOf`; with `mean` and `sd` bell-shaped."""
 
     min: int = Field(0, ge=-MAX_INT, le=MAX_INT)
     max: int = Field(9999, ge=-MAX_INT, le=MAX_INT)
+    multiple_of: int = Field(1, ge=1, le=MAX_INT)
 
     def domain(self, scope: Scope) -> Domain:
-        return self.max - self.min + 1, self.min.__add__
+        step, first = self.multiple_of, -(-self.min // self.multiple_of)
+        return self.max // step - first + 1, lambda i: (first + i) * step
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        low, high, bell = self.min, self.max, self.bell(scope, self.min, self.max)
-        even = _pick(scope.rng, range(low, high + 1))
-        return (lambda: min(max(round(bell()), low), high)) if bell else even, "int"
+        step, bell = self.multiple_of, self.bell(scope, self.min, self.max)
+        low, high = -(-self.min // step) * step, self.max // step * step
+        if low > high:
+            raise scope.refuse(f"no multiple of {step} lies between {self.min} and {self.max}", "multipleOf")
+        even = _pick(scope.rng, range(low, high + 1, step))
+        return (lambda: min(max(round(bell() / step) * step, low), high)) if bell else even, "int"
 
 
 @field_type("float", min=0, max=500, mean=80, sd=30, round=2)
 class FloatField(_Number):
-    """A number from `min` to `max`, with `round` digits after the point; with `mean` and `sd` bell-shaped."""
+    """A number from `min` to `max`, with `round` digits after the point; with `mean` and `sd` bell-shaped.
+
+    Or, from `min` to `max`, a `multipleOf` a number.
+    """
 
     redraws: ClassVar = REDRAWS
     min: float = Field(0, ge=-1e300, le=1e300)
     max: float = Field(1, ge=-1e300, le=1e300)
     round: int | None = Field(None, ge=0, le=15)
+    multiple_of: float | None = Field(None, gt=0)
 
     def scaled(self, digits: int) -> tuple[int, int]:
         """The bounds, counted in units of the last digit."""
@@ -4366,7 +4772,13 @@ class FloatField(_Number):
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         low, high, digits, uniform = self.min, self.max, self.round, scope.rng.random
-        draw = self.bell(scope, low, high) or (lambda: low + (high - low) * uniform())
+        draw = self.bell(scope, low, high) or (lambda: min(low + (high - low) * uniform(), high))
+        if self.multiple_of:
+            step = Fraction(repr(self.multiple_of))
+            multiples = range(math.ceil(Fraction(low) / step), math.floor(Fraction(high) / step) + 1)
+            if multiples.stop <= multiples.start:
+                raise scope.refuse(f"no multiple of it lies between {low} and {high}", "multipleOf")
+            return _mapped(_pick(scope.rng, multiples), lambda times: float(times * step)), "float"
         if digits is None:
             return draw, "float"
         first, last = self.scaled(digits)
@@ -4623,10 +5035,38 @@ class DateField(DatetimeField):
 
 @field_type("pattern", pattern="SKU-####-??")
 class PatternField(FieldType):
-    r"""Text in which each # is a digit, % a digit but 0, ? a capital letter; a backslash keeps the mark after it."""
+    r"""Text in which each # is a digit, % a digit but 0, ? a capital letter; a backslash keeps the mark after it.
+
+    Or a text of `minLength` to `maxLength` characters in which the regular expression `regex` is found.
+    """
 
     redraws: ClassVar = REDRAWS
-    pattern: str = Field(min_length=1, max_length=256)
+    pattern: str = Field("", max_length=256)
+    regex: str | None = Field(None, max_length=MAX_SIZE_ARG)
+    min_length: int = Field(0, ge=0, le=MAX_TEXT)
+    max_length: int = Field(MAX_TEXT, ge=0, le=MAX_TEXT)
+
+    @functools.cached_property
+    def automaton(self) -> Regex:
+        """The regular expression, as far as it was read; ValueError if it can not be used."""
+        return Regex(self.regex or "")
+
+    def work(self) -> int:
+        with suppress(ValueError):  # which is told when it is drawn from
+            return 1 + self.automaton.size // 200 + self.min_length // 20
+        return 1
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if bool(self.pattern) is (self.regex is not None):
+            raise scope.refuse("needs a pattern or a regex")
+        if self.regex is None:
+            return super().draw(scope)
+        if self.unique:
+            raise scope.refuse("a regex can not be unique, a pattern can", "unique")
+        try:
+            return self.automaton.draw(scope.rng, self.min_length, self.max_length), "text"
+        except ValueError as error:
+            raise scope.refuse(str(error), "regex") from None
 
     def domain(self, scope: Scope) -> Domain:
         marks = {"#": string.digits, "%": string.digits[1:], "?": string.ascii_uppercase}
@@ -4640,6 +5080,31 @@ class PatternField(FieldType):
             return "".join(reversed(letters))
 
         return math.prod(map(len, wheels)), nth
+
+
+@field_type("phrase", minLength=20, maxLength=60)
+class PhraseField(FieldType):
+    """Words, cut to a text of `minLength` to `maxLength` characters."""
+
+    min_length: int = Field(1, ge=0, le=MAX_TEXT)
+    max_length: int = Field(MAX_TEXT, ge=0, le=MAX_TEXT)
+
+    def work(self) -> int:
+        return 1 + self.min_length // 50
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        low, word = self.min_length, scope.fast.method("word")
+        if low > self.max_length:
+            raise scope.refuse(f"minLength {low} is more than maxLength {self.max_length}", "minLength")
+        length = _pick(scope.rng, range(low, min(self.max_length, low + 40) + 1))
+
+        def draw() -> str:
+            size, text = length(), ""
+            while len(text) < size:
+                text += f"{word()} " if len(text) < 400 else text
+            return text[:size - 1] + text[size - 1:size].replace(" ", "s")
+
+        return draw, "text"
 
 
 @field_type("uuid")
@@ -4711,26 +5176,43 @@ class TemplateField(FieldType):
 
 @field_type("list", of="word", min=0, max=3)
 class ListField(_Container):
-    """A list of `min` to `max` values of the type `of`, stored as JSON."""
+    """A list of `min` to `max` values of the type `of`, stored as JSON; with `uniqueItems` no two of them are equal.
+
+    Before them come values of the types in `prefix`, one of each.
+    """
 
     of: Any
     min: int = Field(1, ge=0)
     max: int = Field(3, ge=0, le=1000)
+    prefix: list[Any] = Field([], max_length=100)
+    unique_items: bool = False
 
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
-        return [(("of",), self.of)]
+        return [(("of",), self.of), *((("prefix", number), raw) for number, raw in enumerate(self.prefix))]
 
     def work(self) -> int:
-        return 1 + self.max * super().work()
+        return 1 + self.max * (1 + self._inner[0][1].work()) + sum(model.work() for _, model in self._inner[1:])
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
         if self.min > self.max:
             raise scope.refuse(f"min {self.min} is more than max {self.max}", "min")
-        ((draw, _),) = self.nested(scope)
+        (draw, _), *first = self.nested(scope)
         if self.max * scope.longest(draw, "of") > MAX_TEXT:
             raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
         length = _pick(scope.rng, range(self.min, self.max + 1))
-        return lambda: [draw() for _ in range(length())], "json"
+        if self.unique_items:
+            return partial(self._different, [draw for draw, _ in first], draw, length), "json"
+        return lambda: [*[draw() for draw, _ in first], *[draw() for _ in range(length())]], "json"
+
+    def _different(self, first: list[Draw], draw: Draw, length: Draw) -> list[Any]:
+        """Values of which no two are equal; fewer, where there are no more."""
+        found, size = dict[str, Any](), len(first) + length()
+        for tries in range(UNIQUE_TRIES):
+            if len(found) >= size or (tries > 20 * size and len(found) >= len(first) + self.min):
+                return [*found.values()]
+            value = (first[len(found)] if len(found) < len(first) else draw)()
+            found.setdefault(_plain(value), value)
+        raise TaskError(f"no {size} different items in {UNIQUE_TRIES} draws")
 
 
 @field_type("object", fields={"city": "city", "zip": "postcode"})
@@ -4813,28 +5295,596 @@ class ProductField(_Arithmetic):
         return lambda: None if None in (values := [read() for read in reads]) else total(values), kind
 
 
-@field_type("first_of", of=["state_abbr", "province_abbr", "city"])
-class FirstOfField(_Container):
-    """The first type of `of` that this locale can make: ["state_abbr", "province_abbr", "city"]."""
-
+class _Alternatives(_Container):
     redraws: ClassVar = REDRAWS
-    of: list[Any] = Field(min_length=1, max_length=16)
+    of: list[Any] = Field(min_length=1, max_length=200)
+    valid: Any = None  # a JSON Schema, or a function that tells whether a value is wanted
 
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
         return [(("of", number), raw) for number, raw in enumerate(self.of)]
+
+    def possible(self, scope: Scope) -> Iterator[tuple[Draw, Kind]]:
+        """Those that can be made in this locale, and are valid."""
+        for steps, model in self._inner:
+            steps = () if callable(self.valid) else steps  # which no client has written
+            try:
+                draw, kind = model.draw(scope.at(*steps))
+                draw = self._valid(scope, _nullable(draw, model.null, scope.rng), kind)
+                scope.longest(draw, *steps)
+                yield draw, "float" if kind == "decimal" and self.valid is not None else kind
+            except BadRequest as refusal:
+                self._last = refusal
+
+    def _valid(self, scope: Scope, draw: Draw, kind: Kind) -> Draw:
+        if self.valid is None:
+            return draw
+        wanted = self.valid if callable(self.valid) else partial(JsonSchema(self.valid).allows, nodes=[self.valid])
+        plain = _mapped(draw, float if kind == "decimal" else None)
+
+        def valid() -> Any:
+            for _ in range(UNIQUE_TRIES):
+                if wanted(value := plain()):
+                    return value
+            raise TaskError(f"{scope.path}: no valid value in {UNIQUE_TRIES} draws")
+
+        try:
+            if len([*itertools.islice(filter(wanted, (plain() for _ in range(2 * TRIALS))), 2)]) > 1:
+                return valid
+        except TaskError as error:
+            raise scope.refuse(str(error)) from None
+        raise scope.refuse("makes hardly any valid value")
+
+
+@field_type("first_of", of=["state_abbr", "province_abbr", "city"])
+class FirstOfField(_Alternatives):
+    """The first type of `of` that this locale can make: ["state_abbr", "province_abbr", "city"].
+
+    With `valid`, a JSON Schema, the first that makes valid values, and those of its values.
+    """
 
     def work(self) -> int:
         return 1 + max(model.work() for _, model in self._inner)
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        for steps, model in self._inner:
+        for found in self.possible(scope):
+            return found
+        raise self._last
+
+
+@field_type("one_of", of=["word", "int"])
+class OneOfField(_Alternatives):
+    """A value of one of the types in `of`, each as likely; with `valid`, a JSON Schema, a valid one."""
+
+    def draw(self, scope: Scope) -> tuple[Draw, Kind]:
+        if not (found := [*self.possible(scope)]):
+            raise self._last
+        which, kinds = _pick(scope.rng, [draw for draw, _ in found]), {kind for _, kind in found}
+        if len(kinds) == 1:
+            return lambda: which()(), kinds.pop()
+        return lambda: which()(), "text" if kinds <= {"text", "date", "datetime"} else "json"
+
+
+# ---- JSON Schema: translated into the field types above ----
+
+# Faker methods by the name of a field: letters only, in lower case.
+_METHODS_BY_NAME = {
+    name: method for method, names in {
+        "first_name": "firstname forename givenname", "last_name": "lastname surname familyname",
+        "name": "name fullname customer person contact", "user_name": "username login handle nickname",
+        "phone_number": "phone phonenumber mobile telephone tel fax",
+        "street_address": "street streetaddress addressline",
+        "address": "address", "city": "city town", "country": "country", "country_code": "countrycode",
+        "state": "state province region", "postcode": "postcode zip zipcode postalcode", "company": "company employer",
+        "job": "job jobtitle occupation profession", "color_name": "color colour", "iban": "iban", "locale": "locale",
+        "email": "email mail emailaddress", "url": "url website homepage",
+        "datetime": "createdat updatedat deletedat modifiedat publishedat timestamp", "date": "birthdate birthday dob",
+        "sentence": "title subject summary", "paragraph": "description comment comments notes text body",
+    }.items() for name in names.split()}
+
+
+class Impossible(Exception):
+    """No value can be made for a place; `optional` where that is no fault if the place may as well be missing."""
+
+    def __init__(self, pointer: str, message: str, optional: bool = False) -> None:
+        super().__init__(message)
+        self.pointer, self.optional = pointer, optional
+
+
+class NotHonoured(Impossible):
+    """What a keyword means is not known here."""
+
+
+class TooRich(Exception):
+    """There would be too many fields, or too deep ones."""
+
+
+class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
+    """All that a schema says of one place in a record: by keyword its values, each with its JSON Pointer and the object
+    that it stands in. A branch is `within` the place that it is a branch of.
+
+    `nodes` are what a value has to meet; `refs` lead here, and those `above` would lead around. A `lean` one has no
+    optional properties.
+    """
+
+    def __init__(self, above: frozenset[str] = frozenset(), within: Place | None = None, lean: bool = False) -> None:
+        super().__init__({keyword: [*facts] for keyword, facts in (within or {}).items()})
+        self.nodes: list[Json] = [] if within is None else [*within.nodes]
+        self.refs: frozenset[str] = above if within is None else within.refs
+        self.above = self.refs
+        self.lean = lean
+
+    def said(self, *keywords: str) -> list[Any]:
+        """What is said under these keywords."""
+        return [value for keyword in keywords for value, _, _ in self.get(keyword, ())]
+
+    def pointer(self, *keywords: str) -> str:
+        """Where the first of these keywords is."""
+        return next((at for keyword in keywords for _, at, _ in self.get(keyword, ())), "")
+
+    def limit(self, side: str) -> tuple[float, bool] | None:
+        """The narrowest bound, and whether it is excluded; `side` is Minimum or Maximum."""
+        found = [(value, node.get(f"exclusive{side}") is True) for value, _, node in self.get(side.lower(), ())]
+        found += [(value, True) for value in self.said(f"exclusive{side}") if not isinstance(value, bool)]
+        lowest = side == "Minimum"
+        return (max if lowest else min)(found, key=lambda bound: (bound[0], bound[1] is lowest), default=None)
+
+    def range(self, what: str) -> tuple[int, int | None]:
+        """The bounds of a number of things, such as Length; Impossible if they exclude each other."""
+        low, high = max([0, *self.said(f"min{what}")]), min(self.said(f"max{what}"), default=None)
+        if high is not None and low > high:
+            raise Impossible(self.pointer(f"min{what}"), f"min{what} {low} is more than max{what} {high}")
+        return math.ceil(low), None if high is None else math.floor(high)
+
+
+_NULL: dict[str, Any] = {"type": "const", "value": None}
+_SOMETIMES = {"null": 0.1}
+_NUMBER: Any = (int, float)
+_SHAPES: dict[str, Any] = {
+    **dict.fromkeys(("minimum", "maximum", "multipleOf", "minLength", "maxLength", "minItems", "maxItems",
+                     "minProperties", "maxProperties"), _NUMBER),
+    **dict.fromkeys(("$ref", "pattern", "format"), (str,)),
+    **dict.fromkeys(("properties", "dependentRequired", "dependencies"), (dict,)),
+    **dict.fromkeys(("enum", "required", "allOf", "anyOf", "oneOf", "prefixItems", "examples"), (list,)),
+    "type": (str, list), "exclusiveMinimum": (int, float), "exclusiveMaximum": (int, float)}
+_SHAPE_NAMES = {int: "a number", str: "a text", dict: "an object", list: "a list"}
+_SIGNS = {  # what a keyword says of the type, where none is given
+    "object": ("properties", "required", "additionalProperties", "minProperties", "propertyNames", "dependentRequired"),
+    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "string": ("format", "pattern", "minLength", "maxLength")}
+# What faker-js calls otherwise than Faker does, by the last word of the name or by all of it.
+_FAKER_JS: dict[str, Any] = {
+    "fullName": "name", "company.name": "company", "companyName": "company", "jobTitle": "job", "zipCode": "postcode",
+    "phone.number": "phone_number", "username": "user_name", "userName": "user_name", "ip": "ipv4",
+    "mac": "mac_address", "human": "color_name", "rgb": "hex_color", "productName": "catch_phrase", "street":
+    "street_name", "accountNumber": "bban", "birthdate": "date_of_birth", "words": "sentence", "lines": "sentence",
+    "sentences": "paragraph", "paragraphs": "text", "timeZone": "timezone", "avatar": "image_url", "bio": "sentence",
+    "port": "port_number", "boolean": "bool", "alpha": {"type": "pattern", "pattern": "?????"},
+    "numeric": {"type": "pattern", "pattern": "#####"}, "alphanumeric": {"type": "pattern", "pattern": "?##?#"},
+    "price": {"type": "float", "min": 1, "max": 1000, "round": 2}, "amount": {"type": "float", "max": 1000, "round": 2},
+    "sex": {"type": "choice", "values": ["female", "male"]},
+    **{name: {"type": "datetime", "from": first, "to": last} for name, first, last in (
+        ("past", "-1y", "now"), ("recent", "-1d", "now"), ("future", "now", "+1y"), ("soon", "now", "+1d"))}}
+
+
+def _within(bound: tuple[float, bool], towards: float) -> float:
+    """The float next to a bound on its right side."""
+    value, excluded = bound
+    number = float(value)
+    outside = number < value if towards > 0 else number > value
+    return math.nextafter(number, towards) if outside or (excluded and number == value) else number
+
+
+def _faker_fields(hint: Json, pointer: str) -> list[dict[str, Any]]:
+    """The fields that a Faker method means, named as Faker or as faker-js does; of instants also their dates."""
+    pairs = [(hint, {})] if isinstance(hint, str) else [*hint.items()] if isinstance(hint, dict) else []
+    if len(pairs) != 1 or not isinstance(pairs[0][1], dict):
+        raise Impossible(pointer, "should be the name of a Faker method, or an object of a name and its arguments")
+    (name, args), = pairs
+    last = name.rpartition(".")[2]
+    found = _FAKER_JS.get(name) or _FAKER_JS.get(last) or to_snake(last)
+    field = {"type": found} if isinstance(found, str) else found
+    options = args if field["type"] in FIELD_TYPES else {"args": args} if args else {}
+    dated = [{**field, **options, "type": "date"}] if field["type"] == "datetime" else []
+    return [{**field, **options}, *dated]
+
+
+class Translation:
+    """A JSON Schema as the fields of a record type, with optional properties down to a depth of `rich`.
+
+    Raises Impossible; TooRich if that makes more than can be tried.
+    """
+
+    def __init__(self, schema: JsonSchema, rich: int) -> None:
+        self.schema, self.rich, self.left = schema, rich, 2_400.0
+
+    def fields(self) -> dict[str, Any]:
+        """A description of each property of a record."""
+        place = Place(frozenset([""]))
+        self._include(place, self.schema.root, "")
+        return self._record(place)
+
+    def _record(self, place: Place) -> dict[str, Any]:
+        """The properties of all records: of the first branch that can be, since all have the same columns."""
+        if "object" not in (self._types(place) or ["object"]) or "enum" in place or "const" in place:
+            raise NotHonoured(place.pointer("enum", "const", "type"), "should describe an object with properties")
+        if not (keyword := next((key for key in ("oneOf", "anyOf") if key in place), "")):
+            return self._properties(place, 0, 1)
+        refused = Impossible(place.pointer(keyword), "no branch fits records that all have the same fields")
+        for branch, lean in product(self._branches(place, keyword), (False, True)):
             try:
-                draw, kind = model.draw(scope.at(*steps))
-                scope.longest(draw, *steps)
-                return _nullable(draw, model.null, scope.rng), kind
-            except BadRequest as refusal:
-                last = refusal
-        raise last
+                if isinstance(branch, Impossible):
+                    raise branch
+                fields = self._record(Place(within=branch, lean=lean))
+                if self._fits({"type": "object", "fields": fields}, branch):
+                    return fields
+            except Impossible as error:
+                refused = error if type(error) is NotHonoured else refused
+        raise refused
+
+    def _fits(self, field: dict[str, Any], place: Place) -> bool:
+        """Whether what this field makes is valid."""
+        generator = RecordGenerator(RecipeType("sample", RecordSpec(count=1, schema={"": field}), "", {}), {}, False,
+                                    EPOCH)
+        try:
+            draw, _ = parse_field(field, "").draw(Scope(generator, "en_US", ""))
+            return all(self.schema.allows(draw(), place.nodes) for _ in range(TRIALS))
+        except TaskError:
+            return False
+
+    def _spend(self, work: float) -> None:
+        self.left -= work
+        if self.left < 0:
+            raise TooRich
+
+    def _include(self, place: Place, node: Json, pointer: str) -> None:
+        """Let a place be what a part of the schema says, besides what it is already."""
+        place.nodes.append(node)
+        self._add(place, node, pointer, ())
+
+    def _add(self, place: Place, node: Json, pointer: str, path: tuple[str, ...]) -> None:
+        self._spend(0.1)
+        if not isinstance(node, (dict, bool)) or node is False:
+            what = "admits no value" if node is False else "should be an object, true or false"
+            raise Impossible(pointer, what, optional=node is False)
+        parts = self.schema.parts(node) if isinstance(node, dict) else {}
+        for keyword, value in parts.items():
+            at = f"{pointer}/{escaped(keyword)}"
+            shape = _SHAPES.get(keyword, (object,))
+            if not isinstance(value, shape) or (shape is _NUMBER and isinstance(value, bool)):
+                raise Impossible(at, f"should be {_SHAPE_NAMES[shape[0]]}")
+            if keyword in NOT_HONOURED or (keyword == "dependencies" and dict in map(type, value.values())):
+                raise NotHonoured(at, f"{keyword} cannot be honoured")
+            if keyword == "$ref":
+                self._follow(place, value, at, path)
+            elif keyword == "allOf":
+                for number, part in enumerate(value):
+                    self._add(place, part, f"{at}/{number}", path)
+            else:
+                place.setdefault(keyword, []).append((value, at, parts))
+
+    def _follow(self, place: Place, ref: str, at: str, path: tuple[str, ...]) -> None:
+        try:
+            target, where = self.schema.resolve(ref)
+        except (LookupError, ValueError, TypeError):
+            raise NotHonoured(at, f"{ref!r} is nothing in this document") from None
+        if where in place.above or where in path:
+            raise Impossible(at, f"{ref!r} leads to itself again, without end", optional=True)
+        if where not in place.refs:
+            self._add(place, target, where, (*path, where))
+            place.refs |= {where}
+
+    def _types(self, place: Place) -> list[str] | None:
+        """The types that are admitted; None if nothing is said of them."""
+        found: list[str] | None = None
+        for value, at, _ in place.get("type", ()):
+            names = [value] if isinstance(value, str) else value
+            for name in names:
+                if not isinstance(name, str) or name not in _TYPE_TESTS:
+                    raise Impossible(at, f"no such type {name!r}{did_you_mean(str(name), _TYPE_TESTS)}")
+            names = [*names, "integer"] if "number" in names else names
+            found = [name for name in found if name in names] if found is not None else names
+            if not found:
+                raise Impossible(at, f"{value!r} excludes what another type says")
+        return found and [name for name in dict.fromkeys(found) if name != "integer" or "number" not in found]
+
+    def _field(self, place: Place, name: str, depth: int, times: float) -> dict[str, Any]:
+        """The description of a field; `times` is how many values it takes to make a record."""
+        self._spend(times)
+        if depth > MAX_DEPTH:
+            raise TooRich
+        types = self._types(place)
+        if "const" in place or "enum" in place:
+            return self._listed(place, [*([value] for value in place.said("const")), *place.said("enum")][0])
+        if hints := place.said("x-faker", "faker"):
+            fields = _faker_fields(hints[0], place.pointer("x-faker", "faker"))
+            return self._checked(place, fields) | (_SOMETIMES if "null" in (types or ()) else {})
+        for keyword in ("oneOf", "anyOf"):
+            if keyword in place:
+                return self._union(place, keyword, name, depth, times)
+        return self._typed(place, types, name, depth, times)
+
+    def _checked(self, place: Place, fields: list[dict[str, Any]], what: str = "first_of") -> dict[str, Any]:
+        """Those values of these fields that are valid."""
+        self._spend(2)
+        return {"type": what, "of": fields, "valid": partial(self.schema.allows, nodes=tuple(place.nodes))}
+
+    def _either(self, place: Place, found: Sequence[dict[str, Any]], check: bool = False) -> dict[str, Any]:
+        """One of several fields; null once in ten where one of them may be."""
+        null = any(field == _NULL or "null" in field for field in found) and self.schema.allows(None, place.nodes)
+        fields = [{key: value for key, value in field.items() if key != "null"} for field in found if field != _NULL]
+        if not fields:
+            if not null:
+                raise Impossible(place.pointer("oneOf", "anyOf", "type"), "no branch is valid")
+            return _NULL
+        one = self._checked(place, fields, "one_of") if check else (
+            fields[0] if len(fields) == 1 else {"type": "one_of", "of": fields})
+        return one | (_SOMETIMES if null else {})
+
+    def _listed(self, place: Place, values: list[Json]) -> dict[str, Any]:
+        """Those of some values that are valid."""
+        self._spend(len(values) / 20)
+        found = [value for value in values if self.schema.allows(value, place.nodes, formats=False)]
+        if not found:
+            raise Impossible(place.pointer("const", "enum", "examples"), "none of these is valid here")
+        some = [value for value in found if value is not None]
+        if not some:
+            return _NULL
+        field = {"type": "const", "value": some[0]} if len(some) == 1 else {"type": "choice", "values": some}
+        return field | (_SOMETIMES if len(some) < len(found) else {})
+
+    def _branches(self, place: Place, keyword: str) -> Iterator[Place | Impossible]:
+        """What the branches of the first of these say of a place, besides the rest; or why there is none."""
+        branches, at, _ = place[keyword][0]
+        rest = Place(within=place)
+        rest[keyword] = rest[keyword][1:]
+        if not rest[keyword]:
+            del rest[keyword]
+        for number, branch in enumerate(branches):
+            inner = Place(within=rest)
+            try:
+                self._include(inner, branch, f"{at}/{number}")
+                yield inner
+            except Impossible as refusal:
+                yield refusal
+
+    def _union(self, place: Place, keyword: str, name: str, depth: int, times: float) -> dict[str, Any]:
+        branches = place.said(keyword)[0]
+        if branches and all(isinstance(branch, dict) and "const" in branch for branch in branches):
+            return self._listed(place, [branch["const"] for branch in branches])
+        if keyword == "oneOf":
+            self._spend(len(branches) ** 2 / 5)  # each value is checked against each
+        found, refused = list[dict[str, Any]](), Impossible(place.pointer(keyword), "has no branch")
+        for branch in self._branches(place, keyword):
+            try:
+                if isinstance(branch, Impossible):
+                    raise branch
+                if keyword == "anyOf" and depth > self.rich and any(field != _NULL for field in found):
+                    continue
+                found.append(self._field(branch, name, depth + 1, times))
+                if keyword == "oneOf" and found[-1]["type"] == "object":
+                    found.append(self._field(Place(within=branch, lean=True), name, depth + 1, times))
+            except Impossible as refusal:
+                if keyword == "oneOf" and isinstance(refusal, NotHonoured):
+                    raise
+                refused = refusal
+        if not found:
+            raise refused
+        return self._either(place, found, check=keyword == "oneOf")
+
+    def _typed(self, place: Place, types: list[str] | None, name: str, depth: int, times: float) -> dict[str, Any]:
+        signs = [kind for kind, keywords in _SIGNS.items() if place.keys() & set(keywords)]
+        if types is None and not signs and "examples" in place:
+            return self._listed(place, place.said("examples")[0])
+        found, refused = list[dict[str, Any]](), None
+        for kind in (signs[:1] or ["string"]) if types is None else types:
+            try:
+                found.append(self._of_type(kind, place, name, depth, times))
+            except Impossible as refusal:
+                refused = refusal
+        if refused and all(field == _NULL for field in found) and not (refused.optional and found):
+            raise refused
+        return self._either(place, found)
+
+    def _of_type(self, kind: str, place: Place, name: str, depth: int, times: float) -> dict[str, Any]:
+        if kind in ("null", "boolean"):
+            return {"type": "bool"} if kind == "boolean" else _NULL
+        if kind in ("array", "object"):
+            return (self._array if kind == "array" else self._object)(place, depth, times)
+        if kind == "integer":
+            return self._integer(place, name if depth == 1 else "")
+        return self._string(place, name) if kind == "string" else self._number(place)
+
+    def _step(self, place: Place) -> Fraction | None:
+        """What a number is a multiple of."""
+        steps = [Fraction(repr(step)) for step in place.said("multipleOf")]
+        if any(step <= 0 for step in steps):
+            raise Impossible(place.pointer("multipleOf"), "should be more than 0")
+        common = math.lcm(*(step.denominator for step in steps))
+        return Fraction(math.lcm(*(int(step * common) for step in steps)), common) if steps else None
+
+    def _integer(self, place: Place, name: str) -> dict[str, Any]:
+        exact = self._step(place)
+        low, high, step = place.limit("Minimum"), place.limit("Maximum"), exact.numerator if exact else 1
+        most = 2**31 - 1 if "int32" in place.said("format") else MAX_INT
+        least = max(-most, (math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])) if low else min(
+            0, -most if high is None else math.floor(high[0]) - 10 * max(step, 1000)) if high and high[0] <= 0 else 0)
+        if name.lower() == "id" and step == 1 and not high and least <= 2**31:
+            return {"type": "sequence", "start": max(1, least)}
+        most = min(most, (math.ceil(high[0]) - 1 if high[1] else math.floor(high[0])) if high else max(
+            9999, least + 10 * max(step, 1000)))
+        if -(-least // step) > most // step:
+            self._exclude(place, f"no whole number{f' that is a multiple of {step}' if step > 1 else ''} lies "
+                                 f"between {least} and {most}")
+        field = {"type": "int", "min": least, "max": most, **({"multipleOf": step} if step > 1 else {})}
+        return field if exact is None or exact.denominator == 1 else self._checked(place, [field])
+
+    @staticmethod
+    def _exclude(place: Place, message: str) -> NoReturn:
+        at = place.pointer("minimum", "exclusiveMinimum", "multipleOf", "maximum", "exclusiveMaximum")
+        raise Impossible(at, f"these bounds exclude each other: {message}")
+
+    def _number(self, place: Place) -> dict[str, Any]:
+        step = self._step(place)
+        if step and step.denominator == 1:
+            return self._integer(place, "")
+        low, high = place.limit("Minimum"), place.limit("Maximum")
+        room = max(1000.0, 10 * float(step or 0))
+        least = _within(low, math.inf) if low else min(0.0, _within(high, -math.inf) - room) if (
+            high and high[0] <= 0) else 0.0
+        most = _within(high, -math.inf) if high else least + max(room, abs(least))
+        least, most = max(least, -1e300), min(most, 1e300)
+        if least > most:
+            self._exclude(place, f"no number lies between {least} and {most}")
+        if step:
+            return self._checked(place, [{"type": "float", "min": least, "max": most, "multipleOf": float(step)}])
+        field = {"type": "float", "min": least, "max": most}
+        digits = [n for n in (2, 4, 6, 9) if max(abs(least), abs(most)) < 1e6 and (most - least) * 10**n >= 100]
+        return field | ({"round": digits[0]} if digits else {})
+
+    def _string(self, place: Place, name: str) -> dict[str, Any]:
+        low, high = place.range("Length")
+        if low > MAX_TEXT:
+            raise Impossible(place.pointer("minLength"), f"should be at most {MAX_TEXT}")
+        bounds = {"minLength": low} if low else {}
+        if high is not None:
+            bounds |= {"minLength": min(low or 1, high), "maxLength": min(high, MAX_TEXT)}
+        formats = [_FORMATS[name] for name in place.said("format") if name in _FORMATS]
+        for source, at, _ in place.get("pattern", ()):
+            try:
+                self._spend(self.schema.regex(source).size / 200 + low / 20)
+            except ValueError as error:
+                raise NotHonoured(at, str(error)) from None
+        regexes = [*(regex for _, regex in formats), *place.said("pattern")]
+        fields = [field for field, _ in formats if field] + [
+            {"type": "pattern", "regex": regex, **bounds} for regex in dict.fromkeys(regexes)]
+        if len(regexes) == 1 and not (formats and bounds):
+            return fields[0]
+        if regexes:
+            return self._checked(place, fields)
+        words = {"type": "phrase", **bounds} if bounds else {"type": "word"}
+        method = _METHODS_BY_NAME.get(re.sub(r"[^a-z]", "", name.lower()))
+        if method and bounds:
+            return self._checked(place, [{"type": method}, words])
+        return {"type": "first_of", "of": [{"type": method}, words]} if method else words
+
+    def _array(self, place: Place, depth: int, times: float) -> dict[str, Any]:
+        low, high = place.range("Items")
+        first = max([0, *map(len, place.said("prefixItems")), *(
+            len(items) for items in place.said("items") if isinstance(items, list))])
+        fields, rest, most = list[dict[str, Any]](), None, math.inf if high is None else high
+        more = max(low - first, min(most - first, max(low - first, 0) + (3 if depth <= self.rich else 1)))
+        try:
+            while len(fields) < min(first, most):
+                fields.append(self._field(self._item(place, len(fields)), "", depth + 1, times))
+            if more > 0 and (not first or low > first or place.keys() & {"items", "additionalItems"}):
+                rest = self._field(self._item(place, first), "", depth + 1, times * more)
+        except Impossible as refusal:
+            if len(fields) < low or not refusal.optional:
+                raise
+        if not fields and not rest:
+            return {"type": "const", "value": []}
+        return {"type": "list", "of": rest or _NULL, "min": max(low - first, 0) if rest else 0,
+                "max": int(more) if rest else 0, **({"prefix": fields} if fields else {}),
+                **({"uniqueItems": True} if True in place.said("uniqueItems") else {})}
+
+    def _item(self, place: Place, at: int) -> Place:
+        """What is said of an item of a list."""
+        item = Place(place.refs)
+        for items, pointer, node in [*place.get("prefixItems", ()), *place.get("items", ())]:
+            if isinstance(items, list):
+                if at < len(items):
+                    self._include(item, items[at], f"{pointer}/{at}")
+                elif pointer.endswith("/items") and "additionalItems" in node:
+                    self._include(item, node["additionalItems"], f"{pointer.removesuffix('items')}additionalItems")
+            elif at >= len(node.get("prefixItems", ())):
+                self._include(item, items, pointer)
+        return item
+
+    def _object(self, place: Place, depth: int, times: float) -> dict[str, Any]:
+        fields = self._properties(place, depth, times)
+        return {"type": "object", "fields": fields} if fields else {"type": "const", "value": {}}
+
+    def _properties(self, place: Place, depth: int, times: float) -> dict[str, Any]:
+        """The fields of an object: in the order of its properties, then those that are only required."""
+        known = dict.fromkeys(chain.from_iterable(place.said("properties")))
+        self._spend(len(known) / 20)
+        rich, fields = depth <= self.rich and not place.lean, dict[str, Any]()
+        low, high = place.range("Properties")
+        required = self._required(place, known if rich else ())
+        for name in dict.fromkeys([*known, *required]):
+            room = math.inf if high is None else high - len(fields) - len(required.keys() - fields.keys())
+            if name in required or (rich and room > 0):
+                self._property(place, name, fields, name in required, depth, times)
+        if high is not None and len(fields) > high:
+            raise Impossible(place.pointer("maxProperties"), f"{len(fields)} are required")
+        named = any(isinstance(others, dict) for others in place.said("additionalProperties")) and not known
+        wanted = max(low, min(2, 2 if high is None else high) if named and rich else 0)
+        more = (name for name in self._names(place) if name not in fields and name not in known)
+        for name in itertools.islice(more, wanted - len(fields)) if wanted > len(fields) else ():
+            self._property(place, name, fields, len(fields) < low, depth, times)
+        if len(fields) < low:
+            raise Impossible(place.pointer("minProperties"), f"there are no {low} names for properties")
+        return fields
+
+    def _required(self, place: Place, names: Iterable[str]) -> dict[str, None]:
+        """The names that an object needs, if it has these."""
+        required = dict.fromkeys(chain.from_iterable(place.said("required")))
+        needs = [pair for named in place.said("dependentRequired", "dependencies") for pair in named.items()]
+        there = {*names}
+        while more := [other for name, others in needs if name in there or name in required for other in others
+                       if other not in required]:
+            required.update(dict.fromkeys(more))
+        if not all(isinstance(name, str) for name in required):
+            raise Impossible(place.pointer("required", "dependentRequired", "dependencies"), "should list names")
+        return required
+
+    def _property(self, place: Place, name: str, fields: dict[str, Any], must: bool, depth: int, times: float) -> None:
+        member = Place(place.refs)
+        try:
+            if not self.schema.allows(name, place.said("propertyNames")):
+                raise Impossible(place.pointer("propertyNames"), f"does not admit {name!r}", optional=True)
+            for known, at, _ in place.get("properties", ()):
+                if name in known:
+                    self._include(member, known[name], f"{at}/{escaped(name)}")
+            for others, at, node in place.get("additionalProperties", ()):
+                if name not in node.get("properties", ()):
+                    self._include(member, others, at)
+            fields[name] = self._field(member, name, depth + 1, times)
+        except Impossible as refusal:
+            if must or not refusal.optional:
+                raise
+
+    def _names(self, place: Place) -> Iterator[str]:
+        """Names for further properties."""
+        said = Place()
+        for node, at, _ in place.get("propertyNames", ()):
+            self._include(said, node, at)
+        low, high = said.range("Length")
+        drawn = [self.schema.regex(source).draw(random.Random(0), low, min(high or 99, 99))
+                 for source in said.said("pattern")]
+        likely = chain(*said.said("enum"), (draw() for draw in drawn for _ in range(50)),
+                       (f"key{number}" for number in range(1, 1000)))
+        return (name for name in likely if self.schema.allows(name, said.nodes))
+
+
+def translated(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """A schema field by field, as it is or made of a JSON Schema; BadRequest has the JSON Pointer of what is amiss."""
+    if not is_json_schema(schema):
+        return schema
+    with suppress(RecursionError):
+        for rich in (6, 4, 3, 2, 1, 0):
+            try:
+                if fields := Translation(JsonSchema(schema), rich).fields():
+                    return fields
+                raise Impossible("/properties", "there is none")
+            except Impossible as refusal:
+                raise BadRequest.of(f"{path}#{refusal.pointer}", str(refusal)) from None
+            except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+                raise BadRequest.of(path, f"is no JSON Schema: {error}") from None
+            except TooRich:
+                continue
+    raise BadRequest.of(path, f"needs too many fields, or more than {MAX_DEPTH} inside each other")
 
 
 # ---- Recipe and plan: record types checked and put in order; then made into functions for each use ----
@@ -4871,8 +5921,8 @@ def _parsed(record_type: RecipeType) -> Iterator[FieldProblem]:
     if low > high or high < 1:
         yield FieldProblem(record_type.at("count"), "should be 1 or more, or a range from less to more")
     folded: dict[str, str] = {}
-    for name, raw in record_type.spec.schema_.items():
-        path = record_type.at("schema", name)
+    for name, raw in record_type.schema.items():
+        path = record_type.field_path(name)
         if not is_field_name(name):
             yield FieldProblem(path, "a name has 1 to 255 printable characters, and is not _id, _job or _created")
         elif (other := folded.setdefault(name.lower(), name)) != name:
@@ -5004,10 +6054,10 @@ class Plan:
         """Make the functions of a tree of types; fields that wait for the children come last, from the leaves up."""
         for deferred, generators in ((False, tree), (True, reversed(tree))):
             for generator in generators:
-                scope = Scope(generator, locale, generator.type.at("schema"))
                 for name in [n for n in generator.type.fields if (n in generator.type.deferred) is deferred]:
+                    scope = Scope(generator, locale, generator.type.field_path(name))
                     try:
-                        tree[generator][name] = _compiled_field(scope.at(name), name)
+                        tree[generator][name] = _compiled_field(scope, name)
                     except BadRequest as refusal:
                         self.problems += refusal.fields
                 generator.siblings[:] = [tuple(generator.values)]
@@ -5193,8 +6243,9 @@ class Recipe:
                  where: str = "") -> None:
         self.locales = [locale] if isinstance(locale, str) else list(dict.fromkeys(locale))
         where = where or ("records" if len(records) > 1 else "")
-        self.types = {name: RecipeType(name, spec, f"{where}.{name}" if where else "")
-                      for name, spec in records.items()}
+        paths = {name: f"{where}.{name}" if where else "" for name in records}
+        self.types = {name: RecipeType(name, spec, paths[name], translated(
+            spec.schema_, ".".join(filter(None, [paths[name], "schema"])))) for name, spec in records.items()}
         self._idle: deque[Plan] = deque(maxlen=2)  # compiled already
         problems = [problem for record_type in self.types.values() for problem in _parsed(record_type)]
         related = list(self._relate(where or "schema"))
@@ -5267,7 +6318,7 @@ class Recipe:
 
     def _too_much(self, where: str) -> list[FieldProblem]:
         """Trying a recipe takes time, which is reckoned before it is spent."""
-        works = {t.at("schema", name): model.work() for t in self.types.values() for name, model in t.fields.items()}
+        works = {t.field_path(name): model.work() for t in self.types.values() for name, model in t.fields.items()}
         values, most = sum(works.values()) + 10 * len(self.types), max(works, key=works.__getitem__, default="")
         if (work := values * len(self.locales)) <= MAX_WORK:
             return []
@@ -7121,8 +8172,8 @@ class GenerateRequest(JobRequest):
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
     locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
     now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
-    schema_: dict[str, Json] | None = Field(None, alias="schema", min_length=1, max_length=MAX_FIELDS,
-                                            description="Field name: type, or object with type.")
+    schema_: Schema | None = Field(None, alias="schema", description=(
+        "Field name: type, or object with type. Or a JSON Schema: an object with properties and $schema or type."))
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
     parts: int | None = Field(None, ge=1, le=100_000, description="Cut into so many parts, which can be made apart.")
@@ -7664,18 +8715,7 @@ SAMPLE, _SAMPLE_TEXT = 10_000, 2**22  # records, and characters, that a schema i
 _FEW = 20  # so many different values that come again are a choice; of fewer records no step shows a sequence
 _SAYS_ID = re.compile(r"(?i:(?:^|[\W_])id)$|[a-z]I[dD]$")
 _SAYS_DIGITS = re.compile(r"post|zip|phone|mobile|fax|code", re.IGNORECASE)  # names of what has one length, but no size
-# Faker methods by field name (letters only, in lower case), and by the shape that all of the values have.
-_METHODS_BY_NAME = {
-    name: method for method, names in {
-        "first_name": "firstname forename givenname", "last_name": "lastname surname familyname",
-        "name": "name fullname customer person contact", "user_name": "username login handle nickname",
-        "phone_number": "phone phonenumber mobile telephone tel fax",
-        "street_address": "street streetaddress addressline",
-        "address": "address", "city": "city town", "country": "country", "country_code": "countrycode",
-        "state": "state province region", "postcode": "postcode zip zipcode postalcode", "company": "company employer",
-        "job": "job jobtitle occupation profession", "color_name": "color colour", "iban": "iban", "locale": "locale",
-        "sentence": "title subject summary", "paragraph": "description comment comments notes text body",
-    }.items() for name in names.split()}
+# Faker methods by the shape that all of the values have.
 _METHODS_BY_SHAPE = {
     "uuid": re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE),
     "email": re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+"), "url": re.compile(r"https?://[^\s]+"),

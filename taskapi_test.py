@@ -6,6 +6,7 @@ import base64
 import contextlib
 import csv
 import datetime as dt
+import enum
 import gzip
 import hashlib
 import http.client
@@ -54,18 +55,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 from symtable import SymbolTable, symtable
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import bottle
 import click
 import faker
 import hypothesis.strategies as st
+import jsonschema
 import pytest
 import sqlite_utils
 import webtest
 from hypothesis import HealthCheck, given, settings, stateful
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 import taskapi
@@ -2857,7 +2860,7 @@ def test_a_record_that_brings_many_along_is_made_with_pauses() -> None:
         ("frist_name", "", "no such type 'frist_name'; did you mean 'first_name'"),
         ({"type": "int", "min": 5, "max": 1}, ".min", "more than max"),
         ({"type": "int", "max": 2**63}, ".max", "less than or equal"),
-        ({"type": "int", "minimum": 5}, ".minimum", "did you mean 'min'?; it takes mean, sd, min, max, null, unique"),
+        ({"type": "int", "minimum": 5}, ".minimum", "'min'?; it takes mean, sd, min, max, multipleOf, null, unique"),
         ({"type": "int", "mean": 5}, ".sd", "go together"),
         ({"type": "decimal", "min": "0.001", "max": "0.009"}, ".min", "more than max"),
         ({"type": "decimal", "min": "1e999999999"}, ".min", "decimal number"),
@@ -3081,6 +3084,423 @@ def test_relations_that_can_not_be_are_refused_by_name(records: Any, path: str, 
     """Cycles, unknown names, impossible numbers."""
     found = problems(lambda: related(records))
     assert message in found[path]
+
+
+# ---- JSON Schema ----
+
+
+def schema_records(schema: Any, count: int = 20, **options: Any) -> list[dict[str, Any]]:
+    """What a preview makes of a JSON Schema, each record valid to the referee."""
+    request = {"recordType": "thing", "count": count, "seed": 1, "now": "2026-01-01T00:00:00Z", "schema": schema}
+    made = taskapi.preview(taskapi.GenerateRequest.model_validate({**request, **options}))
+    records: list[dict[str, Any]] = json.loads(made)["records"]
+    judge = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    for record in records:
+        judge(schema, format_checker=judge.FORMAT_CHECKER).validate(record)
+    assert len(records) == count
+    return records
+
+
+def typed(**properties: Any) -> dict[str, Any]:
+    """A JSON Schema of an object."""
+    return {"type": "object", "properties": properties}
+
+
+class Color(enum.Enum):
+    """As a field of a model."""
+
+    RED, BLUE = "red", "blue"
+
+
+class Cat(BaseModel):
+    """One of a union."""
+
+    kind: Literal["cat"]
+    lives: int = Field(ge=1, le=9)
+
+
+class Dog(BaseModel):
+    """The other."""
+
+    kind: Literal["dog"]
+    name: str
+
+
+class Tree(BaseModel):
+    """It holds itself."""
+
+    name: str
+    left: Tree | None = None
+    children: list[Tree] = []
+
+
+class Visit(BaseModel):
+    """Much of what a pydantic model can say."""
+
+    id: int
+    key: UUID
+    email: Annotated[str, Field(max_length=40, json_schema_extra={"format": "email"})]
+    color: Color
+    age: Annotated[int, Field(gt=17, lt=100)]
+    score: float = Field(ge=0, le=10, multiple_of=0.5)
+    at: datetime
+    day: date
+    length: timedelta
+    zip: Annotated[str, Field(pattern=r"^\d{5}(-\d{4})?$")]
+    pet: Cat | Dog = Field(discriminator="kind")
+    tree: Tree
+    words: set[str] = Field(min_length=1, max_length=3)
+    counts: dict[str, int]
+    pair: tuple[int, str]
+    note: str | None = None
+    either: int | str = 1
+
+
+DRAFT_7, DRAFT_2020 = "http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"
+POINT = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3}
+IN_USE: dict[str, dict[str, Any]] = {
+    "package manifest": {"$schema": DRAFT_7, **typed(
+        name={"type": "string", "pattern": "^(?:@[a-z0-9-]+/)?[a-z0-9-]+$", "minLength": 1, "maxLength": 214},
+        version={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"}, private={"type": "boolean"},
+        keywords={"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        license={"anyOf": [{"enum": ["MIT", "ISC"]}, {"type": "string", "maxLength": 20}]},
+        author={"$ref": "#/definitions/person"},
+        contributors={"type": "array", "items": {"$ref": "#/definitions/person"}},
+        dependencies={"type": "object", "additionalProperties": {"type": "string", "pattern": "^[~^]?[0-9.]+$"}},
+        bugs={"type": ["object", "string"], "properties": {"url": {"type": "string", "format": "uri"}}}),
+        "required": ["name", "version"], "definitions": {"person": {
+            "type": ["object", "string"], "required": ["name"],
+            "properties": {"name": {"type": "string"}, "email": {"type": "string", "format": "email"}}}}},
+    "continuous integration": {"$schema": DRAFT_7, **typed(
+        name={"type": "string"}, on={"oneOf": [
+            {"$ref": "#/definitions/event"},
+            {"type": "array", "items": {"$ref": "#/definitions/event"}, "minItems": 1, "uniqueItems": True}]},
+        env={"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}},
+        jobs={"type": "object", "minProperties": 1, "propertyNames": {"pattern": "^[_a-zA-Z][a-zA-Z0-9_-]*$"},
+              "additionalProperties": {"$ref": "#/definitions/job"}}),
+        "required": ["on", "jobs"], "additionalProperties": False, "definitions": {
+            "event": {"enum": ["push", "pull_request", "workflow_dispatch"]},
+            "job": {**typed(**{"runs-on": {"type": "string"}, "timeout-minutes": {"type": "number", "minimum": 1},
+                               "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/definitions/step"}}}),
+                    "required": ["runs-on", "steps"], "additionalProperties": False},
+            "step": {"type": "object", "oneOf": [{"required": ["uses"]}, {"required": ["run"]}],
+                     "properties": {"uses": {"type": "string"}, "run": {"type": "string"}, "name": {"type": "string"}},
+                     "additionalProperties": False}}},
+    "GeoJSON": {"$schema": DRAFT_2020, **typed(
+        type={"const": "FeatureCollection"}, features={"type": "array", "minItems": 1, "items": {
+            "type": "object", "required": ["type", "properties", "geometry"],
+            "properties": {"type": {"const": "Feature"}, "properties": {"type": ["object", "null"]}, "geometry": {
+                "oneOf": [{"type": "null"}, *({
+                    "type": "object", "required": ["type", "coordinates"],
+                    "properties": {"type": {"const": name}, "coordinates": coordinates}} for name, coordinates in {
+                        "Point": POINT, "LineString": {"type": "array", "minItems": 2, "items": POINT},
+                        "Polygon": {"type": "array", "items": {"type": "array", "minItems": 4, "items": POINT}},
+                    }.items())]}}}}), "required": ["type", "features"]},
+    "pet of a store": {**typed(
+        id={"type": "integer", "format": "int64"}, name={"type": "string", "examples": ["Rex"]},
+        category={"$ref": "#/components/schemas/Category"}, photoUrls={"type": "array", "items": {"type": "string"}},
+        tags={"type": "array", "items": {"$ref": "#/components/schemas/Tag"}},
+        nickname={"type": "string", "nullable": True},
+        status={"type": "string", "description": "in the store", "enum": ["available", "pending", "sold"]}),
+        "required": ["name", "photoUrls"], "xml": {"name": "pet"}, "components": {"schemas": {
+            "Category": typed(id={"type": "integer", "format": "int64"}, name={"type": "string"}),
+            "Tag": typed(id={"type": "integer", "format": "int32"}, name={"type": "string"})}}},
+    "order of a store": typed(
+        id={"type": "integer", "format": "int64", "minimum": 1}, quantity={"type": "integer", "format": "int32"},
+        shipDate={"type": "string", "format": "date-time"}, complete={"type": "boolean", "default": False}),
+    "patient": {"$schema": DRAFT_2020, **typed(
+        resourceType={"const": "Patient"}, id={"type": "string", "pattern": r"^[A-Za-z0-9\-\.]{1,64}$"},
+        gender={"enum": ["male", "female", "other", "unknown"]},
+        birthDate={"type": "string", "pattern": "^([0-9]{4})(-(0[1-9]|1[0-2])(-(0[1-9]|[1-2][0-9]))?)?$"},
+        name={"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/HumanName"}},
+        contact={"type": "array", "items": typed(
+            relation={"$ref": "#/$defs/Coding"}, name={"$ref": "#/$defs/HumanName"})},
+        multipleBirth={"oneOf": [{"type": "boolean"}, {"type": "integer", "minimum": 1, "maximum": 8}]},
+        extension={"type": "array", "items": {"$ref": "#/$defs/Extension"}}),
+        "required": ["resourceType", "name"], "$defs": {
+            "HumanName": typed(use={"enum": ["official", "usual"]}, family={"type": "string"},
+                               given={"type": "array", "items": {"type": "string"}}),
+            "Coding": typed(system={"type": "string", "format": "uri"}, code={"type": "string"}),
+            "Extension": {**typed(url={"type": "string", "format": "uri"}, valueCode={"$ref": "#/$defs/Coding"},
+                                  extension={"type": "array", "items": {"$ref": "#/$defs/Extension"}}),
+                          "required": ["url"]}}},
+    "pydantic: nested, enum, constrained, union": Visit.model_json_schema(),
+    "pydantic: recursive": Tree.model_json_schema(),
+    "pydantic: as it is serialized": Visit.model_json_schema(mode="serialization"),
+    "zod: strict object": {"$schema": DRAFT_2020, **typed(
+        id={"type": "string", "format": "uuid", "pattern": "^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$"},
+        email={"type": "string", "format": "email", "pattern": r"^[^@]+@[^@]+\.[a-z]+$"},
+        age={"type": "integer", "minimum": 0, "maximum": 9007199254740991}, role={"type": "string", "enum": ["a", "b"]},
+        tags={"maxItems": 5, "type": "array", "items": {"type": "string", "minLength": 1}},
+        nick={"anyOf": [{"type": "string"}, {"type": "null"}]},
+        pair={"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]}),
+        "required": ["id", "email", "age", "role", "tags", "nick"], "additionalProperties": False},
+    "zod: discriminated union": {"$schema": DRAFT_2020, **typed(shape={"oneOf": [
+        {**typed(kind={"type": "string", "const": "circle"}, radius={"type": "number", "exclusiveMinimum": 0}),
+         "required": ["kind", "radius"], "additionalProperties": False},
+        {**typed(kind={"type": "string", "const": "square"}, side={"type": "number", "exclusiveMinimum": 0}),
+         "required": ["kind", "side"], "additionalProperties": False}]}), "required": ["shape"]},
+    "editor settings": {"$schema": DRAFT_7, **typed(**{
+        "editor.tabSize": {"type": "integer", "minimum": 1, "default": 4}, "files.exclude": {
+            "type": "object", "additionalProperties": {"type": "boolean"}},
+        "editor.rulers": {"type": "array", "items": {"anyOf": [{"type": "number"}, typed(column={"type": "number"})]}},
+        "theme": {"oneOf": [{"const": "dark", "title": "Dark"}, {"const": "light", "title": "Light"}]}})},
+    "web manifest": {"$schema": DRAFT_7, **typed(
+        name={"type": "string"}, start_url={"type": "string", "format": "uri-reference"},
+        display={"enum": ["fullscreen", "standalone", "browser"], "default": "browser"},
+        background_color={"type": "string", "pattern": "^#[0-9a-fA-F]{6}$"},
+        icons={"type": "array", "items": {**typed(src={"type": "string", "format": "uri-reference"}, sizes={
+            "oneOf": [{"pattern": r"^\d+x\d+( \d+x\d+)*$", "type": "string"}, {"const": "any"}]}),
+            "required": ["src"]}})},
+    "event with metadata": {"$schema": DRAFT_2020, "allOf": [{"$ref": "#/$defs/base"}], **typed(
+        amount={"type": "number", "multipleOf": 0.01, "exclusiveMinimum": 0, "maximum": 100000},
+        currency={"type": "string", "minLength": 3, "maxLength": 3, "pattern": "^[A-Z]+$"}), "required": ["amount"],
+        "$defs": {"base": {**typed(eventId={"type": "string", "format": "uuid"},
+                                   occurredAt={"type": "string", "format": "date-time"}), "required": ["eventId"]}}},
+    "expression tree": {"$schema": DRAFT_2020, **typed(root={"$ref": "#/$defs/node"}), "required": ["root"], "$defs": {
+        "node": {"oneOf": [{"type": "number"}, {**typed(op={"enum": ["+", "*"]}, left={"$ref": "#/$defs/node"},
+                                                       right={"$ref": "#/$defs/node"}),
+                                               "required": ["op", "left", "right"]}]}}},
+    "address with country rules": {"$schema": DRAFT_7, **typed(country={"enum": ["US", "NL"]}),
+                                   "if": {"properties": {"country": {"const": "US"}}}},
+    "strict config": {"$schema": DRAFT_2020, **typed(port={"type": "integer"}), "patternProperties": {"^x-": {}}},
+}  # fmt: skip
+
+
+def test_schemas_in_use_make_valid_records_or_are_refused_by_name() -> None:
+    """Of what people have, most is honoured; the rest says what is not."""
+    refused = {}
+    for name, schema in IN_USE.items():
+        try:
+            assert schema_records(schema) == schema_records(schema), "the same seed makes the same"
+        except BadRequest as refusal:
+            refused[name] = refusal.fields[0].field
+    print(f"{len(IN_USE)} schemas in use: {len(IN_USE) - len(refused)} valid, {len(refused)} refused: {refused}")
+    assert refused == {"address with country rules": "schema#/if", "strict config": "schema#/patternProperties"}
+
+
+def test_what_a_pydantic_model_makes_is_an_instance_of_it(service: taskapi.Service) -> None:
+    """The class itself is a schema, alone or among related types."""
+    alone = service.enqueue("generate", {"recordType": "visit", "count": 5, "schema": Visit})
+    service.enqueue("generate", {"records": {
+        "home": {"count": 2, "schema": Tree}, "call": {"per": "home", "count": 2, "schema": Visit}}})
+    assert alone.error is None
+    for record_type, count in (("visit", 5), ("home", 2), ("call", 4)):
+        items = webtest.TestApp(service.app).get(f"/records/{record_type}").json["items"]
+        assert len(items) == count
+        for item in items:
+            (Tree if record_type == "home" else Visit).model_validate_json(json.dumps(item))
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-20, 20), st.sampled_from(["a", "", "foo", "é", 0.5]))
+NUMBERS = st.integers(-200, 200).map(lambda eighths: eighths / 8)
+NAMES = st.sampled_from(["a", "b", "c", "email", "id", "firstName", "created_at"])
+PATTERNS = st.sampled_from(["^[a-z]+$", "a", r"^\d{2,4}-[A-Z]$", "(foo|ba[rz])$", "^x?y*z", "[^abc]{2}", "^$", ""])
+FORMATS = st.sampled_from(["date", "date-time", "email", "uuid", "ipv4", "uri", "time", "hostname", "ipv6", "other"])
+
+
+def some(**keywords: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Schemas with some of these keywords."""
+    return st.fixed_dictionaries({}, optional=keywords)
+
+
+def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Schemas that hold others."""
+    return st.one_of(
+        some(type=st.just("array"), items=inner, prefixItems=st.lists(inner, max_size=2), minItems=st.integers(0, 3),
+             maxItems=st.integers(1, 4), uniqueItems=st.booleans()),
+        some(type=st.just("object"), properties=st.dictionaries(NAMES, inner, max_size=3),
+             minProperties=st.integers(0, 3), required=st.lists(NAMES, max_size=2, unique=True),
+             additionalProperties=st.one_of(st.booleans(), inner), maxProperties=st.integers(2, 5),
+             dependentRequired=st.dictionaries(NAMES, st.lists(NAMES), max_size=1),
+             propertyNames=st.sampled_from([{"maxLength": 5}, {"pattern": "^[a-z]+$"}])),
+        some(anyOf=st.lists(inner, min_size=1, max_size=3), oneOf=st.lists(inner, min_size=1, max_size=3)),
+        some(type=st.sampled_from(["string", ["integer", "null"]]), allOf=st.lists(inner, min_size=1, max_size=2)))
+
+
+SMALL = st.one_of(
+    some(type=st.just("string"), minLength=st.integers(0, 6), maxLength=st.integers(4, 30), pattern=PATTERNS),
+    some(type=st.just("string"), format=FORMATS, minLength=st.integers(0, 6), maxLength=st.integers(20, 60)),
+    some(type=st.sampled_from(["integer", "number", ["integer", "null"], ["number", "string"]]), minimum=NUMBERS,
+         maximum=NUMBERS, exclusiveMinimum=NUMBERS, multipleOf=st.sampled_from([1, 3, 0.5, 0.1, 0.01, 1.5])),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {}, True, False, {"$ref": "#/$defs/a"}, {"$ref": "#"}]),
+    some(enum=st.lists(SCALARS, min_size=1, max_size=4), const=SCALARS))
+JSON_SCHEMAS = st.builds(
+    lambda properties, a, rest: {"$schema": DRAFT_2020, **typed(**properties), "$defs": {"a": a}, **rest},
+    st.dictionaries(NAMES, st.recursive(SMALL, larger, max_leaves=5), min_size=1, max_size=3),
+    st.recursive(SMALL, larger, max_leaves=4),
+    some(required=st.lists(NAMES, max_size=2, unique=True), additionalProperties=st.booleans()))
+
+
+@given(JSON_SCHEMAS)
+@settings(max_examples=100)
+def test_every_record_is_valid_or_the_schema_refused(schema: dict[str, Any]) -> None:
+    """Whatever the supported keywords say together, the referee agrees; a refusal has a JSON Pointer."""
+    refused: list[Any] = []
+    try:
+        schema_records(schema, count=5)
+    except BadRequest as refusal:
+        refused = [*refusal.fields] or [("nothing", "")]
+    assert all(field.startswith("schema#/") for field, _ in refused), refused
+
+
+PIECES = st.sampled_from(
+    ["^", "a", "[a-c]", "(a|bc)*", r"\d+", "x?", "(?:a|b|){2}", "[^a]", "$", "|", r"\w{1,3}?", "(b$|c)"])
+
+
+@given(st.one_of(PATTERNS, st.lists(PIECES, max_size=5).map("".join)), st.integers(0, 5), st.integers(0, 20))
+def test_texts_drawn_from_an_expression_are_found_by_it(source: str, low: int, more: int) -> None:
+    """`re` finds what is drawn; the automaton finds in a text what `re` does."""
+    regex = taskapi.Regex(source)
+    with suppress(ValueError):  # no text has these lengths
+        draw = regex.draw(Random(1), low, low + more)
+        for text in [draw() for _ in range(10)]:
+            assert re.search(source, text)
+            assert low <= len(text) <= low + more
+    for text in ("", "a", "abc", "xx-7", "bcbc", "12-Z", "foo"):
+        assert regex.found_in(text) == bool(re.search(source, text)), text
+
+
+@pytest.mark.parametrize(
+    ("keywords", "test"),
+    [
+        ({"const": 5, "enum": [5, 6], "type": "integer"}, {5}.__contains__),
+        ({"enum": ["x", 1], "x-faker": "name"}, ["x", 1].__contains__),
+        ({"x-faker": "person.firstName", "format": "email"}, None),
+        ({"x-faker": {"pystr_format": {"string_format": "A##"}}}, lambda v: re.fullmatch(r"A\d\d", v)),
+        ({"faker": {"number.int": {"min": 3, "max": 4}}}, {3, 4}.__contains__),
+        ({"faker": "internet.email", "type": "string"}, lambda v: "@" in v),
+        ({"faker": "date.past", "type": "string", "format": "date"}, date.fromisoformat),
+        ({"faker": "location.latitude", "type": "number"}, lambda v: abs(v) <= 90),
+        ({"format": "ipv4", "pattern": "^1"}, lambda v: v.count(".") == 3),
+        ({"type": "string", "pattern": "^(a+)+$", "minLength": 9, "maxLength": 9}, "aaaaaaaaa".__eq__),
+        ({"type": "string", "maxLength": 3}, lambda v: 1 <= len(v) <= 3),
+        ({"type": "integer", "exclusiveMinimum": 2, "exclusiveMaximum": 4}, (3).__eq__),
+        ({"type": "number", "exclusiveMinimum": True, "minimum": 0, "maximum": 1, "multipleOf": 0.5}, None),
+        ({"type": "integer", "multipleOf": 1.5, "minimum": 1, "maximum": 5}, (3).__eq__),
+        ({"multipleOf": 0.01, "minimum": 0, "maximum": 1}, lambda v: round(v, 2) == v),
+        ({"examples": ["ex"]}, "ex".__eq__),
+        ({"type": "string", "examples": ["ex"]}, lambda v: v != "ex"),
+        ({"type": ["integer", "string"], "minimum": 5, "maximum": 5}, lambda v: v == 5 or isinstance(v, str)),
+        ({"prefixItems": [{"const": 1}, {"const": 2}], "items": False}, [1, 2].__eq__),
+        ({"items": {"enum": [1, 2, 3]}, "uniqueItems": True, "minItems": 3}, lambda v: sorted(v) == [1, 2, 3]),
+        ({"type": "object", "required": ["q"], "additionalProperties": {"const": 1}}, lambda v: v["q"] == 1),
+        ({"type": "object", "propertyNames": {"enum": ["u", "v"]}, "minProperties": 2}, lambda v: {*v} == {"u", "v"}),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}, "required": ["a"]}, lambda v: {*v} == {"a", "b"}),
+    ],
+)  # fmt: skip
+def test_the_first_thing_that_tells_a_value_wins(keywords: dict[str, Any], test: Any) -> None:
+    """const, enum, Faker, format, pattern, name, type and bounds, examples."""
+    old = keywords.get("exclusiveMinimum") is True
+    draft = jsonschema.Draft4Validator.META_SCHEMA["$schema"] if old else DRAFT_2020
+    if test is None and "format" in keywords:
+        with pytest.raises(BadRequest, match="valid value"):
+            schema_records({"$schema": DRAFT_2020, **typed(it=keywords)})
+        return
+    values = [record["it"] for record in schema_records({"$schema": draft, **typed(it=keywords)})]
+    assert test is None or all(map(test, values)), values
+
+
+def test_names_of_properties_tell_values_where_these_fit() -> None:
+    """As they do where a schema is inferred; a property may be null once in ten."""
+    records = schema_records(typed(
+        id={"type": "integer"}, firstName={"type": "string", "maxLength": 6}, email={"type": "string"},
+        created_at={"type": "string"}, city={"type": "integer"}, note={"type": ["string", "null"]}), count=1000)
+    assert [record["id"] for record in records[:3]] == [1, 2, 3]
+    assert all("@" in record["email"] and datetime.fromisoformat(record["created_at"]) for record in records)
+    assert {"Amy", "David"} <= {record["firstName"] for record in records}
+    assert 60 < sum(record["note"] is None for record in records) < 140
+    assert [*records[0]] == ["id", "firstName", "email", "created_at", "city", "note"]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "pointer"),
+    [
+        *(({keyword: {}}, f"/{keyword}") for keyword in (
+            "not", "if", "dependentSchemas", "patternProperties", "contains", "unevaluatedProperties")),
+        ({"$ref": "http://example.org/x.json"}, "/$ref"), ({"$ref": "#/$defs/none"}, "/$ref"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "/minimum"), ({"type": "text"}, "/type"),
+        ({"minLength": 5, "maxLength": 3}, "/minLength"), ({"minItems": 2, "maxItems": 1}, "/minItems"),
+        ({"type": "number", "exclusiveMinimum": 1, "maximum": 1}, "/exclusiveMinimum"), ({"minimum": "x"}, "/minimum"),
+        ({"pattern": "(?=a)b"}, "/pattern"), ({"pattern": r"(a)\1"}, "/pattern"), ({"pattern": "["}, "/pattern"),
+        ({"pattern": r"\d{1000000}"}, "/pattern"), ({"pattern": r"((a{99}){99}){99}"}, "/pattern"),
+        ({"items": {"properties": {"a/b~": {"not": {}}}}}, "/items/properties/a~1b~0/not"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "/allOf/1/type"), ({"enum": 5}, "/enum"), (5, ""),
+        ({"$ref": "#/$defs/loop"}, ""), ({"type": "string", "enum": [1]}, "/enum"), ({"multipleOf": 0}, "/multipleOf"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_with_its_pointer(keywords: Any, pointer: str) -> None:
+    """Before there is a job, also inside related types."""
+    loop = {"type": "object", "properties": {"it": {"$ref": "#/$defs/loop"}}, "required": ["it"]}
+    schema = {**typed(it=keywords), "required": ["it"], "$defs": {"loop": loop}}
+    pointer = "/$defs/loop/properties/it/$ref" if keywords == {"$ref": "#/$defs/loop"} else f"/properties/it{pointer}"
+    assert [*problems(lambda: schema_records(schema))] == [f"schema#{pointer}"]
+    related = taskapi.GenerateRequest.model_validate({"records": {"thing": {"count": 1, "schema": schema}}})
+    assert [*problems(related.recipe)] == [f"records.thing.schema#{pointer}"]
+
+
+def hostile_schemas() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Small texts that mean very much."""
+    names = [f"d{number}" for number in range(30)]
+    double = {f"d{number}": {"allOf": [{"$ref": f"#/$defs/d{number + 1}"}] * 2} for number in range(40)}
+    yield "doubled allOf", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": {**double, "d40": {"type": "string"}}}
+    double = {f"d{number}": {**typed(**{name: {"$ref": f"#/$defs/d{number + 1}"} for name in "xy"}),
+                             "required": ["x", "y"]} for number in range(40)}
+    yield "doubled properties", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": {**double, "d40": {"type": "string"}}}
+    clique = {name: typed(**{other: {"$ref": f"#/$defs/{other}"} for other in names}) for name in names}
+    yield "all refer to all", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": clique}
+    clique = {name: {"oneOf": [{"type": "string"}, inner]} for name, inner in clique.items()}
+    yield "all refer to all, or not", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": clique}
+    many = range(1000)
+    yield "patterns", typed(**{f"p{number}": {"pattern": "^[a-z]{1,5000}$", "type": "string"} for number in many})
+    yield "long patterns", typed(**{f"p{number}": {"pattern": "^(a|b)+$", "minLength": 4000} for number in range(99)})
+    yield "a large enum", {**typed(**{f"p{number}": {"$ref": "#/$defs/e"} for number in many}),
+                           "$defs": {"e": {"enum": [*range(50_000)]}}}
+    yield "a chain", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": {
+        **{f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(5000)}, "d5000": {}}}
+    yield "branches", typed(a={"oneOf": [{**typed(**{f"p{n}": {} for n in range(20)}), "required": [f"p{number}"]}
+                                         for number in range(100)]})
+    yield "numbers", typed(a={"type": "number", "minimum": 10**400}, b={"minProperties": 10**9}, c={"minItems": 1e308})
+
+
+@pytest.mark.parametrize(("name", "schema"), [*hostile_schemas()], ids=[name for name, _ in hostile_schemas()])
+def test_a_schema_that_means_very_much_is_bounded(name: str, schema: dict[str, Any]) -> None:
+    """It is made leaner, or refused: steps are counted, not seconds."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        assert calls < 3_000_000, name
+
+    request = taskapi.GenerateRequest.model_validate({"recordType": "thing", "count": 1, "schema": schema})
+    sys.setprofile(count)
+    try:
+        with suppress(BadRequest):
+            taskapi.preview(request.model_copy(update={"now": "2026-01-01"}))
+    finally:
+        sys.setprofile(None)
+    assert calls > 0
+
+
+def test_nested_values_stay_nested_and_come_back(tmp_path: Path) -> None:
+    """Objects and lists in JSON and NDJSON, JSON text in CSV; ingest brings them back."""
+    with taskapi.open_service(data_dir=tmp_path, inline=True) as service:
+        app = webtest.TestApp(service.app)
+        tags = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+        schema = typed(place=typed(city={"type": "string"}), tags=tags)
+        app.post_json("/generate", {"recordType": "thing", "count": 5, "seed": 1, "schema": schema})
+        made = app.get("/records/thing").json["items"]
+        assert isinstance(made[0]["place"]["city"], str)
+        assert isinstance(made[0]["tags"][0], int)
+        for name in ("json", "ndjson", "csv"):
+            job = app.post_json("/export", {"format": name, "filters": {"recordType": "thing"}}).json
+            data = app.get(app.get(f"/status/{job['jobId']}").json["links"]["download"]).body
+            app.post("/upload", {"recordType": f"from_{name}"}, upload_files=[("file", f"x.{name}", data)])
+            back = app.get(f"/records/from_{name}").json["items"]
+            if name == "csv":  # a JSON text inside a cell stays the text that it was
+                back = [{key: json.loads(value) for key, value in item.items()} for item in back]
+            assert back == made
 
 
 # ---- Presets and the catalogue ----
