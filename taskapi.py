@@ -4222,7 +4222,7 @@ _FORMATS: dict[str, tuple[dict[str, Json] | None, str]] = {
     "byte": (None, "^([A-Za-z0-9+/]{4}){2,8}$"), "json-string": (None, "^[1-9][0-9]{0,5}$")}
 
 
-def _plain(value: Json) -> str:
+def _sameness(value: Json) -> str:
     """A text that is the same for values that JSON Schema takes for equal: 1 and 1.0, objects in any order."""
     def same(part: Json) -> Json:
         if isinstance(part, dict):
@@ -4324,7 +4324,7 @@ class JsonSchema:
         if kinds and not any(_TYPE_TESTS[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
             return False
         for listed in (node.get("enum"), [node["const"]] if "const" in node else None):
-            if listed is not None and _plain(value) not in map(_plain, listed):
+            if listed is not None and _sameness(value) not in map(_sameness, listed):
                 return False
         one_of = sum(self._meets(value, part) for part in node["oneOf"]) if "oneOf" in node else 1
         fits = (self._number(value, node) if _is_number(value) else self._text(value, node) if isinstance(value, str)
@@ -4351,7 +4351,7 @@ class JsonSchema:
         if isinstance(rest, list):
             first, rest = rest, node.get("additionalItems", True)
         return (node.get("minItems", 0) <= len(value) <= node.get("maxItems", math.inf)
-                and not (node.get("uniqueItems") and len({*map(_plain, value)}) < len(value))
+                and not (node.get("uniqueItems") and len({*map(_sameness, value)}) < len(value))
                 and all(self._meets(item, first[at] if at < len(first) else rest) for at, item in enumerate(value)))
 
     def _object(self, value: dict[str, Json], node: Json) -> bool:
@@ -5211,7 +5211,7 @@ class ListField(_Container):
             if len(found) >= size or (tries > 20 * size and len(found) >= len(first) + self.min):
                 return [*found.values()]
             value = (first[len(found)] if len(found) < len(first) else draw)()
-            found.setdefault(_plain(value), value)
+            found.setdefault(_sameness(value), value)
         raise TaskError(f"no {size} different items in {UNIQUE_TRIES} draws")
 
 
