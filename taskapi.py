@@ -5436,7 +5436,7 @@ class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
         return math.ceil(low), None if high is None else math.floor(high)
 
 
-_JUST_NULL: dict[str, Any] = {"type": "const", "value": None}
+_NOTHING: dict[str, Any] = {"type": "const", "value": None}
 _SOMETIMES = {"null": 0.1}
 _NUMBER: Any = (int, float)
 _SHAPES: dict[str, Any] = {
@@ -5611,12 +5611,12 @@ class Translation:
 
     def _either(self, place: Place, found: Sequence[dict[str, Any]], check: bool = False) -> dict[str, Any]:
         """One of several fields; null once in ten where one of them may be."""
-        null = any(field == _JUST_NULL or "null" in field for field in found) and self.schema.allows(None, place.nodes)
-        fields = [{key: value for key, value in field.items() if key != "null"} for field in found if field != _JUST_NULL]
+        null = any(field == _NOTHING or "null" in field for field in found) and self.schema.allows(None, place.nodes)
+        fields = [{key: value for key, value in field.items() if key != "null"} for field in found if field != _NOTHING]
         if not fields:
             if not null:
                 raise Impossible(place.pointer("oneOf", "anyOf", "type"), "no branch is valid")
-            return _JUST_NULL
+            return _NOTHING
         one = self._checked(place, fields, "one_of") if check else (
             fields[0] if len(fields) == 1 else {"type": "one_of", "of": fields})
         return one | (_SOMETIMES if null else {})
@@ -5629,7 +5629,7 @@ class Translation:
             raise Impossible(place.pointer("const", "enum", "examples"), "none of these is valid here")
         some = [value for value in found if value is not None]
         if not some:
-            return _JUST_NULL
+            return _NOTHING
         field = {"type": "const", "value": some[0]} if len(some) == 1 else {"type": "choice", "values": some}
         return field | (_SOMETIMES if len(some) < len(found) else {})
 
@@ -5659,7 +5659,7 @@ class Translation:
             try:
                 if isinstance(branch, Impossible):
                     raise branch
-                if keyword == "anyOf" and depth > self.rich and any(field != _JUST_NULL for field in found):
+                if keyword == "anyOf" and depth > self.rich and any(field != _NOTHING for field in found):
                     continue
                 found.append(self._field(branch, name, depth + 1, times))
                 if keyword == "oneOf" and found[-1]["type"] == "object":
@@ -5682,13 +5682,13 @@ class Translation:
                 found.append(self._of_type(kind, place, name, depth, times))
             except Impossible as refusal:
                 refused = refusal
-        if refused and all(field == _JUST_NULL for field in found) and not (refused.optional and found):
+        if refused and all(field == _NOTHING for field in found) and not (refused.optional and found):
             raise refused
         return self._either(place, found)
 
     def _of_type(self, kind: str, place: Place, name: str, depth: int, times: float) -> dict[str, Any]:
         if kind in ("null", "boolean"):
-            return {"type": "bool"} if kind == "boolean" else _JUST_NULL
+            return {"type": "bool"} if kind == "boolean" else _NOTHING
         if kind in ("array", "object"):
             return (self._array if kind == "array" else self._object)(place, depth, times)
         if kind == "integer":
@@ -5784,7 +5784,7 @@ class Translation:
                 raise
         if not fields and not rest:
             return {"type": "const", "value": []}
-        return {"type": "list", "of": rest or _JUST_NULL, "min": max(low - first, 0) if rest else 0,
+        return {"type": "list", "of": rest or _NOTHING, "min": max(low - first, 0) if rest else 0,
                 "max": int(more) if rest else 0, **({"prefix": fields} if fields else {}),
                 **({"uniqueItems": True} if True in place.said("uniqueItems") else {})}
 
