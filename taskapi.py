@@ -9942,7 +9942,7 @@ class Engine:
         """All records of a type, oldest first; NotFound."""
         found: list[dict[str, Json]] = []
         after: int | None = 0
-        filters = Filters(record_type=record_type)
+        filters = Filters.model_validate({"recordType": record_type})
         while after is not None:
             items, after, _ = self.queue.records.page(Selected(filters, limit=1000, after=after))
             found += json.loads(b"[%b]" % items)
