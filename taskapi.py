@@ -83,7 +83,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -111,7 +111,6 @@ from importlib.util import find_spec
 from itertools import chain, groupby, pairwise, product
 from operator import itemgetter
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from time import monotonic, sleep, time
 from typing import (
     TYPE_CHECKING,
@@ -1084,12 +1083,13 @@ def stored_paths(connection: sqlite3.Connection) -> set[str]:
     return {row[0] for row in rows}
 
 
-class _Piece(NamedTuple):
-    """Work that waits for the writer thread, and the future of its result."""
+class _Piece:
+    """Work that is to be written, and what came of it; `ready` is let go when that is known, or when it is to lead."""
 
-    work: Callable[[sqlite3.Connection], Any]
-    durable: bool
-    future: Future[Any]
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool):
+        self.work, self.durable, self.ready = work, durable, threading.Lock()
+        self.ready.acquire()
+        self.outcome: tuple[Any, BaseException | None] | None = None  # its result, or what it raised
 
 
 def _files_of(path: Path) -> dict[str, Path]:
@@ -1185,7 +1185,7 @@ class _OpenFiles:
 
 
 class Database:
-    """One SQLite file: one thread that writes and checkpoints, and a few connections for reading.
+    """One SQLite file: one connection that writes and checkpoints, and a few for reading.
 
     A single connection writes and checkpoints: before SQLite 3.51.3 two that do so at once can lose commits
     (sqlite.org/wal.html, "the WAL-reset bug"). The file is never opened but by SQLite: closing any other descriptor
@@ -1197,13 +1197,14 @@ class Database:
         self.path = path
         self._readers: list[sqlite3.Connection] = []  # one at least is open as long as the writer is
         self._damage: str | None = None  # what was found damaged, until a look at the whole file finds nothing
-        self._queue: SimpleQueue[_Piece | None] = SimpleQueue()
-        self._submitting = threading.Lock()  # so that nothing enters the queue behind its end
+        self._turn = threading.Condition()  # guards these three
+        self._waiting: deque[_Piece] = deque()
+        self._leader: _Piece | None = None  # whose thread writes, for all that wait
         self._closed = False
         self._durable = False  # whether a commit is fsynced
         self._log_is_to_go = False  # the next checkpoint gives the log's room back to the disk
         self._fault: str | None = None  # why nothing is read or written: the files are not ours any more
-        self._next_look = 0.0  # when the writer thread asks whether they are
+        self._next_look = 0.0  # when the next one to write asks whether they are
         self._on_overwritten = on_overwritten
         if sqlite3.sqlite_version_info < (3, 37):
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
@@ -1215,8 +1216,6 @@ class Database:
             self._readers[0].execute("PRAGMA schema_version").fetchone()  # really opens the files
             self._files = _OpenFiles(path)
             undo.pop_all()
-        self._thread = threading.Thread(target=self._write_all, name="taskapi-writer", daemon=True)
-        self._thread.start()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
@@ -1270,46 +1269,44 @@ class Database:
 
     # Writing
 
-    def submit(self, work: Callable[[sqlite3.Connection], T], durable: bool = True) -> Future[T]:
-        """Has the writer thread run `work` in a transaction; the future is done once that is committed.
-
-        What waits at the same time shares one transaction (group commit); each has a savepoint of its own, so that
-        one that raises undoes only itself. `durable` means fsynced; what is not becomes so with the next that is.
-        The future raises StorageError when the database cannot be used.
-        """
-        piece = _Piece(work, durable, Future())
-        with self._submitting:
-            if self._closed:
-                piece.future.set_exception(StorageError("the database is closed"))
-            else:
-                self._queue.put(piece)
-        return piece.future
-
     def write(self, work: Callable[[sqlite3.Connection], T], durable: bool = False) -> T:
-        """Like `submit`, and waits for the result; StorageError if the writer thread has not begun within seconds."""
-        future = self.submit(work, durable)
-        try:
-            return future.result(_BUSY_SECONDS)
-        except TimeoutError:
-            if future.cancel():
-                raise StorageError("the database is busy") from None
-            return future.result()
+        """Runs `work` in a transaction, and returns its result once that is committed.
 
-    def _write_all(self) -> None:
-        """What the writer thread does: looks after the files, and writes all that waits, until None is the end."""
-        waiting: list[_Piece | None] = []
-        while None not in waiting:
-            waiting = []
-            with suppress(Empty):
-                waiting.append(self._queue.get(timeout=_LOOK_SECONDS))
-                while True:
-                    waiting.append(self._queue.get_nowait())
-            batch = deque(piece for piece in waiting if piece and piece.future.set_running_or_notify_cancel())
-            if not batch:
-                with suppress(Exception):
-                    self._look()
-            while batch:
-                self._write_batch(batch)
+        What waits at the same time shares one transaction (group commit), which one of those who wait writes for all;
+        each piece of work has a savepoint of its own, so that one that raises undoes only itself. `durable` means
+        fsynced; what is not becomes so with the next that is. Raises StorageError when the database cannot be used, or
+        if nobody has begun with it within seconds.
+        """
+        piece = _Piece(work, durable)
+        with self._turn:
+            if self._closed:
+                raise StorageError("the database is closed")
+            self._waiting.append(piece)
+            self._leader = self._leader or piece
+        if self._leader is not piece and not piece.ready.acquire(timeout=_BUSY_SECONDS):
+            with self._turn:
+                if piece in self._waiting and self._leader is not piece:
+                    self._waiting.remove(piece)
+                    raise StorageError("the database is busy")
+            piece.ready.acquire()
+        if piece.outcome is None:
+            self._lead()
+        result, raised = cast(tuple[T, BaseException | None], piece.outcome)
+        if raised:
+            raise raised
+        return result
+
+    def _lead(self) -> None:
+        """Writes what waits, or as much as one transaction may take in; then the next of those who wait leads."""
+        with self._turn:
+            batch, self._waiting = self._waiting, deque()
+        try:
+            self._write_batch(batch)
+        finally:
+            with self._turn:
+                self._waiting.extendleft(reversed(batch))
+                self._leader = self._waiting[0] if self._waiting else None
+                self._leader.ready.release() if self._leader else self._turn.notify_all()
 
     def _write_batch(self, batch: deque[_Piece]) -> None:
         """Takes pieces from the batch for one transaction, as long as it may last; tells what came of each."""
@@ -1332,8 +1329,9 @@ class Database:
         self._log_is_to_go |= any(isinstance(error, DiskFull) for _, error in outcomes)  # then there is room to go on
         with suppress(Exception), self._storage_errors():
             self._checkpoint()  # before anybody who then looks whether there is
-        for piece, (result, raised) in zip(taken, outcomes, strict=True):
-            piece.future.set_exception(raised) if raised else piece.future.set_result(result)
+        for piece, outcome in zip(taken, outcomes, strict=True):
+            piece.outcome = outcome
+            piece.ready.release()
 
     def _begin(self, durable: bool) -> None:
         self._look()
@@ -1358,7 +1356,7 @@ class Database:
         return outcome
 
     def _look(self, now: bool = False) -> None:
-        """On the writer thread: raises StorageError while the files are not ours; looks now and then, or `now`."""
+        """For who leads: raises StorageError while the files are not ours; looks now and then, or `now`."""
         if now or monotonic() >= self._next_look:
             known, what = self._fault, self._files.changed()
             self._next_look = monotonic() + _LOOK_SECONDS
@@ -1404,7 +1402,7 @@ class Database:
                 connection.execute("SAVEPOINT piece")
             return found
 
-        return self.submit(work, durable=True).result()
+        return self.write(work, durable=True)
 
     # Reading
 
@@ -1494,13 +1492,12 @@ class Database:
         self._damage = None
 
     def close(self) -> None:
-        """Ends the writer thread and closes every connection; what still waits gets a StorageError."""
-        with self._submitting:
+        """Closes every connection; what still waits gets a StorageError."""
+        with self._turn:
             if self._closed:
                 return
             self._closed = True
-            self._queue.put(None)
-        self._thread.join()
+            self._turn.wait_for(lambda: self._leader is None)
         with suppress(Exception):
             self._look(now=True)
         # The last one checkpoints and removes the log, unless it may only read.
@@ -1586,7 +1583,7 @@ def _job(row: Mapping[str, Any], now: str) -> Job:
     done, total = row["done"] or 0, row["total"]
     if row["status"] == JobStatus.COMPLETED:
         done = total = done if total is None else total
-    loaded = {name: json.loads(row[name] or "null") for name in ("request", "result", "file")}
+    loaded = {name: row[name] and json.loads(row[name]) for name in ("request", "result", "file")}
     return Job(
         job_id=row["id"], type=row["type"], status=JobStatus(row["status"]), created_at=row["created_at"],
         started_at=row["started_at"], finished_at=row["finished_at"], attempt=row["attempt"],
@@ -1843,21 +1840,23 @@ class JobStore:
         return max(0, job.attempt - (moved[0] if moved else 0))
 
     def finish(self, job: Job, status: JobStatus, *, result: Json = None, error: str | None = None,
-               file: StoredFile | None = None) -> Job:
+               file: StoredFile | None = None, claim: bool = False) -> tuple[Job, Claim | None]:
         """Ends a running job, durably; those that follow it may run when it is completed.
 
-        Raises LeaseLost if it is not this attempt's any more.
+        With `claim` it takes the next one in the same transaction. Raises LeaseLost if the job is not this attempt's
+        any more.
         """
-        def work(connection: sqlite3.Connection) -> tuple[Job, bool]:
+        def work(connection: sqlite3.Connection) -> tuple[Job, bool, Claim | None]:
             ended = self._transition(connection, job, status, finished_at=self._now(), result=_json_text(result),
                                      error=error, file=_file_text(file))
             connection.execute("UPDATE _progress SET checkpoint = NULL WHERE job = ?", (job.job_id,))
-            return ended, status is JobStatus.COMPLETED and self._unblock(connection, job.job_id)
+            more = status is JobStatus.COMPLETED and self._unblock(connection, job.job_id)
+            return ended, more, self._claim(connection) if claim else None
 
-        ended, more = self._database.write(work, durable=True)
+        ended, more, claimed = self._database.write(work, durable=True)
         while more:
             more = self._database.write(partial(self._unblock, job_id=job.job_id))
-        return ended
+        return ended, claimed
 
     def _unblock(self, connection: sqlite3.Connection, job_id: str | None = None) -> bool:
         """Lets some jobs run that follow this one, or any that is completed; True if there may be more of them."""
@@ -9293,6 +9292,9 @@ def _steps(kind: JobType | None, context: JobContext, request: JobRequest | None
         raise
 
 
+_WriteDown = Callable[[], tuple[Job, Claim | None]]  # of how a job ended; it may take the next one with that
+
+
 class Workers:
     """Take jobs from the table and work on them. The table is the queue: a wake-up carries nothing.
 
@@ -9301,9 +9303,9 @@ class Workers:
 
     - No wake-up is lost. Whoever may have made a job ready commits that first and then calls `wake`, which sets `_due`
       and calls a run, unless one was called that has not begun, or as many are active as there are workers, or one
-      looks at `_due` soon. A run clears `_due` just before it claims, and leaves where it finds it cleared, in one
-      step: so after each `wake` something claims. A call that is lost with its thread is made up for by the first
-      `wake` a second later, and housekeeping wakes once a second.
+      looks at `_due` soon. A run clears `_due` just before it claims (be it in the transaction that completes the job
+      before), and leaves where it finds it cleared, in one step: so after each `wake` something claims. A call that is
+      lost with its thread is made up for by the first `wake` a second later, and housekeeping wakes once a second.
     - Threads that share the interpreter are slower than one, so short jobs are left to one run: where a job that
       computes is `fresh`, its run looks soon, when the job has ended or when it comes to a yield and is fresh no more.
     - A job in progress here is a JobContext in `_active`, put there by its run, which writes down how it ended,
@@ -9330,7 +9332,7 @@ class Workers:
         self._held = False  # nothing is claimed, and what runs goes back to pending
         self._due = False  # a job may be ready that no claim has looked for
         self._called = -math.inf  # when a run was called that has not begun
-        self._looks = 0  # how often a run has looked for a job
+        self._looked = threading.Event()  # a run has looked for a job since somebody asked
         self._active: dict[object, JobContext | None] = {}  # by run: what it is at
         self._abandoned: set[object] = set()  # runs whose job was given up, and that have not come back
         self._canceled: set[str] = set()  # jobs that are to stop, for a run that has claimed and not yet said so
@@ -9360,12 +9362,11 @@ class Workers:
         stuck = self.stuck()
         if len(stuck) >= self._settings.workers:
             raise Unavailable(f"every worker is stuck; to cancel gives up: {', '.join(map(str, stuck))}")
-        looks = self._looks
+        self._looked.clear()
         self.wake(anyway=True)
-        with self._state:
-            if not self._state.wait_for(
-                    lambda: self._looks > looks or len(self._active) >= self._settings.workers, seconds):
-                raise Unavailable("no worker looks for jobs, though one is free")
+        if len(self._active) < self._settings.workers and not self._looked.wait(seconds) and (
+                len(self._active) < self._settings.workers):
+            raise Unavailable("no worker looks for jobs, though one is free")
 
     def stuck(self, seconds: float | None = None) -> list[JobContext]:
         """The jobs whose functions have not come to a check for so long (default: when that is too long)."""
@@ -9377,7 +9378,7 @@ class Workers:
         """Cancels a stuck job: what its function still does has no effect, and another run takes its place."""
         job, context.interruption = context.job, _CANCELED
         with suppress(LeaseLost):  # it has just come to an end
-            job = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
+            job, _ = self.jobs.finish(job, JobStatus.CANCELED, error=f"{_CANCELED}; it was stuck, and is given up")
             self.records.discard(job.job_id)
             if context.job.file:
                 self._folder.remove(context.job.file.path)
@@ -9461,8 +9462,10 @@ class Workers:
                 return
             self._active[run] = None
         try:
-            while context := self._next(run):
-                self._work(context)
+            context = self._next(run)
+            while context:
+                claim = self._work(context)
+                context = self._begin(run, claim) if claim else self._next(run)
         except StorageError as error:  # housekeeping wakes another run
             if str(error) != self.fault:
                 _LOG.error("cannot take a job: %s", error)
@@ -9490,9 +9493,7 @@ class Workers:
                     return self._begin(run, claim)
                 self.fail_dependents()
             finally:
-                with self._state:
-                    self._looks += 1
-                    self._state.notify_all()
+                self._looked.set()
 
     def fail_dependents(self) -> None:
         """Fails the pending jobs that were to follow one that was not completed."""
@@ -9509,8 +9510,9 @@ class Workers:
                 context.fresh = monotonic() + _FRESH_SECONDS
             if job.job_id in self._canceled:
                 context.interruption = _CANCELED
+            due = self._due
         _LOG.info("job %s %s in-progress, attempt %d", job.job_id, job.type, job.attempt)
-        if claim.more:
+        if claim.more or due:
             self.wake()  # others may be free for it
         return context
 
@@ -9536,18 +9538,21 @@ class Workers:
             if context.interrupted():
                 raise Interrupted
 
-    def _work(self, context: JobContext) -> None:
-        """Runs a job to its end and writes down how it ended, whatever that is."""
+    def _work(self, context: JobContext) -> Claim | None:
+        """Runs a job to its end and writes down how it ended, whatever that is; the next one, if one was claimed."""
         try:
             done = self._run_function(context)
-            write_down: Callable[[], Job] = partial(self.jobs.finish, context.job, JobStatus.COMPLETED,
-                                                    result=done.result, file=done.file)
+            write_down: _WriteDown = partial(self._complete, context.job, done)
         except BaseException as error:  # noqa: BLE001  # it ends the job, and nothing else
             write_down = self._meaning(context, error)
-        self._record_outcome(context, write_down)
-        if self.jobs.oldest_pending():  # and may have had to wait for this one
-            with self._state:
-                self._due = True
+        return self._record_outcome(context, write_down)
+
+    def _complete(self, job: Job, done: JobResult) -> tuple[Job, Claim | None]:
+        with self._state:
+            claim, self._due = not self.stopping.is_set(), False
+        ended = self.jobs.finish(job, JobStatus.COMPLETED, result=done.result, file=done.file, claim=claim)
+        self._looked.set()
+        return ended
 
     def _run_function(self, context: JobContext, request: JobRequest | None = None) -> JobResult:
         """Runs a job's function from yield to yield; raises what it raises, and Interrupted where it is to stop."""
@@ -9574,7 +9579,7 @@ class Workers:
         if due:
             self.wake()
 
-    def _meaning(self, context: JobContext, error: BaseException) -> Callable[[], Job]:
+    def _meaning(self, context: JobContext, error: BaseException) -> _WriteDown:
         """How to write down what an exception out of a job's function comes to."""
         job, message = context.job, error_message(error)
         if isinstance(error, LeaseLost):  # if that is true, this raises it again, and what is there is another's
@@ -9584,7 +9589,7 @@ class Workers:
                 _LOG.error("job %s %s did not end as it was asked to", job.job_id, job.type, exc_info=error)
             if context.interruption:
                 return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
-            return partial(self.jobs.release, job, _STOPPED, charged=False)
+            return partial(self._put_back, job, _STOPPED, charged=False)
         if isinstance(error, StorageError):
             with suppress(StorageError):
                 self.probe()
@@ -9593,12 +9598,15 @@ class Workers:
                 futile = self.jobs.futile_attempts(job)
             if not charged or futile < self._settings.max_attempts:
                 _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
-                return partial(self.jobs.release, job, message, charged=charged)
+                return partial(self._put_back, job, message, charged=charged)
         elif not isinstance(error, TaskError):
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
         return partial(self._end_without_trace, job, JobStatus.FAILED, message)
 
-    def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> Job:
+    def _put_back(self, job: Job, reason: str, *, charged: bool) -> tuple[Job, None]:
+        return self.jobs.release(job, reason, charged=charged), None
+
+    def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> tuple[Job, Claim | None]:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
             self.records.discard(job.job_id)
         ended = self.jobs.finish(job, status, error=error)
@@ -9606,18 +9614,24 @@ class Workers:
             self._folder.remove(job.file.path)
         return ended
 
-    def _record_outcome(self, context: JobContext, write_down: Callable[[], Job]) -> None:
+    def _record_outcome(self, context: JobContext, write_down: _WriteDown) -> Claim | None:
         """Writes down how a job ended; tries until the storage takes it, or the process ends."""
         job = context.job
         with suppress(LeaseLost):
             while not context.ended:
                 try:
-                    self._ended(write_down())
-                    return
+                    ended, claim = write_down()
+                    self._ended(ended)
+                    if ended.status is JobStatus.COMPLETED:
+                        return claim
+                    break
                 except StorageError as error:
                     _LOG.error("job %s %s: cannot write down how it ended: %s", job.job_id, job.type, error)
                 if self.stopping.wait(_RETRY_SECONDS):
-                    return  # it is still in progress in the table, so the next start takes it up
+                    break  # it is still in progress in the table, so the next start takes it up
+        with self._state:
+            self._due = True  # others may have had to wait for this one
+        return None
 
     def _ended(self, job: Job) -> None:
         """Tells all who want to know that a job has ended, or was put back."""
@@ -9877,7 +9891,7 @@ class Engine:
             except Exception:  # noqa: BLE001  # it is tried again
                 _LOG.exception("housekeeping met a bug")
             self._said[task.__name__] = said
-        self.queue.wake(anyway=True)
+        self.queue.wake()
 
     def _watch_jobs(self) -> None:
         """Has jobs that come to no check let the others compute; says when they seem stuck, gives up canceled ones."""
@@ -12797,6 +12811,21 @@ class _ErrorTask(_Answer, waitress.task.ErrorTask):  # type: ignore[misc]  # Wai
         super().execute()
 
 
+class _Loop:
+    """Waitress's server as one channel sees it: its loop is woken up only where it has something to do there."""
+
+    def __init__(self, server: Any, channel: Any):
+        self._server, self._channel = server, channel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def pull_trigger(self) -> None:
+        """Asked for after each answer."""
+        if self._channel.needs_loop():
+            self._server.pull_trigger()
+
+
 class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress has no types
     """Promise: a client is answered at its own pace, within bounds, and no thread waits for one.
 
@@ -12814,16 +12843,19 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
     _ended = False  # the client sends no more; it may still read, though
     answering = False  # a thread makes an answer
     _held_back = False  # the next request on this connection: what was answered before has not been taken
+    _polled = False  # the loop waits for the client to send
 
-    def __init__(self, engine: Engine, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, engine: Engine, server: Any, *args: Any, **kwargs: Any):
+        super().__init__(_Loop(server, self), *args, **kwargs)
         self.parser_class = partial(_Parser, engine)
 
     # On the loop
 
     def readable(self) -> bool:
         """While lingering, always; while a request is answered too, to see the client go away."""
-        return self._lingers_until is not None or (not self._ended and bool(super().readable()))
+        self._polled = False  # before what it depends on is looked at: who changes that meanwhile wakes the loop
+        self._polled = self._lingers_until is not None or (not self._ended and bool(super().readable()))
+        return self._polled
 
     def writable(self) -> bool:
         """While there is something to send, to begin, or to close; a thread that makes an answer sends it itself."""
@@ -12888,6 +12920,10 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             self.server.add_task(self)
 
     # On a thread
+
+    def needs_loop(self) -> bool:
+        """True if there is something to send or to close, or the loop does not wait for the client to send."""
+        return bool(super().writable() or self._held_back or self._ended or not self._polled)
 
     def service(self) -> None:
         """Answers a request, once the client has taken the answers before."""
