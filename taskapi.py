@@ -11489,7 +11489,13 @@ section > .row:first-child { margin-top: 0; }
 .scroll { position: relative; overflow: auto; max-height: 26rem; border: 1px solid var(--line); border-radius: .5rem; }
 .scroll th, .scroll td { padding: .25rem .6rem; white-space: nowrap; max-width: 18rem; overflow: hidden;
   text-overflow: ellipsis; font-size: .85rem; } .scroll th.now { box-shadow: inset 0 -3px var(--accent); }
-.scroll th { position: sticky; top: 0; background: var(--soft); } .scroll .number { text-align: right;
+.scroll thead > tr > * { position: sticky; top: 0; background: var(--soft); } #records tbody th { padding: 0 .2rem; }
+#records th button { border: 0; padding: .15rem .35rem; background: none; font-weight: inherit; min-width: 1.6rem; }
+#records thead input { display: block; width: 7rem; font-size: .8rem; margin-top: .2rem; }
+[aria-sort=ascending] button::after { content: " ▲"; } [aria-sort=descending] button::after { content: " ▼"; }
+dialog { width: min(40rem, 100% - 2rem); max-height: 90vh; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: .8rem; } dialog td { white-space: pre-wrap; }
+.scroll .number { text-align: right;
   font-variant-numeric: tabular-nums; } td.dim { font-style: italic; }
 #view-preview > details { padding: 0; border: 0; } #preview .scroll { margin: .2rem 0 .6rem; max-height: none; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .8rem; }
@@ -12174,8 +12180,10 @@ function reveal() {  // the column of the field that is worked on; the page itse
     if (inner.top < outer.top || inner.bottom > outer.bottom) box.scrollTop += inner.top - outer.top - 30;
   }
 }
-function table(items, label) {  // the numbers of a column with as many digits behind the point as one of them has
-  const columns = [...new Set(items.flatMap(Object.keys))].map(name => {
+const heading = ({name, className}) => el("th", {scope: "col", className}, name);
+// The numbers of a column have as many digits behind the point as one of them; `lead` makes what a row begins with.
+function table(items, label, names = [...new Set(items.flatMap(Object.keys))], head = heading, lead = () => "") {
+  const columns = names.map(name => {
     const values = items.map(item => item[name] ?? null), given = values.filter(value => value !== null).map(shown);
     const number = given.length > 0 && values.every(value => value === null || sort(value) === "number");
     const digits = text => text.split(".")[1]?.length ?? 0, most = number ? Math.max(...given.map(digits)) : 0;
@@ -12186,8 +12194,8 @@ function table(items, label) {  // the numbers of a column with as many digits b
   const cell = (value, {className, told}) => value === null ? el("td", {className: "dim"}, "null")
     : el("td", {className, title: shown(value)}, told(shown(value)));
   return el("div", {className: "scroll", tabIndex: 0, role: "region", "aria-label": label}, el("table", {},
-    el("thead", {}, el("tr", {}, columns.map(({name, className}) => el("th", {scope: "col", className}, name)))),
-    el("tbody", {}, items.map(item => el("tr", {}, columns.map(column => cell(item[column.name] ?? null, column)))))));
+    el("thead", {}, el("tr", {}, lead(), columns.map(head))), el("tbody", {}, items.map((item, at) =>
+      el("tr", {}, lead(item, at), columns.map(column => cell(item[column.name] ?? null, column)))))));
 }
 function editAs(json) {
   $("json").hidden = !json;
@@ -12305,6 +12313,7 @@ function editUpload(request, type) {
 
 let types = [];
 const SIGNS = {eq: "=", ne: "≠", lt: "<", lte: "≤", gt: ">", gte: "≥", in: "is one of (a, b)", like: "is like (% _)",
+  notIn: "is none of (a, b)", notLike: "is not like (% _)", startsWith: "starts with", endsWith: "ends with",
   null: "is null", "!null": "is not null"};
 const OPERATORS = SHAPES.jobs.export.$defs.Condition.properties;
 const writing = form(SHAPES.jobs.export, $("export-options"), ["filters", "fields", "orderBy"]);
@@ -12384,62 +12393,118 @@ function editExport({filters = {}, fields = [], orderBy = "", ...options}) {
   $("order").value = orderBy.replace(/^-/, "");
   $("descending").checked = orderBy.startsWith("-");
   for (const [field, tests] of Object.entries(filters.where ?? {}))
-    for (const [operator, given] of Object.entries(tests)) addCondition(field, operator, given);
+    if (!Array.isArray(tests))
+      for (const [operator, given] of Object.entries(tests)) addCondition(field, operator, given);
   const gone = wanted.filter(name => !known.includes(name));
-  $("export-problem").textContent = gone.length ? `There are no records of ${joined(gone)} any more.` : "";
+  $("export-problem").textContent = joined([gone.length && `There are no records of ${joined(gone)} any more.`,
+    Array.isArray(filters.where?.or) && "Its alternatives (or) have no place in this form: they are left out."], " ");
 }
 
-// ---- Records: a look at a sample of each type, and at how its values are spread ----
+// ---- Records: all of a type, as its header row filters and sorts them, and how the values of some are spread ----
 
 const SAMPLE = 1000, PIECES = 25, ROWS = 20;
-let drawn = "", from = 0;
+const TESTS = {">=": "gte", "<=": "lte", "!=": "ne", ">": "gt", "<": "lt", "=": "eq"};
+let drawn = "", absorbed = () => false;
 
-async function sampled({recordType, count}, jobId = "") {  // pieces from all over a large type, not its oldest records
-  const pieces = jobId || count <= SAMPLE ? 1 : PIECES, items = [];
+function condition(name, kind, typed) {  // a text alone is looked for in texts, and is the value of all others
+  const [, sign, value] = /^\s*(>=|<=|!=|[<>=])?\s*(.*?)\s*$/s.exec(typed);
+  if (!sign && /^(not )?null$/.test(value)) return [`${name}.null`, value === "null"];
+  return [`${name}.${TESTS[sign] ?? (/text|json|any/.test(kind) ? "contains" : "eq")}`, value];
+}
+async function sampled(count, path, some) {  // pieces from all over a large type, not its oldest records
+  const pieces = some || count <= SAMPLE ? 1 : PIECES, items = [];
   let first, next = 0;
   for (let piece = 0; piece < pieces && next !== null; piece++) {
     const after = piece ? Math.max(next, first + Math.floor(count * piece / pieces)) : 0;
-    const query = new URLSearchParams({limit: SAMPLE / pieces, after, ...jobId && {jobId}});  // the place of filters
-    const page = await api("GET", `records/${recordType}?${query}`);
+    const page = await api("GET", path({limit: SAMPLE / pieces, after}));
     items.push(...page.items);
     next = page.next && Number(page.next);
     first ??= next - SAMPLE / pieces;
   }
   return items;
 }
-async function drawRecords(name, jobId) {
+function openRecord(name, item, number) {
+  const dialog = el("dialog", {"aria-label": `Record ${number} of ${name}`, onclose: () => dialog.remove()},
+    el("div", {className: "head"}, el("h3", {}, `${name} ${number}`), el("div", {className: "row"},
+      shown(item.id) && el("a", {href: `records/${name}/${encodeURIComponent(shown(item.id))}`}, "By its id"),
+      button("Close", () => dialog.close()))),
+    el("table", {}, el("tbody", {}, Object.entries(item).map(([field, value]) => el("tr", {},
+      el("th", {scope: "row"}, field), value === null ? el("td", {className: "dim"}, "null") : el("td", {},
+        shown(value)))))));
+  document.body.append(dialog);
+  dialog.showModal();
+}
+function drawRecords(name, jobId) {
   const type = types.find(({recordType}) => recordType === name), place = $("records");
   const which = `${name} ${jobId} `, key = which + type?.count;
   $("record-types").replaceChildren(...types.map(({recordType, count}) => el("a", {href: `#records/${recordType}`,
     ...recordType === name && {"aria-current": "page"}}, `${recordType} `, el("b", {}, amount(count)))));
-  if (key === drawn || from && drawn.startsWith(which)) return;  // nobody loses the page that they read
+  if (key === drawn || absorbed() && drawn.startsWith(which)) return;  // nobody loses the page that they read
   drawn = key;
-  from = 0;
+  absorbed = () => false;
   place.replaceChildren(el("p", {className: "dim"}, !types.length ? "No records yet. Generate some, or upload a file."
     : "Choose a record type to see its records and how their values are spread."));
-  const items = type && await sampled(type, jobId).catch(error => { drawn = ""; place.textContent = error.message; });
-  if (!items || drawn !== key) return;
-  const rows = el("div"), position = el("span", {className: "dim", role: "status"});
-  const whole = items.length === type.count || jobId && items.length < SAMPLE;
-  const turnTo = start => {
-    from = start;
-    back.disabled = from === 0;
-    on.disabled = from + ROWS >= items.length;
-    rows.replaceChildren(table(items.slice(from, from + ROWS), `Records of ${name}`));
-    position.textContent = `${amount(items.length && from + 1)} to ${amount(Math.min(from + ROWS, items.length))} of ${
-      whole ? "" : "a sample of "}${amount(items.length)}`;
+  if (type) drawType(type, jobId);
+}
+function drawType({recordType: name, count, fields: kinds}, jobId) {
+  let order = "", trail = [[0, 0]], next, timer, turns = 0;
+  const rows = el("div"), values = el("div"), position = el("span", {className: "dim", role: "status"});
+  const tests = () => [...rows.querySelectorAll("thead input")].filter(({value}) => value.trim()).map(input =>
+    condition(input.name, kinds[input.name], input.value));
+  const path = more => `records/${name}?${new URLSearchParams([...tests(), ...Object.entries({...jobId && {jobId},
+    ...more})])}`, ordered = more => path({...order && {orderBy: order}, ...more});
+  const show = async () => {
+    const turn = ++turns, [after, start] = trail.at(-1);
+    try {
+      const page = await api("GET", ordered({limit: ROWS, after}));
+      if (turn !== turns) return;
+      next = [page.next, start + page.items.length];
+      const fresh = table(page.items, "", Object.keys(kinds), head, (item, at) => item && el("th", {scope: "row"},
+        button(amount(start + at + 1), () => openRecord(name, item, amount(start + at + 1)))));
+      rows.querySelector("tbody").replaceWith(fresh.querySelector("tbody"));
+      position.textContent = `${amount(page.items.length && start + 1)} to ${amount(next[1])} of ${amount(page.total)}`;
+      [back.disabled, on.disabled] = [trail.length < 2, page.next === null];
+    } catch (error) {
+      if (turn === turns) position.textContent = error.message;
+    }
+    file.href = ordered({format: "csv"});
   };
-  const back = button("Previous", () => turnTo(from - ROWS)), on = button("Next", () => turnTo(from + ROWS));
+  const spread = async () => {
+    const some = jobId || tests().length > 0, items = await sampled(count, path, some).catch(() => []);
+    values.replaceChildren(el("h3", {}, items.length < SAMPLE || items.length === count ? "Values" : `Values of ${
+      some ? "the first" : "a sample of"} ${amount(items.length)}`), el("div", {className: "plots"},
+      Object.entries(kinds).map(([field, kind]) => plot(field, kind, items.map(item => item[field] ?? null)))));
+  };
+  const anew = filtered => { trail = [[0, 0]]; show(); if (filtered) spread(); };
+  const head = ({name: field}) => {
+    const cell = el("th", {scope: "col"}, button(field, () => {
+      order = order === field ? `-${field}` : order === `-${field}` ? "" : field;
+      for (const other of rows.querySelectorAll("[aria-sort]")) other.removeAttribute("aria-sort");
+      if (order) cell.setAttribute("aria-sort", order === field ? "ascending" : "descending");
+      anew();
+    }, {title: "Sort"}), el("input", {name: field, "aria-label": `Filter ${field}`, placeholder: kinds[field],
+      autocomplete: "off", title: "A value, or = != < <= > >= and a value, or null, or not null",
+      oninput: () => { clearTimeout(timer); timer = setTimeout(anew, 300, true); }}));
+    return cell;
+  };
+  const step = change => () => { change(); show(); };
+  const back = button("Previous", step(() => trail.pop())), on = button("Next", step(() => trail.push(next)));
+  const file = el("a", {download: `${name}.csv`}, "Download as CSV");
   const away = button(`Export ${name}`, () => {
-    editExport({...writing.read(), filters: {recordType: name, ...jobId && {jobId}}});
+    const where = Object.create(null);
+    for (const [test, value] of tests()) {
+      const at = test.lastIndexOf(".");
+      (where[test.slice(0, at)] ??= {})[test.slice(at + 1)] = value;
+    }
+    editExport({...writing.read(), filters: {recordType: name, ...jobId && {jobId}, where}, orderBy: order});
     location.hash = "#export";
   });
-  const plots = Object.entries(type.fields).map(([field, kind]) =>
-    plot(field, kind, items.map(item => item[field] ?? null)));
-  place.replaceChildren(el("div", {className: "row"}, back, on, position, away,
-    jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, el("h3", {}, "Values"),
-  el("div", {className: "plots"}, plots));
-  turnTo(0);
+  rows.append(table([], `Records of ${name}`, Object.keys(kinds), head, () => el("th", {scope: "col"},
+    el("span", {className: "away"}, "Record"))));
+  $("records").replaceChildren(el("div", {className: "row"}, back, on, position, file, away,
+    jobId && el("a", {href: `#records/${name}`}, "of one job; show all")), rows, values);
+  absorbed = () => trail.length > 1 || order || tests().length > 0;
+  anew(true);
 }
 function plot(name, kind, values) {  // numbers and dates as a histogram, choices as bars, of other texts examples
   const present = values.filter(value => value !== null), nulls = values.length - present.length, counts = new Map();
