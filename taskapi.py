@@ -11304,7 +11304,7 @@ def _examples(base: str, method: str, path: str, media: str, body: Mapping[str, 
             ', files={"file": open("customers.csv", "rb")}, data={"recordType": "customer"}')
         data = 'const body = new FormData();\nbody.append("file", file);  // from an <input type="file">\n'
         options = ', {method: "POST", body}'
-    return {"curl": f"curl -s {how}{url}", "Python": f'import requests\n\nanswer = requests.{method}("{url}"{send})\n'
+    return {"curl": f"curl -s {how}{shlex.quote(url)}", "Python": f'import requests\n\nanswer = requests.{method}("{url}"{send})\n'
             "answer.raise_for_status()\nprint(answer.text)",
             "JavaScript": f'{data}const answer = await fetch("{url}"{options});\nconsole.log(await answer.text());'}
 
@@ -11322,6 +11322,7 @@ for (const form of document.forms) form.onsubmit = async (event) => {
     else if (place === "body") [body, headers["Content-Type"]] = [value, "application/json"];
     else if (place === "file") (body = new FormData()).append(name, field.files[0]);
     else if (value && place === "header") headers[name] = value;
+    else if (place === "conditions") new URLSearchParams(value).forEach((text, test) => query.append(test, text));
     else if (value) query.append(name, value);
   }
   shown.textContent = "...";
@@ -11336,8 +11337,8 @@ for (const form of document.forms) form.onsubmit = async (event) => {
 def _try_form(method: str, path: str, operation: Mapping[str, Json], media: str, body: str) -> str:
     """A form that makes this call."""
     name = operation["operationId"]
-    fields = [(entry["name"], entry["in"], "required" if entry.get("required") else "")
-              for entry in operation["parameters"]]
+    fields = [(entry["name"], "conditions" if entry.get("explode") else entry["in"], "required" if entry.get(
+        "required") else "") for entry in operation["parameters"]]
     if media and media != _JSON_TYPE:
         fields.append(("file", "file", "type=file required"))
     rows = "".join(f"<label for='{name}.{field}'>{field}</label>"
@@ -11359,8 +11360,9 @@ def _shown_operation(base: str, method: str, path: str, operation: Mapping[str, 
     text = "".join(f"<p>Body: <code>{media}</code></p>{_field_table(shape)}" for media, shape in bodies.items())
     media = next((media for media in ("multipart/form-data", _JSON_TYPE) if media in bodies), "")
     sample = _sample_body(bodies.get(media, {})) | ({"count": 10} if path == "/preview" else {})
+    asked = "?age.gte=18&orderBy=-age" if any(entry.get("explode") for entry in operation["parameters"]) else ""
     examples = "".join(f"<p>{name}</p><pre>{escape(example, quote=False)}</pre>"
-                       for name, example in _examples(base, method, path, media, sample).items())
+                       for name, example in _examples(base, method, path + asked, media, sample).items())
     answers = "".join(f"<tr><td>{status}</td><td>{escape(answer['description'])}</td><td>"
                       f"{' or '.join(_shown_type(c['schema']) for c in answer.get('content', {}).values())}</td></tr>"
                       for status, answer in operation["responses"].items())

@@ -1416,7 +1416,7 @@ def test_pages_of_records_follow_the_cursor_and_the_job(service: taskapi.Service
             ] == [("thing", 14, {"n": "int"})]
 
 
-def query(pairs: Iterable[tuple[str, Any]] = (), **parameters: Any) -> str:
+def query(pairs: Any = (), **parameters: Any) -> str:
     """The path of the sample's records with such a query."""
     return f"/records/thing?{urllib.parse.urlencode([*pairs, *parameters.items()])}"
 
