@@ -11304,7 +11304,8 @@ def _examples(base: str, method: str, path: str, media: str, body: Mapping[str, 
             ', files={"file": open("customers.csv", "rb")}, data={"recordType": "customer"}')
         data = 'const body = new FormData();\nbody.append("file", file);  // from an <input type="file">\n'
         options = ', {method: "POST", body}'
-    return {"curl": f"curl -s {how}{shlex.quote(url)}", "Python": f'import requests\n\nanswer = requests.{method}("{url}"{send})\n'
+    return {"curl": f"curl -s {how}{shlex.quote(url)}",
+            "Python": f'import requests\n\nanswer = requests.{method}("{url}"{send})\n'
             "answer.raise_for_status()\nprint(answer.text)",
             "JavaScript": f'{data}const answer = await fetch("{url}"{options});\nconsole.log(await answer.text());'}
 
