@@ -100,6 +100,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.utils import format_datetime
+from encodings.aliases import aliases
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -663,7 +664,13 @@ def check_record_type(name: str) -> str:
     return name
 
 
-NewRecordType = Annotated[RecordType, AfterValidator(check_record_type)]
+NewRecordType = Annotated[RecordType, AfterValidator(check_record_type), Field(
+    json_schema_extra={"pattern": f"^(?!jobs$|sqlite){RECORD_TYPE.pattern}$"})]
+
+
+# JSON has one kind of number: 10.0 is a whole one to JSON Schema, and to what is made from it.
+Whole = Annotated[int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer()
+                                       else value)]
 
 
 class Progress(ApiModel):
@@ -3555,7 +3562,7 @@ def _stored_json(value: Any) -> str:
 # What JSON and SQLite hold in different ways, there and back.
 _STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _stored_json}
 _LOAD: dict[Kind, Callable[[Any], Any]] = {"bool": bool, "json": json.loads}
-_Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT)]
+_Count = Annotated[Whole, Field(strict=True, ge=0, le=MAX_INT)]
 _Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
 
 
@@ -6754,6 +6761,15 @@ def _encoding(name: str) -> str:
     return name
 
 
+def known_encodings() -> list[str]:
+    """Those of text, by their usual names; they have others too."""
+    found = list[str]()
+    for name in sorted({*aliases.values()}):
+        with suppress(ValueError):
+            found.append(_encoding(name.replace("_", "-")))
+    return found
+
+
 def _pointer(text: str) -> str:
     if text and not text.startswith("/"):
         raise ValueError("a JSON Pointer begins with /, as in /data/users")
@@ -6768,7 +6784,8 @@ class IngestOptions(ApiModel):
     record_type: NewRecordType | None = Field(None, description="Makes records of this type of what is in the file.")
     header: str = Field("auto", description="auto: the first line names the fields; none: they are column_1, "
                                             "column_2...; or the names, separated by commas.")
-    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = Field(
+    delimiter: Annotated[str, AfterValidator(_delimiter), Field(
+        json_schema_extra={"pattern": r'^([^"\r\n]|tab|\\t)$'})] | None = Field(
         None, description="Of a CSV file: one character (a blank is any run of them), or tab; found if missing.")
     encoding: Annotated[str, AfterValidator(_encoding)] | None = Field(
         None, description="Of a text; stands before the file. Default: UTF-8, UTF-16 with its mark, or windows-1252.")
@@ -6778,7 +6795,7 @@ class IngestOptions(ApiModel):
     comment: str | None = Field(None, min_length=1, max_length=20, description="Leaves out the lines of a CSV file "
                                                                                "that begin so.")
     split: bool = Field(False, description="Each list in a JSON object becomes a record type of its name.")
-    path: Annotated[str, AfterValidator(_pointer)] | None = Field(
+    path: Annotated[str, AfterValidator(_pointer), Field(json_schema_extra={"pattern": "^(/|$)"})] | None = Field(
         None, max_length=1000, description="JSON Pointer to the records in a JSON file, such as /data/users.")
 
 
@@ -8156,8 +8173,9 @@ _RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text
 
 
 _COUNT_OR_RECORDS: Json = [  # for who reads the schema
-    {"required": ["count"], "properties": {"count": {"type": "integer"}}},
-    {"required": ["records"], "properties": {"records": {"type": "object", "additionalProperties": True}}}]
+    {"required": ["count"], "properties": {"count": {"type": "integer"}, "records": {"type": "null"}}},
+    {"required": ["records"], "properties": {"records": {"type": "object", "additionalProperties": True},
+                                             **{key: {"type": "null"} for key in ("recordType", "count", "schema")}}}]
 
 
 class GenerateRequest(JobRequest):
@@ -8167,16 +8185,16 @@ class GenerateRequest(JobRequest):
         "examples": [{"recordType": "person", "count": 1000, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
 
     record_type: NewRecordType | None = Field(None, description="Table the records go to (default: person).")
-    count: int | None = Field(None, ge=1, le=2**63 - 1, description="How many, up to TASKAPI_MAX_RECORDS.")
-    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
+    count: Whole | None = Field(None, ge=1, le=2**63 - 1, description="How many, up to TASKAPI_MAX_RECORDS.")
+    seed: Whole | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
     locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
     now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
     schema_: Schema | None = Field(None, alias="schema", description=(
         "Field name: type, or object with type. Or a JSON Schema: an object with properties and $schema or type."))
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
-    parts: int | None = Field(None, ge=1, le=100_000, description="Cut into so many parts, which can be made apart.")
-    part: int | None = Field(None, ge=0, description="Make this part alone, counted from 0; default: all of them.")
+    parts: Whole | None = Field(None, ge=1, le=100_000, description="Cut into so many parts, which can be made apart.")
+    part: Whole | None = Field(None, ge=0, description="Make this part alone, counted from 0; default: all of them.")
 
     def with_defaults(self, settings: Settings, clock: Clock) -> GenerateRequest:
         """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
@@ -8559,7 +8577,7 @@ class ExportRequest(JobRequest):
         None, description="Which fields, in which order; default: all.")
     order_by: str | None = Field(None, min_length=1, description="Fields, separated by commas; with - "
                                                                  "before it, descending.")
-    limit: int | None = Field(None, ge=0, le=2**63 - 1, description="How many records at most.")
+    limit: Whole | None = Field(None, ge=0, le=2**63 - 1, description="How many records at most.")
     gzip: bool = Field(False, description="Compress the file.")
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
 
@@ -10737,7 +10755,7 @@ class PreviewRequest(GenerateRequest):
     model_config = ConfigDict(json_schema_extra={
         "examples": [{"recordType": "person", "count": 3, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
 
-    count: int | None = Field(None, ge=1, le=100, description="How many, up to 100.")
+    count: Whole | None = Field(None, ge=1, le=100, description="How many, up to 100.")
 
 
 @route("POST", "/preview", {200: Preview}, body=PreviewRequest)
@@ -11130,6 +11148,9 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
         if texts:
             kinds = [kind for kind in kinds if kind != {"type": "null"}]
         field.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
+        for kind in kinds:
+            if "patternProperties" in kind:
+                kind["additionalProperties"] = False
         if isinstance(default, str | int | float):
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
@@ -11169,6 +11190,8 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
     for name in sent:
         _told_to_clients(schemas[name], name in texts)
     schemas["FieldsQuery"]["properties"]["locale"]["enum"] = known_locales()
+    for name in schemas.keys() & {"UploadForm", "InferQuery", "UploadQuery"}:
+        schemas[name]["properties"]["encoding"]["enum"] = known_encodings()
     paths: dict[str, dict[str, Json]] = {}
     for entry in routes:
         paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
