@@ -192,6 +192,7 @@ if _amiss := packages_amiss():
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
 
     from faker.generator import Generator as FakerGenerator
     from faker.providers import BaseProvider
@@ -3201,10 +3202,9 @@ def _mix(key: int, n: int) -> int:
 
 
 @lru_cache(16)
-def _equally_often(size: int, key: int) -> list[int]:
-    """Each number of range(size) as often as any other, about a thousand in all, in an order that looks random."""
-    order = sorted(range(size * max(1, 1000 // size)), key=partial(_mix, key))
-    return [n % size for n in order]
+def _equally_often(size: int, total: int, key: int) -> list[int]:
+    """Numbers of range(size), `total` in all and each as often as any other, in an order that looks random."""
+    return [n % size for n in sorted(range(total), key=partial(_mix, key))]
 
 
 def _shuffled(size: int, key: int, i: int) -> int:
@@ -3634,14 +3634,10 @@ class RowSource:
         """The newest rows are stored now, and need not be kept."""
         for name, rows in self.fresh.items():
             if name in self.keep:
-                slots, at = [self.slots[name][field] for field in self.keep[name]], self._kept[name]
-                nulls: list[Any] = [None] * len(self.slots[name])
-                for row in rows[at:]:
-                    for slot in slots:
-                        nulls[slot] = row[slot]
-                    rows[at] = tuple(nulls)
-                    at += 1
-                self._kept[name] = self._measured[name] = at
+                slots = {self.slots[name][field] for field in self.keep[name]}
+                rows[self._kept[name]:] = [tuple([value if slot in slots else None for slot, value in enumerate(row)])
+                                           for row in rows[self._kept[name]:]]
+                self._kept[name] = self._measured[name] = len(rows)
             else:
                 self._stored[name] += len(rows)
                 self._measured[name] = 0
@@ -3756,7 +3752,8 @@ class RecordGenerator:
         if self.parent:
             self.parent.children.append(self)
         self.rng, self.fakers = random.Random(0), dict[str, FastFaker]()
-        self.now, self.seed, self.key = now, 0, 0
+        self.seed, self.key = 0, 0
+        self._now: datetime | None = now
         self.dated = False  # whether it is compiled for this instant alone
         self.settled: list[Callable[[], None]] = []  # what finds anew all that depends on seed or instant
         self.kinds: dict[str, Kind] = {}
@@ -3770,6 +3767,15 @@ class RecordGenerator:
         self.part, self.parts = 0, 1  # which part it makes, of how many
         self.first = self.end = 0  # from the part's first record, to the one after its last (not known of children)
         self.mark = ""  # what a text ends with that had to be made this part's own
+        width = record_type.spec.range[1] - record_type.spec.range[0] + 1
+        self.group = width * max(1, 1000 // width)  # parents that, if there are parts, have as many children as others
+
+    @property
+    def now(self) -> datetime:
+        """The instant that relative dates count from; BadRequest if the request has to name one, and does not."""
+        if self._now is None:
+            raise BadRequest.of("now", "must be given, since values depend on it and parts made apart have to agree")
+        return self._now
 
     def faker(self, locale: str) -> FastFaker:
         """The Faker of a locale; built when a field first asks for it."""
@@ -3788,18 +3794,15 @@ class RecordGenerator:
     def child_count(self, parent_ordinal: int) -> int:
         """How many records are made for this parent (0 for a type that has none)."""
         low, high = self.type.spec.range
-        width = high - low + 1
-        if self.parts > 1 and self.parent and low < high:
-            group, at = divmod(parent_ordinal, width * max(1, 1000 // width))
-            return low + _equally_often(width, _mix(self.key, group))[at]
-        return low + _mix(self.key, parent_ordinal) % width
+        if self.parts > 1 and self.parent:
+            group, at = divmod(parent_ordinal, self.group)
+            return low + _equally_often(high - low + 1, self.group, _mix(self.key, group))[at]
+        return low + _mix(self.key, parent_ordinal) % (high - low + 1)
 
     def _made_before(self, parent_ordinal: int) -> int:
         """How many records are made for all parents before this one, if there are parts; told without counting them."""
-        low, high = self.type.spec.range
-        width = high - low + 1
-        start = parent_ordinal - parent_ordinal % (width * max(1, 1000 // width))
-        return start * (low + high) // 2 + sum(map(self.child_count, range(start, parent_ordinal)))
+        start = parent_ordinal - parent_ordinal % self.group
+        return start * sum(self.type.spec.range) // 2 + sum(map(self.child_count, range(start, parent_ordinal)))
 
     def cut(self, part: int, parts: int, shared: bool) -> None:
         """Let it make this part of a request.
@@ -3884,9 +3887,11 @@ class RecordGenerator:
         packed = base64.b64encode(struct.pack("<625I", *words)).decode()
         return [self.done, packed, left_over and left_over.hex()]
 
-    def settle(self, seed: int, now: datetime) -> None:
+    def settle(self, seed: int, now: datetime | None) -> None:
         """Let all that is made be settled by this seed and instant. BadRequest if dates do not fit that."""
-        self.seed, self.key, self.now = seed, _hash64(seed, self.name), now
+        self.seed, self.key, self._now = seed, _hash64(seed, self.name), now
+        if self.dated:
+            self._now = self.now
         for target, lookup in self.lookups.items():
             lookup.key = _hash64(seed, self.name, target.name)
         for find in self.settled:
@@ -4949,8 +4954,8 @@ class DatetimeField(FieldType):
 
     def fixed(self, scope: Scope, option: str) -> int:
         """A bound that is no other field's value, in milliseconds since 1970."""
-        found, now = self.parts(scope, option), scope.generator.now
-        iso = found["iso"] or (now.date().isoformat() if found["name"] == "today" else now.isoformat())
+        found, me = self.parts(scope, option), scope.generator
+        iso = found["iso"] or (me.now.date() if found["name"] == "today" else me.now).isoformat()
         try:
             return _shifted(_moment(iso, option == "to"), found["shift"])
         except (ValueError, OverflowError) as error:
@@ -6078,7 +6083,7 @@ class Plan:
             steps[name in generator.type.deferred].append((generator.type.index[name], step))
         return steps
 
-    def begin(self, seed: int, now: datetime, parts: int = 1, part: int | None = None) -> None:
+    def begin(self, seed: int, now: datetime | None, parts: int = 1, part: int | None = None) -> None:
         """Begin a use of it: all `parts` of a request, or one. BadRequest if dates do not fit, or it can not be cut."""
         generators = self.generators.values()
         for generator in generators:
@@ -6270,16 +6275,16 @@ class Recipe:
                             if isinstance(model, RefField)} for name, record_type in self.types.items()}
         plan.close()
 
-    def plan(self, seed: int, now: datetime, parts: int = 1, part: int | None = None) -> Plan:
+    def plan(self, seed: int, now: datetime | None, parts: int = 1, part: int | None = None) -> Plan:
         """One use of it, or of a part of it, to be closed: `seed` and `now` settle all that is drawn.
 
-        BadRequest if dates do not fit, or if it cannot be cut into so many `parts`.
+        BadRequest if dates do not fit, or need a `now` and there is none, or if it cannot be cut into so many `parts`.
         """
-        now = now.astimezone(UTC)
+        now = now and now.astimezone(UTC)
         try:
             plan = self._idle.pop()
         except IndexError:
-            plan = Plan(self.types, self.locales, now, self._idle)
+            plan = Plan(self.types, self.locales, now or utc_now(), self._idle)
         if plan.problems:
             raise _refusal(list(dict.fromkeys(plan.problems)))
         plan.begin(seed, now, parts, part)
@@ -8248,7 +8253,8 @@ class GenerateRequest(JobRequest):
         parts = self.parts or 1
         if self.part is not None and self.part >= parts:
             raise BadRequest.of("part", f"must be less than parts, which is {parts}")
-        return self.recipe().plan(self.seed or 0, self._moment(), parts, self.part)
+        now = None if self.now is None else self._moment()
+        return self.recipe().plan(self.seed or 0, now, parts, self.part)
 
     @property
     def weight(self) -> int:
@@ -8295,7 +8301,7 @@ class Batch(NamedTuple):
 
 
 def _batches(plan: Plan, rows: RowSource, state: Json = None,
-             due: Callable[[int], bool] = lambda done: False) -> Iterator[Batch | None]:
+             due: Callable[[int], bool] = lambda done: False) -> Generator[Batch | None, None, None]:
     """What a plan makes after that state; None is a pause. `due` tells when to commit early."""
     saved = 0
     for chunk in plan.chunks(rows, state, _CHUNK_ROWS):
@@ -8311,24 +8317,23 @@ def _batches(plan: Plan, rows: RowSource, state: Json = None,
             yield None
 
 
-def _agreed(request: GenerateRequest | Mapping[str, Json]) -> GenerateRequest:
+def _agreed(request: GenerateRequest | Mapping[str, Json], **more: int | None) -> GenerateRequest:
     """A request to be made in parts anywhere, checked."""
-    asked = request if isinstance(request, GenerateRequest) else validated(
-        GenerateRequest, lambda: GenerateRequest.model_validate(request))
-    if missing := [name for name in ("seed", "now") if getattr(asked, name) is None]:
-        raise BadRequest(f"{' and '.join(missing)} must be given, since parts that are made apart have to agree", [
-            FieldProblem(name, "must be given") for name in missing])
+    given = request.model_dump(by_alias=True) if isinstance(request, GenerateRequest) else request
+    asked = validated(GenerateRequest, lambda: GenerateRequest.model_validate({**given, **more}))
+    if asked.seed is None:
+        raise BadRequest.of("seed", "must be given, since parts that are made apart have to agree")
     return asked
 
 
 def parts(request: GenerateRequest | Mapping[str, Json]) -> list[dict[str, Json]]:
     """The parts of a /generate request, each as a request of its own, for `part` or any server to make.
 
-    Raises BadRequest if the request is wrong, or has no `seed` or `now`.
+    Raises BadRequest if the request is wrong, or has no `seed`, or no `now` and values depend on it.
     """
-    asked = _agreed(request)
+    asked = _agreed(request, part=None)
     asked.plan().close()
-    whole = asked.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"after", "part"})
+    whole = asked.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"after"})
     return [{**whole, "parts": asked.parts or 1, "part": number} for number in range(asked.parts or 1)]
 
 
@@ -8340,27 +8345,22 @@ def part(request: GenerateRequest | Mapping[str, Json], number: int | None = Non
     those of the JSON that it answers with; `decimals` makes a number of a decimal's text, so that Decimal keeps its
     digits. Nothing is opened, stored or started. Raises BadRequest as `parts` does, TaskError for a value that fails.
     """
-    asked = _agreed(request)
-    if number is not None:
-        asked = validated(GenerateRequest, lambda: GenerateRequest.model_validate(
-            asked.model_dump(exclude_none=True) | {"parts": asked.parts or 1, "part": number}))
-    plan = asked.plan()
+    plan = (_agreed(request) if number is None else _agreed(request, part=number)).plan()
     loads = {name: [(field, decimals if kind == "decimal" else _LOAD.get(kind)) for field, kind in kinds.items()]
              for name, kinds in plan.columns.items()}
 
     def records() -> Iterator[tuple[str, dict[str, Json]]]:
         with closing(plan):
             for batch in filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up))):
-                for name, rows in batch.rows.items():
-                    for row in rows:
-                        yield name, {field: load(value) if load and value is not None else value
-                                     for (field, load), value in zip(loads[name], row, strict=True)}
+                for name, row in ((name, row) for name, rows in batch.rows.items() for row in rows):
+                    yield name, {field: load(value) if load and value is not None else value
+                                 for (field, load), value in zip(loads[name], row, strict=True)}
 
     return records()
 
 
 def _make_parts(boss: Connection, text: str) -> None:
-    """What a child process does: makes each part it is told into a file, and tells the length of every batch there.
+    """What a child process does: makes each part it is told into a file, and tells where each batch begins there.
 
     It ends when nobody listens any more: it outlives its parent by no more than a batch.
     """
@@ -8372,40 +8372,17 @@ def _make_parts(boss: Connection, text: str) -> None:
             try:
                 with closing(request.model_copy(update={"part": number}).plan()) as plan, open(path, "wb") as file:
                     for batch in filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up))):
-                        rows = {name: made[max(0, known.get(name, 0) - batch.state[name][0] + len(made)):]
+                        # what was loaded before another process was ended is left out
+                        rows = {name: made[max(0, known.get(name, [0])[0] - batch.state[name][0] + len(made)):]
                                 for name, made in batch.rows.items()}
                         if any(rows.values()):
-                            block = pickle.dumps((rows, batch.state))
-                            file.write(block)
+                            begin = file.tell()
+                            pickle.dump((rows, batch.state), file)
                             file.flush()
-                            boss.send(len(block))
+                            boss.send(begin)
                 boss.send(None)
             except (TaskError, OSError) as error:
                 boss.send(str(error))
-
-
-class _Maker:
-    """A child process that makes parts."""
-
-    def __init__(self, text: str):
-        from multiprocessing import get_context
-
-        spawn = get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_make_parts, args=(theirs, text), daemon=True)
-        if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C is not for it, not even while it starts
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        self.process.start()
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-
-    def end(self) -> None:
-        """Ends it, whatever it does."""
-        self.pipe.close()
-        self.process.kill()
-        self.process.join()
-        self.process.close()
 
 
 class _Makers:
@@ -8415,69 +8392,82 @@ class _Makers:
     """
 
     def __init__(self, request: GenerateRequest, folder: Path, processes: int, state: Json):
-        self._text, self._parts = request.model_dump_json(by_alias=True), request.parts or 1
-        self._first = state[""] if state else 0
-        self._known = {name: of[0] for name, of in (state or {}).items() if name}  # so many rows are there
+        self._text, self._parts, self._state = request.model_dump_json(by_alias=True), request.parts or 1, state or {}
+        self._first = self._state.get("", 0)
         self._files = folder / f"tmp{secrets.token_hex(4)}"  # named as drafts are: the next start would remove them
         self._count = min(processes, self._parts - self._first)
-        self._makers: dict[int, _Maker] = {}
+        self._makers: dict[int, tuple[BaseProcess, Connection]] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for maker in self._makers.values():
-            maker.end()
-        for path in self._files.parent.glob(f"{self._files.name}.*"):
-            path.unlink(missing_ok=True)
-
-    def __iter__(self) -> Iterator[Batch | None]:
-        for number in range(self._first, self._first + self._count):
-            self._start(number)
-        for number in range(self._first, self._parts):
-            for failures in itertools.count(1):
-                try:
-                    yield from self._batches(number)
-                    break
-                except (EOFError, OSError):
-                    if failures == _MAKER_FAILURES:
-                        raise JobFailed(f"the process that makes part {number} was ended {failures} times") from None
-                    self._makers.pop(number % self._count).end()
-                    self._start(number)
-            self._path(number).unlink(missing_ok=True)
-            self._tell(number + 2 * self._count)
+    def __iter__(self) -> Generator[Batch | None, None, None]:
+        try:
+            for number in range(self._first, self._first + self._count):
+                self._start(number)
+            for number in range(self._first, self._parts):
+                for failures in itertools.count(1):
+                    try:
+                        yield from self._batches(number)
+                        break
+                    except (EOFError, OSError):
+                        if failures == _MAKER_FAILURES:
+                            message = f"the process that makes part {number} was ended {failures} times"
+                            raise JobFailed(message) from None
+                        self._end(number)
+                        self._start(number)
+                self._path(number).unlink(missing_ok=True)
+                self._tell(number + 2 * self._count)
+        finally:
+            for number in [*self._makers]:
+                self._end(number)
+            for path in self._files.parent.glob(f"{self._files.name}.*"):
+                path.unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
         return self._files.with_suffix(f".{number}")
 
     def _start(self, number: int) -> None:
         """Start a process for this part and others after it; it is always told two, so that it need not wait."""
-        self._makers[number % self._count] = _Maker(self._text)
+        from multiprocessing import get_context
+
+        spawn = get_context("spawn")
+        pipe, theirs = spawn.Pipe()
+        process = spawn.Process(target=_make_parts, args=(theirs, self._text), daemon=True)
+        mask = getattr(signal, "pthread_sigmask", lambda *_: ())
+        before = mask(getattr(signal, "SIG_BLOCK", 0), [signal.SIGINT])  # inherited: Ctrl-C is not for it
+        process.start()
+        mask(getattr(signal, "SIG_SETMASK", 0), before)
+        theirs.close()
+        self._makers[number % self._count] = process, pipe
         self._tell(number)
         self._tell(number + self._count)
 
+    def _end(self, number: int) -> None:
+        process, pipe = self._makers.pop(number % self._count)
+        pipe.close()
+        process.kill()
+        process.join()
+        process.close()
+
     def _tell(self, number: int) -> None:
         if number < self._parts:
-            with suppress(OSError):  # it was ended, which is met when its part is due
-                self._makers[number % self._count].pipe.send((number, str(self._path(number)), self._known))
+            with suppress(OSError):  # the process was ended, which is met when its part is due
+                self._makers[number % self._count][1].send((number, str(self._path(number)), self._state))
 
     def _batches(self, number: int) -> Iterator[Batch | None]:
         """What comes of a part; EOFError if its process was ended."""
-        pipe = self._makers[number % self._count].pipe
-        with ExitStack() as stack:
-            file: BinaryIO | None = None
-            while True:
-                while not pipe.poll(0.1):
-                    yield None
-                told = pipe.recv()
-                if not isinstance(told, int):
-                    break
-                file = file or stack.enter_context(self._path(number).open("rb"))
-                batch = Batch(*pickle.loads(file.read(told)))  # noqa: S301 - our own
-                self._known = {name: of[0] for name, of in batch.state.items() if name}
-                yield batch
-        if told:
-            raise JobFailed(told)
+        _, pipe = self._makers[number % self._count]
+        while True:
+            while not pipe.poll(0.1):
+                yield None
+            told = pipe.recv()
+            if told is None:
+                return
+            if isinstance(told, str):
+                raise JobFailed(told)
+            with self._path(number).open("rb") as file:
+                file.seek(told)
+                batch = Batch(*pickle.load(file))  # noqa: S301 - our own
+            self._state = batch.state
+            yield batch
 
 
 @job_type("generate", GenerateRequest)
@@ -8490,8 +8480,6 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
         if not state or state["versions"] != versions:  # other versions would not go on with the same values
             records.open_job(job, columns, request.recipe().bounds, request.recipe().refs)
             state = {"versions": versions, "plan": None}
-        if state["plan"]:
-            plan.seek(state["plan"])
         rows = RowSource(columns, records.own_counts(job), partial(records.own_rows, job),
                          partial(records.own_column, job))
 
@@ -8500,17 +8488,18 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
 
-        with ExitStack() as stack:
-            batches: Iterable[Batch | None] = _batches(plan, rows, state["plan"],
-                                                               context.is_due)
-            if context.processes > 1 and (request.parts or 1) > 1 and request.part is None:
-                batches = stack.enter_context(_Makers(request, context.folder.tmp, context.processes, state["plan"]))
+        batches = _batches(plan, rows, state["plan"], context.is_due)
+        if context.processes > 1 and (request.parts or 1) > 1 and request.part is None:
+            batches = iter(_Makers(request, context.folder.tmp, context.processes, state["plan"]))
+        with closing(batches):
             for batch in batches:
                 if batch:
                     plan.seek(batch.state)
-                    context.save(Progress(done=plan.done, total=plan.expected()),
-                                 {"versions": versions, "plan": batch.state}, partial(append, batch))
+                    state = {"versions": versions, "plan": batch.state}
+                    context.save(Progress(done=plan.done, total=plan.expected()), state, partial(append, batch))
                 yield
+        if state["plan"]:
+            plan.seek(state["plan"])
         return JobResult({"records": plan.done, "versions": versions})
 
 

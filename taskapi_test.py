@@ -8609,7 +8609,8 @@ def test_one_part_is_the_request_as_it_is(service: taskapi.Service) -> None:
 
 
 @pytest.mark.parametrize(("request_", "number", "words"), [
-    ({"parts": 4}, 0, ["seed and now must be given"]), ({"parts": 4, "seed": 1}, 0, ["now must be given"]),
+    ({"parts": 4}, 0, ["seed: must be given"]), ({"parts": 4, "seed": 1}, 0, ["now: must be given"]),
+    ({"parts": 4, "seed": 1, "recordType": "x", "schema": {"at": {"type": "date", "to": "today"}}}, 0, ["now: must"]),
     ({"parts": 4, "seed": 1, "now": "2026-01-01"}, 4, ["part: must be less than parts, which is 4"]),
     ({"parts": 4, "seed": 1, "now": "2026-01-01"}, -1, ["part: "]),
     ({"parts": 11, "seed": 1, "now": "2026-01-01"}, 0, ["parts: should be at most 10"]),
@@ -8624,12 +8625,15 @@ def test_a_part_that_can_not_be_made_is_refused_at_once(request_: dict[str, Any]
 
 
 def test_decimals_of_a_part_keep_their_digits_where_that_is_asked_for() -> None:
-    """As numbers of JSON otherwise."""
-    asked = {"count": 50, "parts": 2, "seed": 1, "now": "2026-01-01", "schema": {
+    """As numbers of JSON otherwise; nothing here depends on `now`, but Faker's own relative dates do."""
+    asked = {"count": 50, "parts": 2, "seed": 1, "schema": {
+        "on": {"type": "date", "from": "2026-01-01", "to": "2026-02-01"}, "name": "name",
         "price": {"type": "decimal", "min": "0.10", "max": "9.90", "null": 0.2}}}
     texts = [record["price"] for _, record in taskapi.part(asked, 1, str)]
     assert {len(text) for text in texts if text is not None} == {4}
     assert [text and json.loads(text) for text in texts] == [record["price"] for _, record in taskapi.part(asked, 1)]
+    with pytest.raises(BadRequest, match="now: must be given"):
+        [*taskapi.part({**asked, "schema": {"born": "date_of_birth"}}, 0)]
 
 
 @POSIX
@@ -8645,9 +8649,9 @@ def test_child_processes_make_the_same_records_though_they_are_killed(tmp_path: 
     def killing(makers: Any, number: int) -> Iterator[Any]:
         for batch in batches(makers, number):
             if batch and len(killed) < 1:
-                for maker in makers._makers.values():
-                    killed.append(maker.process.pid)
-                    maker.process.kill()
+                for process, _ in makers._makers.values():
+                    killed.append(process.pid)
+                    process.kill()
             yield batch
 
     monkeypatch.setattr(taskapi._Makers, "_batches", killing)
@@ -8658,12 +8662,11 @@ def test_child_processes_make_the_same_records_though_they_are_killed(tmp_path: 
         assert not multiprocessing.active_children()
         assert not [*(many.folder.root / "tmp").iterdir()]
 
-        class Killed(taskapi._Maker):
-            def __init__(self, text: str) -> None:
-                super().__init__(text)
-                self.process.kill()
+        def stillborn(makers: Any, number: int, start: Any = taskapi._Makers._start) -> None:
+            start(makers, number)
+            makers._makers[number % 2][0].kill()
 
-        monkeypatch.setattr(taskapi, "_Maker", Killed)
+        monkeypatch.setattr(taskapi._Makers, "_start", stillborn)
         failed = many.enqueue("generate", request)
         assert failed.status == "failed"
         assert "the process that makes part 0 was ended 3 times" in failed.error
@@ -8683,6 +8686,70 @@ def test_a_value_that_fails_in_a_child_process_fails_the_job_as_ever(tmp_path: P
             errors.append(service.enqueue("generate", request).error)
     assert errors[0] == errors[1]
     assert "nonsense" in str(errors[0])
+
+
+def on_a_cluster(folder: Path, script: str) -> None:
+    """Runs a program that uses Dask; whatever that says at its end, it ends well."""
+    for name in ("dask.dataframe", "distributed", "pyarrow"):
+        pytest.importorskip(name, reason="not installed: what the README shows with Dask is not tried")
+    (folder / "script.py").write_text(script)
+    ran = subprocess.run([sys.executable, "script.py"], cwd=folder, env=own_environ(), check=False, timeout=300,
+                         stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.slow
+def test_the_readmes_dask_makes_what_the_server_makes(tmp_path: Path, service: taskapi.Service) -> None:
+    """Related types, on a cluster of two processes, as Parquet and CSV; value for value."""
+    code, = blocks("py")
+    write = 'records.to_parquet(f"{name}.parquet", write_index=False)'
+    changes = {"1_000_000": "400", '"parts": 64': '"parts": 8', "with Client():": (
+        "with Client(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None):"), write: (
+        f'{write}\n            records.to_csv(f"{{name}}.csv", index=False, single_file=True)')}
+    for old, new in changes.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    on_a_cluster(tmp_path, code)
+    import pyarrow.parquet
+
+    cut({"recordType": "shop", "count": 400, "parts": 8, "seed": 1, "now": "2026-01-01T00:00:00Z"}, service)
+    for name in ("customer", "order", "item"):
+        server = [*csv.DictReader(io.StringIO(exported(service, "csv", name).decode()))]
+        files = sorted((tmp_path / f"{name}.parquet").glob("*.parquet"), key=lambda path: int(path.name.split(".")[1]))
+        assert len(files) == 8
+        stored = [record for file in files for record in pyarrow.parquet.read_table(file).to_pylist()]
+        assert [{field: str(value) for field, value in record.items()} for record in stored] == server
+        assert all(type(record["id"]) is int for record in stored)
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            assert [*csv.DictReader(file)] == server
+
+
+@pytest.mark.slow
+@POSIX
+def test_a_killed_worker_of_a_cluster_changes_nothing(tmp_path: Path, service: taskapi.Service) -> None:
+    """SIGKILL for one of two once the first part is there; the cluster makes the lost parts again."""
+    request = {"recordType": "shop", "count": 1500, "parts": 8, "seed": 1, "now": "2026-01-01T00:00:00Z"}
+    on_a_cluster(tmp_path, f"""
+import json, os, signal, taskapi
+from dask.distributed import Client, as_completed
+
+def make(number):
+    return [*taskapi.part({request!r}, number)]
+
+if __name__ == "__main__":
+    with Client(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as client:
+        before = client.run(os.getpid)
+        futures = client.map(make, range(8))
+        next(iter(as_completed(futures)))
+        os.kill(min(before.values()), signal.SIGKILL)
+        made = client.gather(futures)
+        assert set(client.run(os.getpid).values()) != set(before.values())
+    with open("made.json", "w") as file:
+        json.dump([pair for part in made for pair in part], file)
+""")
+    whole, _ = cut(request, service)
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert {name: [record for of, record in made if of == name] for name in whole} == whole
 
 
 def children(pid: int) -> list[int]:
@@ -9713,3 +9780,38 @@ def test_bench_page(tmp_path: Path, tab: Tab) -> None:
             return performance.now() - begun; })()""")
     print(f"\npage, 1,000 jobs, in the time that the server takes to answer them: shown first {answered / filled:.1f} "
           f"times, renewed {answered / renewed:.0f} times, 100,000 records sampled {answered / sampled:.1f} times")
+
+
+@pytest.mark.bench
+def test_bench_parts(tmp_path: Path) -> None:
+    """A request in eight parts: in two processes against one, by Dask on two, what a part adds, and its memory."""
+    import tracemalloc
+
+    from dask.distributed import Client
+
+    asked = {"recordType": "person", "count": 200_000, "seed": 1, "now": "2026-01-01T00:00:00Z", "parts": 8}
+
+    def through(processes: int) -> int:
+        with taskapi.open_service(tmp_path / str(processes), processes=processes) as service:
+            return int(run_job(service, "generate", **asked).result["records"])
+
+    def count(number: int | None, request: dict[str, Any] = asked) -> int:
+        return sum(1 for _ in taskapi.part(request, number))
+
+    one, two = (rate(partial(through, processes)) for processes in (1, 2))
+    print(f"\nparts: {two / one:.2f} of one process with --processes 2 (goal 1.6; {one:.0f}, {two:.0f} records/s)")
+    alone, whole = (max(rates) for rates in zip(*[(
+        rate(lambda: sum(map(count, range(8)))), rate(lambda: count(None, {**asked, "parts": 1})))
+        for _ in range(2)], strict=True))
+    print(f"parts: {whole / alone:.3f} of the uncut request's time in eight parts (goal 1.03)")
+    with Client(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as client:
+        make = partial(taskapi.part, asked)
+        assert client.gather(client.map(lambda number: len([*make(number)]), [0, 1])) == [25_000] * 2
+        spread = rate(lambda: sum(client.gather(client.map(lambda number: sum(1 for _ in make(number)), range(8),
+                                                           pure=False))))
+    print(f"parts: {spread / alone:.2f} of one process by Dask on two (goal 1.5; {alone:.0f}, {spread:.0f} records/s)")
+    for preset in ("person", "shop"):
+        tracemalloc.start()
+        made = count(3, {**asked, "recordType": preset, "count": 20_000})
+        print(f"parts: {tracemalloc.get_traced_memory()[1] / 1e6:.0f} MB at most for a part of {made} of {preset}")
+        tracemalloc.stop()
