@@ -66,6 +66,7 @@ import sqlite3
 import string
 import struct
 import sys
+import tarfile
 import tempfile
 import threading
 import tomllib
@@ -891,10 +892,38 @@ class Health(ApiModel):
     links: dict[str, str]
 
 
+SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def _snapshot_name(text: str) -> str:
+    if not SNAPSHOT_NAME.fullmatch(text):
+        raise ValueError("should be 1 to 64 letters, digits, - and _, a letter or digit first")
+    return text
+
+
+class SnapshotRequest(ApiModel):
+    """A snapshot to take."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "empty-shop"}]})
+
+    name: Annotated[str, AfterValidator(_snapshot_name)] = Field(
+        json_schema_extra={"pattern": f"^{SNAPSHOT_NAME.pattern}$"})
+
+
+class Snapshot(ApiModel):
+    """A copy of everything as it was at one moment."""
+
+    name: str
+    created_at: str
+    bytes: int
+    jobs: int
+    records: int
+
+
 LINKS = {"generate": "/generate", "upload": "/upload", "infer": "/infer", "export": "/export",
          "status": "/status/{jobId}", "jobs": "/jobs", "records": "/records", "fields": "/fields",
-         "preview": "/preview", "health": "/health", "openapi": "/openapi.json", "docs": "/docs", "ui": "/ui",
-         "metrics": "/metrics"}
+         "preview": "/preview", "snapshots": "/snapshots", "health": "/health", "openapi": "/openapi.json",
+         "docs": "/docs", "ui": "/ui", "metrics": "/metrics"}
 
 
 # ==== 4 Store: the only SQL: the job table and the record tables ====
@@ -1091,6 +1120,19 @@ def stored_paths(connection: sqlite3.Connection) -> set[str]:
     return {row[0] for row in rows}
 
 
+def contents(connection: sqlite3.Connection) -> dict[str, int]:
+    """How many jobs and records there are."""
+    jobs, = connection.execute("SELECT count(*) FROM jobs").fetchone()
+    records, = connection.execute("SELECT coalesce(sum(rows), 0) FROM _readable_ranges").fetchone()
+    return {"jobs": jobs, "records": records}
+
+
+def move_path(connection: sqlite3.Connection, old: str, new: str) -> None:
+    """Notes that a job's file has another path."""
+    connection.execute("UPDATE jobs SET file = json_set(file, '$.path', ?) WHERE json_extract(file, '$.path') = ?",
+                       (new, old))
+
+
 class _Piece:
     """Work that is to be written, and what came of it; `ready` is let go when that is known, or when it is to lead."""
 
@@ -1141,6 +1183,14 @@ def check_database_files(path: Path, last: Mapping[str, Json]) -> None:
                 file.chmod(path.stat().st_mode)  # a start without rights to the database leaves files with as few
             except OSError:
                 raise StorageError(f"{file} cannot be written to by this user") from None
+
+
+def _connected(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
+                                 isolation_level=None, check_same_thread=False, cached_statements=256)
+    connection.create_function("exact_float", 1, _exact_float, deterministic=True)
+    connection.create_function("decimal_key", 1, _decimal_key, deterministic=True)
+    return connection
 
 
 class _OpenFiles:
@@ -1218,19 +1268,12 @@ class Database:
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._storage_errors(), ExitStack() as undo:
-            self._writer = undo.enter_context(closing(self._connect("rwc")))
+            self._writer = undo.enter_context(closing(_connected(self.path, "rwc")))
             self._set_up()
-            self._readers.append(undo.enter_context(closing(self._connect("ro"))))
+            self._readers.append(undo.enter_context(closing(_connected(self.path, "ro"))))
             self._readers[0].execute("PRAGMA schema_version").fetchone()  # really opens the files
             self._files = _OpenFiles(path)
             undo.pop_all()
-
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS,
-                                     isolation_level=None, check_same_thread=False, cached_statements=256)
-        connection.create_function("exact_float", 1, _exact_float, deterministic=True)
-        connection.create_function("decimal_key", 1, _decimal_key, deterministic=True)
-        return connection
 
     def _set_up(self) -> None:
         version = _schema_version(self._writer, self.path)
@@ -1438,7 +1481,7 @@ class Database:
 
     def _open_reader(self) -> sqlite3.Connection:
         """A connection to our file, and to none that has come to its path meanwhile."""
-        connection = self._connect("ro")  # SQLite itself keeps it from writing
+        connection = _connected(self.path, "ro")  # SQLite itself keeps it from writing
         try:
             connection.execute("PRAGMA schema_version").fetchone()  # really opens the files
             if what := self._files.moved():
@@ -1463,6 +1506,14 @@ class Database:
                 connection.execute("COMMIT")
             finally:
                 connection.close()
+
+    def copy_to(self, path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
+        """Makes a copy at `path` as of one moment, whatever is written meanwhile; returns what `look` finds in it."""
+        with self.read() as connection, closing(_connected(path, "rwc")) as copy:
+            found = look(connection)
+            connection.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, which also opens where it must not be changed
+        return found
 
     # Care
 
@@ -1638,6 +1689,30 @@ _DOOMED = """
         UNION SELECT jobs.id FROM doomed JOIN jobs ON jobs.after = doomed.id
             WHERE jobs.status = 'pending' AND jobs.blocked = 1
         LIMIT ?)"""
+
+
+def copied_database(path: Path, now: str) -> sqlite3.Connection:
+    """A copy of a database of ours, brought up to date, in which no job runs; StorageError if it is no such thing."""
+    connection = _connected(path, "rw")
+    try:
+        version = _schema_version(connection, path)
+        found = "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
+        if found != "ok" or not version:
+            raise StorageError(f"the database is {f'damaged: {found}' if version else 'empty'}")
+        connection.execute("BEGIN")
+        for migrate in _MIGRATIONS[version:]:
+            migrate(connection)
+        connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+        connection.execute("UPDATE jobs SET status = 'canceled', error = ?, finished_at = ? "
+                           "WHERE status = 'in-progress' AND cancel_requested", (_CANCELED, now))
+        connection.execute("UPDATE jobs SET status = 'pending', attempt = attempt - 1 WHERE status = 'in-progress'")
+        connection.execute("COMMIT")
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, sqlite3.DatabaseError):
+            raise StorageError(f"the database is damaged: {error}") from None
+        raise
+    return connection
 
 
 class JobStore:
@@ -6691,6 +6766,9 @@ class DataFolder:
         for path in stray:
             with suppress(OSError):
                 path.unlink()
+        for entry in [] if self.tmp.is_symlink() else [*os.scandir(self.tmp)]:
+            if _DRAFT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
         return len(stray)
 
     def remove(self, path: str) -> None:
@@ -6726,6 +6804,164 @@ class DataFolder:
         with AtomicFile(self.root) as draft:
             draft.write(b"\0" * _BLOCK)
             draft.flush()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk knows no such thing; files here never change."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync_file(target)
+
+
+_SNAPSHOT_FORMAT, _ABOUT, _COPY = 1, "snapshot.json", "taskapi.db"
+_SNAPSHOT_FILE = re.compile(r"(uploads|exports)/([0-9A-Za-z_-]+)(?:\.r[0-9a-f]{8})?((?:\.[a-z0-9]+)+)")
+
+
+class Snapshots:
+    """Folders in data/snapshots, each with a database, its files and a note; made in data/tmp, there whole or not."""
+
+    def __init__(self, folder: DataFolder):
+        self._folder, self.root = folder, folder.root / "snapshots"
+
+    @contextmanager
+    def draft(self) -> Iterator[Path]:
+        """An empty folder, removed after the block, unless it was kept."""
+        with _disk_errors():
+            path = Path(tempfile.mkdtemp(dir=self._folder.tmp))
+            try:
+                for name in ("uploads", "exports"):
+                    (path / name).mkdir()
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def keep(self, draft: Path, about: Mapping[str, Json]) -> Snapshot:
+        """Gives a draft its name, durably; Conflict if that is taken."""
+        size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
+        made = Snapshot.model_validate({**about, "bytes": size})
+        (draft / _ABOUT).write_text(json.dumps({"format": _SNAPSHOT_FORMAT, "taskapi": __version__,
+                                                **made.model_dump()}), encoding="utf-8")
+        _sync_file(draft / _ABOUT)
+        for folder in (draft / "uploads", draft / "exports", draft):
+            _sync_folder(folder)
+        self.root.mkdir(exist_ok=True)
+        if (self.root / made.name).exists():
+            raise Conflict(f"there is a snapshot {made.name!r} already")
+        os.replace(draft, self.root / made.name)
+        _sync_folder(self.root)
+        return made
+
+    def take_files(self, draft: Path, paths: Iterable[str]) -> None:
+        """Puts the files of jobs into a draft; FileNotFoundError for one that was removed meanwhile."""
+        for path in paths:
+            _link(self._folder.root / path, draft / path)
+
+    def put_files(self, draft: Path, paths: Iterable[str], moved: Callable[[str, str], None],
+                  undo: ExitStack) -> None:
+        """Puts a snapshot's files into the data folder, under names that nobody has, which `moved` is told."""
+        for path in paths:
+            match = _SNAPSHOT_FILE.fullmatch(path)
+            if not match:
+                raise StorageError(f"it has a file at {path[:100]!r}")
+            target = f"{match[1]}/{match[2]}.r{secrets.token_hex(4)}{match[3]}"
+            with suppress(FileNotFoundError):  # it was gone before the snapshot was taken
+                _link(draft / path, self._folder.root / target)
+                undo.callback(self._folder.remove, target)
+            moved(path, target)
+        for name in ("uploads", "exports"):
+            _sync_folder(self._folder.root / name)
+
+    def all(self) -> list[Snapshot]:
+        """Those there are, by name."""
+        with suppress(FileNotFoundError):
+            return [self.about(path.name) for path in sorted(self.root.iterdir()) if (path / _ABOUT).exists()]
+        return []
+
+    def place(self, name: str) -> Path:
+        """The folder of a snapshot; NotFound."""
+        if not SNAPSHOT_NAME.fullmatch(name) or not (self.root / name / _ABOUT).exists():
+            known = [snapshot.name for snapshot in self.all()]
+            raise NotFound(f"there is no snapshot {name!r}{did_you_mean(name, known)}; there are: "
+                           f"{', '.join(known) or 'none yet'}")
+        return self.root / name
+
+    def about(self, name: str) -> Snapshot:
+        """What a snapshot's note tells."""
+        told = json.loads((self.place(name) / _ABOUT).read_bytes())
+        return Snapshot.model_validate({key: told[key] for key in map(to_camel, Snapshot.model_fields)})
+
+    def remove(self, name: str) -> None:
+        """Deletes a snapshot, at once for all who look; NotFound."""
+        with self.draft() as draft:
+            os.replace(self.place(name), draft / name)
+            _sync_folder(self.root)
+
+    def pack(self, name: str, out: BinaryIO) -> None:
+        """Writes a snapshot as one .tar.gz, whose first member says what else is in it."""
+        place = self.place(name)
+        files = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*"))
+                 if path.is_file() and path.name != _ABOUT]
+        sums: dict[str, tuple[int, str]] = {}
+        for path in files:
+            with (place / path).open("rb") as file:
+                sums[path] = (place / path).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        about = json.dumps({**json.loads((place / _ABOUT).read_bytes()), "files": sums}).encode()
+        with tarfile.open(fileobj=out, mode="w:gz", compresslevel=6) as archive:
+            entry = tarfile.TarInfo(_ABOUT)
+            entry.size = len(about)
+            archive.addfile(entry, io.BytesIO(about))
+            for path in files:
+                entry = tarfile.TarInfo(path)
+                entry.size = sums[path][0]
+                with (place / path).open("rb") as content:
+                    archive.addfile(entry, content)
+
+    def unpack(self, archive: Path, name: str) -> None:
+        """Makes a snapshot of a packed one; StartupError says what is wrong with it, and nothing is left."""
+        with archive.open("rb") as stream, self.draft() as draft:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:gz") as packed:
+                    about = self._unpacked(packed, draft)
+                    made = {"name": name, **{key: about[key] for key in ("createdAt", "jobs", "records")}}
+                    self.keep(draft, made)
+            except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, KeyError, TypeError) as error:
+                what = f"it lacks {error}" if isinstance(error, KeyError) else _clipped(str(error))
+                if isinstance(error, ValidationError):
+                    what = ": ".join(field_problems(error)[0])
+                raise StartupError(f"{archive} is no backup of taskapi, or a damaged one: {what}") from None
+
+    def _unpacked(self, packed: tarfile.TarFile, draft: Path) -> dict[str, Json]:
+        """Writes an archive's members into a draft: just those that its note lists; returns the note."""
+        first = packed.next()
+        if first is None or first.name != _ABOUT or not first.isreg() or first.size > 2**28:
+            raise ValueError(f"it does not begin with {_ABOUT}")
+        about: dict[str, Json] = json.loads(cast(BinaryIO, packed.extractfile(first)).read())
+        if about["format"] != _SNAPSHOT_FORMAT:
+            raise ValueError(f"it has format {about['format']!r}, and this version of taskapi reads {_SNAPSHOT_FORMAT}")
+        files = dict(about["files"])
+        for member in itertools.islice(packed, 1, None):
+            size, digest = files.pop(member.name, (None, None))
+            known = member.name == _COPY or _SNAPSHOT_FILE.fullmatch(member.name)
+            if size != member.size or not member.isreg() or not known:
+                raise ValueError(f"its member {member.name!r} is none of its files")
+            with (draft / member.name).open("xb") as target:
+                shutil.copyfileobj(cast(BinaryIO, packed.extractfile(member)), target)
+            _sync_file(draft / member.name)
+            with (draft / member.name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise ValueError(f"its member {member.name!r} is damaged")
+        if files or not (draft / _COPY).exists():
+            raise ValueError(f"it lacks {min(files, default=_COPY)!r}")
+        return about
 
 
 def file_system_check(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
@@ -9823,7 +10059,7 @@ class Engine:
                 undo.callback(self._database.close)
                 self._note_database()
                 self.queue = JobQueue(self._database, self.folder, settings, self.clock, make_id, runner)
-                self.faults = self.queue.faults
+                self.faults, self.snapshots = self.queue.faults, Snapshots(self.folder)
                 self.queue.processes = processes
                 self._start(threads=runner is None)
             except (OSError, StorageError) as error:
@@ -9946,18 +10182,67 @@ class Engine:
     def reset(self) -> None:
         """For tests: all as new. Jobs that run are interrupted, and never write again."""
         self.faults.clear()
-        with closing(empty_database()) as empty:
+        with closing(empty_database()) as empty, self._replacing:
             self._replace(empty)
         self.clock.reset()
         self.seen.clear()
 
     def _replace(self, source: sqlite3.Connection) -> None:
         """Puts a copy of another database in the place of ours, at once, and removes the files it does not know."""
-        with self._replacing, self.queue.held():
+        with self.queue.held():
             gone = self._database.load(source, stored_paths) - stored_paths(source)
+            with suppress(StorageError):  # then the next start does
+                self.queue.recover()
             self.queue.table_was_replaced()
         for path in gone:
             self.folder.remove(path)
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Copies the database and the files as of one moment, while jobs go on; Conflict if `name` is taken."""
+        validated(SnapshotRequest, lambda: SnapshotRequest(name=name))
+        for tries in range(10):
+            with self._replacing, self.snapshots.draft() as draft, suppress(FileNotFoundError):
+                if (self.snapshots.root / name).exists():
+                    raise Conflict(f"there is a snapshot {name!r} already")
+                self.folder.free_space()
+                found = self._database.copy_to(draft / "taskapi.db", partial(self._look, draft, tries == 9))
+                return self.snapshots.keep(draft, {**found, "name": name, "createdAt": instant(self.clock())})
+        raise StorageError("files are removed all the time")
+
+    def _look(self, draft: Path, lenient: bool, connection: sqlite3.Connection) -> dict[str, int]:
+        """What a snapshot holds; takes its files, which may be deleted soon. `lenient`: some may be lost for good."""
+        paths = stored_paths(connection)
+        self.snapshots.take_files(draft, [path for path in paths if not lenient or (self.folder.root / path).exists()])
+        return contents(connection)
+
+    def restore(self, name: str) -> Snapshot:
+        """Makes all as it is in a snapshot, in one step; running jobs are interrupted, and go on as they are there.
+
+        Raises NotFound, Conflict if it is damaged or of another program; then all stays as it was.
+        """
+        with self._replacing, self.snapshots.draft() as draft, ExitStack() as undo:
+            place, copy = self.snapshots.place(name), draft / "taskapi.db"
+            self.folder.free_space()
+            try:
+                shutil.copyfile(place / "taskapi.db", copy)
+                source = copied_database(copy, instant(self.clock()))
+                undo.callback(source.close)
+                self.snapshots.put_files(place, stored_paths(source), partial(move_path, source), undo)
+            except DiskFull:
+                raise
+            except (StorageError, FileNotFoundError) as error:
+                reason = str(error).replace(str(copy), f"in {place}")
+                raise Conflict(f"snapshot {name!r} cannot be restored: {reason}") from None
+            try:
+                self._replace(source)
+            except (Unavailable, DiskFull):  # before anything was replaced: the files that were put there go again
+                raise
+            except BaseException:
+                undo.pop_all()
+                raise
+            undo.pop_all()
+            source.close()
+        return self.snapshots.about(name)
 
     def records(self, record_type: str) -> list[dict[str, Json]]:
         """All records of a type, oldest first; NotFound."""
@@ -10963,6 +11248,37 @@ def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPRes
     if engine.settings.test_controls and not call.path.startswith("/test/"):
         call.note(response.status_code, monotonic() - began)
     return response
+
+
+@route("POST", "/snapshots", {201: Snapshot, 409: ErrorBody}, body=SnapshotRequest)
+def post_snapshot(call: Request, request: SnapshotRequest) -> bottle.HTTPResponse:
+    """Copies everything, as it is at one moment, while jobs go on."""
+    return reply(call.engine.snapshot(request.name), 201)
+
+
+class SnapshotList(ApiModel):
+    """All snapshots, by name."""
+
+    items: list[Snapshot]
+
+
+@route("GET", "/snapshots", {200: SnapshotList})
+def get_snapshots(call: Request) -> bottle.HTTPResponse:
+    """The snapshots."""
+    return reply(SnapshotList(items=call.engine.snapshots.all()))
+
+
+@route("POST", "/snapshots/{name}/restore", {200: Snapshot, 404: ErrorBody, 409: ErrorBody})
+def post_restore(call: Request, name: str) -> bottle.HTTPResponse:
+    """Makes all as it is in a snapshot: its jobs go on, whatever is not in it is gone."""
+    return reply(call.engine.restore(name))
+
+
+@route("DELETE", "/snapshots/{name}", {204: None, 404: ErrorBody})
+def delete_snapshot(call: Request, name: str) -> bottle.HTTPResponse:
+    """Deletes a snapshot."""
+    call.engine.snapshots.remove(name)
+    return bottle.HTTPResponse(status=204)
 
 
 @route("POST", "/test/faults", {201: dict, 409: ErrorBody}, body=FaultRequest)
@@ -13294,7 +13610,8 @@ class Client:
     """What the commands work with: requests to one end, and the flags that were given."""
 
     def __init__(self, transport: Transport, flags: Mapping[str, Json],
-                 interrupted: Callable[[], bool] = lambda: False, url: str | None = None):
+                 interrupted: Callable[[], bool] = lambda: False, url: str | None = None, folder: Path = Path()):
+        self.folder = folder  # where the data is
         self._transport, self.flags, self._interrupted, self.url = transport, flags, interrupted, url
         self.job_id: str | None = None  # what is waited for or written out, to be told if that is interrupted
 
@@ -13464,7 +13781,8 @@ def _keys(model: type[BaseModel], *without: str) -> list[str]:
 
 # ---- The commands ----
 
-Needs = Literal["workers", "data", "nothing"]  # of the data folder: jobs are done, it is looked at, it is not needed
+# Of the data folder: jobs are done, it is looked at, likewise but made if there is none, it is not needed.
+Needs = Literal["workers", "data", "new", "nothing"]
 
 
 class Command(NamedTuple):
@@ -13696,6 +14014,46 @@ def do_infer(client: Client) -> None:
     _print_json(_send(client, "/infer"))
 
 
+_ARCHIVE = _Argument("file", "A .tar.gz file.", required=True)
+
+
+def _snapshots(client: Client) -> tuple[Snapshots, str]:
+    """Those of the client's data folder, and a name for one more."""
+    return Snapshots(DataFolder(client.folder)), f"backup-{secrets.token_hex(4)}"
+
+
+@command(lambda: [_ARCHIVE], "data")
+def do_backup(client: Client) -> None:
+    """Writes all jobs, records and files, as they are at one moment, to a .tar.gz file."""
+    snapshots, name = _snapshots(client)
+    target = Path(str(client.flags["file"]))
+    draft = target.with_name(f".{target.name}.{name}.part")
+    client.ask("POST", "/snapshots", {"name": name})
+    try:
+        with draft.open("xb") as file:
+            snapshots.pack(name, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+        client.ask("DELETE", f"/snapshots/{name}")
+
+
+@command(lambda: [_ARCHIVE], "new")
+def do_restore(client: Client) -> None:
+    """Makes all jobs, records and files those of a backup; what is there now is gone."""
+    snapshots, name = _snapshots(client)
+    try:
+        snapshots.unpack(Path(str(client.flags["file"])), name)
+    except StorageError as error:
+        raise StartupError(str(error)) from None
+    try:
+        client.ask("POST", f"/snapshots/{name}/restore")
+    finally:
+        client.ask("DELETE", f"/snapshots/{name}")
+
+
 def _get(client: Client, path: str, *keys: str) -> Json:
     return client.ask("GET", f"{path}?{urlencode(client.body(*keys))}")
 
@@ -13888,14 +14246,14 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
             if processes > 1:
                 raise SettingError(f"--processes: the server at {opened} has this data folder and makes its records "
                                    "itself, in one process; leave it out, or give another --data-dir")
-            client = Client(_http_transport(opened, settings.token), flags, url=opened)
+            client = Client(_http_transport(opened, settings.token), flags, url=opened, folder=local.data_dir)
             if (client.ask("GET", "/health") or {}).get("service") != "taskapi":
                 raise StartupError(f"what answers at {opened} is not taskapi")
             yield client
             return
         stack.enter_context(_signals(["SIGINT", "SIGTERM"], partial(stop, opened)))
         stack.callback(lambda: ended.append(opened.close(_DRAIN_SECONDS if needs == "workers" else 0)))
-        yield Client(_app_transport(opened.app), flags, stopped.is_set)
+        yield Client(_app_transport(opened.app), flags, stopped.is_set, folder=local.data_dir)
 
 
 def _goes_on(client: Client, settings_given: Sequence[str]) -> str:

@@ -5738,6 +5738,204 @@ def test_a_reset_makes_a_service_in_use_as_new(testing: taskapi.ServedUrl, tmp_p
     assert_sound(folder)
 
 
+# Snapshots
+
+
+def state(service: taskapi.Service) -> Any:
+    """What clients see of a service's data, with the content of its files."""
+    jobs = service.queue.jobs.page(None, None, 1000, None)[0]
+    files = {job.job_id: (service.folder.root / job.file.path).read_bytes() for job in jobs if job.file}
+    types = [info.record_type for info in service.queue.records.types()]
+    ends = [(job.job_id, job.status, job.result) for job in jobs]
+    return ends, files, {name: service.records(name) for name in types}
+
+
+def test_a_snapshot_taken_while_jobs_run_goes_on_as_it_was(testing: taskapi.ServedUrl, tmp_path: Path) -> None:
+    """Four jobs stand in the middle: they end from there with the records they have without; files come back too."""
+    shape = {"count": 900, "now": "2026-01-01T00:00:00Z", "schema": {"id": "sequence", "n": "name"}}
+    done = testing.wait(testing.enqueue("generate", {**shape, "recordType": "done", "seed": 9}).job_id, 20)
+    export = testing.wait(testing.enqueue("export", {"format": "csv"}).job_id, 20)
+    testing.faults.add(on={"job": "generate", "done": 400}, then={"pause": True}, times=4)
+    jobs = [testing.enqueue("generate", {**shape, "recordType": f"r{n}", "seed": n}).job_id for n in range(4)]
+    until(lambda: testing.faults.list()[0]["struck"] == 4)
+    made = ask(testing, "POST", "/snapshots", {"name": "half-way"})
+    assert (made.status, made.json["jobs"], made.json["records"]) == (201, 6, 900)
+    assert ask(testing, "GET", "/snapshots").json == {"items": [made.json]}
+    folder = tmp_path / "data" / "snapshots" / "half-way"
+    with closing(sqlite3.connect(folder / "taskapi.db")) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert copy.execute("SELECT count(*) FROM jobs WHERE status = 'in-progress'").fetchall() == [(4,)]
+    assert made.json["bytes"] >= (folder / "taskapi.db").stat().st_size + export.file.bytes
+    testing.faults.clear()
+    ends = [testing.wait(job_id, 20) for job_id in jobs]
+    before = state(testing._service)
+    assert ask(testing, "DELETE", f"/jobs/{done.job_id}").status == 204
+    assert ask(testing, "DELETE", f"/jobs/{export.job_id}").status == 204
+    later = testing.wait(testing.enqueue("export", {"format": "json"}).job_id, 20)
+    for _ in range(2):
+        testing.faults.add(on={"job": "generate", "done": 800}, then={"pause": True})
+        running = testing.enqueue("generate", {**shape, "recordType": "other", "seed": 1}).job_id
+        until(lambda: testing.faults.list()[0]["struck"])
+        answer = ask(testing, "POST", "/snapshots/half-way/restore")
+        assert (answer.status, answer.json) == (200, made.json)
+        testing.faults.clear()
+        refused(ask(testing, "GET", f"/status/{running}"), 404)
+        refused(ask(testing, "GET", f"/download/{later.job_id}"), 404)
+        again = [testing.wait(job_id, 20) for job_id in jobs]
+        assert [(job.status, job.attempt, job.result) for job in again] == [
+            ("completed", 2 - 1, job.result) for job in ends]
+        assert state(testing._service) == before
+        assert_sound(tmp_path / "data")
+    assert ask(testing, "DELETE", "/snapshots/half-way").status == 204
+    refused(ask(testing, "POST", "/snapshots/half-way/restore"), 404)
+    assert not [*folder.parent.iterdir()]
+
+
+def test_snapshots_have_names_and_are_whole_or_refused(taskapi_service: taskapi.Service) -> None:
+    """A taken, bad or unknown name, a damaged, older or foreign database: all stays as it was."""
+    service, root = taskapi_service, taskapi_service.folder.root / "snapshots"
+    service.enqueue("generate", PERSONS)
+    service.enqueue("export", {"format": "csv"})
+    service.snapshot("one")
+    before = state(service)
+    refused(ask(service.url, "POST", "/snapshots", {"name": "one"}), 409, "'one'")
+    for name in ("../one", "", ".", "a/b", "a b", "-a", "x" * 65, "é", 5, None):
+        refused(ask(service.url, "POST", "/snapshots", {"name": name}), 400, "name")
+    refused(ask(service.url, "POST", "/snapshots", {"nmae": "x"}), 400, "did you mean 'name'")
+    for call in (("POST", "/snapshots/onee/restore"), ("DELETE", "/snapshots/onee")):
+        refused(ask(service.url, *call), 404, "did you mean 'one'")
+    refused(ask(service.url, "POST", "/snapshots/..%2F..%2Fx/restore"), 404)
+    good = (root / "one" / "taskapi.db").read_bytes()
+    with closing(sqlite3.connect(root / "one" / "taskapi.db")) as copy:
+        copy.execute("PRAGMA user_version = 99")
+    later = (root / "one" / "taskapi.db").read_bytes()
+    for wrong, words in ((b"nonsense" * 999, "not a database"), (good[:len(good) // 2], "damaged"), (b"", "empty"),
+                         (later, "later version"), (good[:9000] + b"\xff" * 4000 + good[13000:], "damaged")):
+        (root / "one" / "taskapi.db").write_bytes(wrong)
+        refused(ask(service.url, "POST", "/snapshots/one/restore"), 409, "'one'", words)
+        assert state(service) == before
+    (root / "one" / "taskapi.db").write_bytes(good)
+    with closing(sqlite3.connect(root / "one" / "taskapi.db")) as copy, copy:
+        copy.execute("UPDATE jobs SET file = json_set(file, '$.path', '../../evil.csv') WHERE file IS NOT NULL")
+    refused(ask(service.url, "POST", "/snapshots/one/restore"), 409, "evil")
+    assert state(service) == before
+    assert_sound(service.folder.root)
+
+
+def test_a_restore_that_finds_no_room_or_no_pause_leaves_all_as_it_was(
+        testing: taskapi.ServedUrl, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Any]) -> None:
+    """The files that it had put there are gone again, and jobs go on."""
+    testing.wait(testing.enqueue("generate", MADE).job_id, 20)
+    testing.wait(testing.enqueue("export", {"format": "csv"}).job_id, 20)
+    testing.snapshot("one")
+    testing.wait(testing.enqueue("generate", MADE).job_id, 20)
+    before, files = state(testing._service), sorted(testing.folder.kept())
+    with monkeypatch.context() as patch:
+        def full(*_: Any) -> None:
+            raise taskapi.DiskFull("the disk is full")
+
+        patch.setattr(taskapi.Database, "load", full)
+        refused(ask(testing, "POST", "/snapshots/one/restore"), 500, "the disk is full")
+        patch.setattr(taskapi.Database, "copy_to", full)
+        refused(ask(testing, "POST", "/snapshots", {"name": "two"}), 500, "the disk is full")
+    go = threading.Event()
+
+    @script
+    def one(context: taskapi.JobContext) -> taskapi.JobSteps:
+        go.wait(20)
+        yield
+        return taskapi.JobResult({})
+
+    stuck = testing.enqueue("script", {}).job_id
+    until(lambda: testing.wait(stuck, 0).status == "in-progress")
+    monkeypatch.setattr(taskapi.Workers.held.__wrapped__, "__defaults__", (0.05,))
+    refused(ask(testing, "POST", "/snapshots/one/restore"), 503, "pause")
+    go.set()
+    testing.queue.remove(testing.wait(stuck, 20).job_id)
+    assert (state(testing._service), sorted(testing.folder.kept())) == (before, files)
+    assert [item["name"] for item in ask(testing, "GET", "/snapshots").json["items"]] == ["one"]
+    assert not [*testing.folder.tmp.iterdir()]
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["beside a server", "alone"])
+def test_backup_and_restore_by_command(tmp_path: Path, run: Callable[..., Ran], live: bool) -> None:
+    """One file, beside a server and without; into a new folder too."""
+    with taskapi.open_service(tmp_path / "data") as service:
+        service.wait(service.enqueue("generate", PERSONS).job_id, 20)
+        service.wait(service.enqueue("export", {"format": "csv"}).job_id, 20)
+        before = state(service)
+        with service.serving(port=0) if live else contextlib.nullcontext():
+            if not live:
+                service.close()
+            assert run("backup", "all.tar.gz") == (0, "", "")
+            assert run("generate", "company", "--count", "3").code == 0
+            assert run("restore", "all.tar.gz") == (0, "", "")
+            assert "company" not in run("records").out
+            assert run("restore", "all.tar.gz", "--data-dir", "new") == (0, "", "")
+    for folder in ("data", "new"):
+        with taskapi.open_service(tmp_path / folder, inline=True) as service:
+            assert state(service) == before
+            assert service.snapshots.all() == []
+        assert_sound(tmp_path / folder)
+    assert not [*tmp_path.glob(".*.part")]
+
+
+def test_an_archive_that_is_not_a_whole_backup_touches_nothing(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Names that lead out, links, devices, what is too much, missing, damaged, of another version or program."""
+    with taskapi.open_service(tmp_path / "data", inline=True) as service:
+        service.enqueue("generate", PERSONS)
+        service.enqueue("export", {"format": "csv"})
+        before = state(service)
+    assert run("backup", "good.tar.gz").code == 0
+    with tarfile.open(tmp_path / "good.tar.gz") as good:
+        members = [(member, good.extractfile(member).read()) for member in good]
+    note = json.loads(members[0][1])
+
+    def packed(changed: dict[str, Any] | None, *extra: tuple[tarfile.TarInfo, bytes], skip: str = "") -> bytes:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w:gz") as archive:
+            about = json.dumps({**note, **(changed or {})}).encode()
+            for member, data in [(members[0][0], about), *members[1:], *extra]:
+                if member.name != skip:
+                    entry = member.replace(deep=True)
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+        return out.getvalue()
+
+    def entry(name: str, kind: bytes = tarfile.REGTYPE, to: str = "") -> tarfile.TarInfo:
+        made = tarfile.TarInfo(name)
+        made.type, made.linkname = kind, to
+        return made
+
+    def listed(name: str, data: bytes = b"x") -> dict[str, Any]:
+        return {"files": {**note["files"], name: [len(data), hashlib.sha256(data).hexdigest()]}}
+
+    whole, export = (tmp_path / "good.tar.gz").read_bytes(), next(name for name in note["files"] if "exports" in name)
+    wrong: dict[str, bytes] = {
+        "cut": whole[:len(whole) // 2], "flipped": whole[:-4000] + bytes([whole[-4000] ^ 1]) + whole[-3999:],
+        "empty": b"", "text": b"hello", "gzip": gzip.compress(b"hello"), "trailing": packed({"format": 2}),
+        "no note": packed(None, skip="snapshot.json"), "no database": packed(None, skip="taskapi.db"),
+        "a file missing": packed(None, skip=export), "a file twice": packed(None, (entry(export), b"x")),
+        "another's": packed({"files": {}}), "note of nothing": packed({"files": None}),
+        "a name": packed({"createdAt": 5})}
+    for name in ("../evil", "/tmp/evil-of-taskapi", "uploads/../../evil", "evil", "uploads/a/b.txt", "exports/.."):
+        wrong[f"out by {name}"] = packed(listed(name), (entry(name), b"x"))
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+        member = entry("uploads/x.txt", kind, "/etc/passwd"), b""
+        wrong[f"kind {kind!r}"] = packed(listed("uploads/x.txt", b""), member)
+    for name, data in wrong.items():
+        (tmp_path / "wrong.tar.gz").write_bytes(data)
+        ran = run("restore", "wrong.tar.gz")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1), (name, ran)
+        assert "wrong.tar.gz" in ran.err
+    assert not [*tmp_path.rglob("*evil*")]
+    assert not Path("/tmp/evil-of-taskapi").exists()
+    with taskapi.open_service(tmp_path / "data", inline=True) as service:
+        assert state(service) == before
+        assert service.snapshots.all() == []
+    assert_sound(tmp_path / "data")
+
+
 # Three clients as people write them; each fails without what it is for
 
 
@@ -8847,6 +9045,8 @@ class Connection(sqlite3.Connection):
         run = super().execute
         return (steps.around(run) if re.match("COMMIT|BEGIN IMMEDIATE|PRAGMA wal_checkpoint", sql) else run)(
             sql, *values)
+    def backup(self, *args, **kwargs):
+        return steps.around(super().backup)(*args, **kwargs)
 
 connect = sqlite3.connect
 sqlite3.connect = lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs)
@@ -8875,6 +9075,9 @@ WORK = {{
     "cancel": lambda app: [app.post("/jobs/" + job.json["jobId"] + "/cancel") for job in (
         app.post_json("/generate", GENERATE), app.post("/upload", {ingest!r}, FORM))],
     "retention": lambda app: [],
+    "snapshot": lambda app: [app.post_json("/snapshots", {{"name": "one"}}), app.delete("/snapshots/zero")],
+    "zero": lambda app: [app.post_json("/snapshots", {{"name": "zero"}})],
+    "restore": lambda app: [app.post("/snapshots/zero/restore")],
 }}
 
 def work(folder, name, now=taskapi.utc_now):
@@ -8886,7 +9089,7 @@ def work(folder, name, now=taskapi.utc_now):
     for answer in WORK[name](app) if name else ():
         with open(str(folder) + ".said", "a") as said:
             gone = answer.request.path.rpartition("/")[2] + " deleted"
-            said.write((answer.json["jobId"] if answer.body else gone) + "\\n")
+            said.write((answer.json.get("jobId", " snapshot") if answer.body else gone) + "\\n")
     held.run()
     if name == "retention":
         service.retire()
@@ -8912,7 +9115,9 @@ root, name, every, first = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[
 with tempfile.TemporaryDirectory() as warm:  # so that no child has to import what is imported late
     work(warm, "generate")
 base = root / "base"
-for before in ("generate", "export", "upload", "ingest") if name in ("export", "delete", "retention") else ("",):
+bases = {{"snapshot": "generate export zero upload", "restore": "generate export upload zero export ingest",
+          **dict.fromkeys(("export", "delete", "retention"), "generate export upload ingest")}}
+for before in bases.get(name, "").split(" "):
     fork(base, before)
 late = lambda: taskapi.utc_now() + timedelta(days=2)
 for last in range(first, 1000, every):
@@ -8952,7 +9157,8 @@ def assert_whole(folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a crash at a step is made in a fork")
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["generate", "ingest", "export", "upload", "delete", "cancel", "retention"])
+@pytest.mark.parametrize("name", ["generate", "ingest", "export", "upload", "delete", "cancel", "retention",
+                                  "snapshot", "restore"])
 def test_a_crash_at_any_commit_rename_or_deletion_loses_and_doubles_nothing(
         tmp_path: Path, name: str, every: int) -> None:
     """SIGKILL before and after each of them; then a restart, and plain sqlite3 looks."""
@@ -8965,6 +9171,15 @@ def test_a_crash_at_any_commit_rename_or_deletion_loses_and_doubles_nothing(
     assert len(folders) > 2
     for folder in folders:
         assert_whole(folder)
+        if name in ("snapshot", "restore"):  # the old or the new one, and each snapshot whole or not there
+            jobs = plain(folder, "SELECT count(*) FROM jobs")
+            assert jobs in ([[4], [7]] if name == "restore" else [[4]])
+            for snapshot in (folder / "snapshots").iterdir():
+                assert plain(snapshot, "PRAGMA integrity_check") == ["ok"]
+                paths = plain(snapshot, "SELECT json_extract(file, '$.path') FROM jobs WHERE file IS NOT NULL")
+                assert [*paths] == [path for path in paths if (snapshot / path).exists()] != []
+                assert json.loads((snapshot / "snapshot.json").read_text())["jobs"] == len(
+                    plain(snapshot, "SELECT id FROM jobs"))
 
 
 def press(url: str, random: Random, made: list[str], going: set[str], gone: set[str]) -> None:
