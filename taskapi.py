@@ -71,6 +71,7 @@ import tempfile
 import threading
 import tomllib
 import types
+import zipfile
 import zlib
 from bisect import bisect, bisect_left
 from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
@@ -84,7 +85,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -108,7 +109,7 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from html import escape
 from http import HTTPStatus
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from itertools import chain, groupby, pairwise, product
 from operator import itemgetter
@@ -136,6 +137,7 @@ from weakref import WeakValueDictionary
 
 PACKAGES = {"bottle": "0.12.25", "click": "8.1", "Faker": "30", "multipart": "1.0", "pydantic": "2.11",
             "sqlite-utils": "3.38", "tabulate": "0.9", "waitress": "2.1.2"}  # the least versions that will do
+FORMAT_PACKAGES = {"pyarrow": "20", "python-calamine": "0.5", "XlsxWriter": "3.2.3"}  # of the extra `formats`
 
 
 def packages_amiss() -> str:
@@ -2120,6 +2122,11 @@ _KEYS = ("PRIMARY KEY NOT NULL", "UNIQUE")
 # Whether a decimal would not be what it was in a column of affinity NUMERIC.
 _INEXACT = ("iif(typeof({c}) <> 'text' OR (length({c}) <= 16 AND {c} NOT GLOB '*[eE]*'), FALSE, "
             "decimal_key({c}) <> decimal_key(CAST({c} AS NUMERIC)))")
+_JSON_TEXT: Mapping[Kind, str] = {  # what a value is among others in a JSON column; null where it is null
+    "none": "NULL", "int": "{c}", "float": "CASE WHEN {c} IS NOT NULL THEN exact_float({c}) END", "decimal": "{c}",
+    "bool": _BOOL, "text": "nullif(json_quote({c}), 'null')", "json": "{c}",
+    "any": "CASE typeof({c}) WHEN 'real' THEN exact_float({c}) WHEN 'text' THEN json_quote({c}) ELSE {c} END"}
+_JSON_TEXT = {**_JSON_TEXT, "date": _JSON_TEXT["text"], "datetime": _JSON_TEXT["text"]}
 _NUMBERS, _TEXTS = frozenset[Kind]({"int", "float", "decimal"}), frozenset[Kind]({"text", "date", "datetime"})
 
 
@@ -2377,8 +2384,56 @@ class Selected(NamedTuple):
     order_by: str | None = None  # fields, separated by commas, with a - before those that descend
     limit: int | None = None
     excel_safe: bool = False  # texts that a spreadsheet would run get a ' in front
+    split: bool = False  # each record type by itself, with no field more than its own
+    omit_null: bool = False  # JSON objects have no member that is null
+    dialect: str = "sqlite"  # of SQL
     interrupted: Callable[[], bool] = lambda: False
     after: int = 0  # the `_id` of the record that those are read beyond
+
+
+def column_kind(layouts: Iterable[Mapping[str, Kind]], field: str) -> Kind:
+    """The kind of a typed column that holds what all these jobs wrote: json where no other does without loss."""
+    kinds = {_plain({**layout, **_RESERVED}.get(field, "none")) for layout in layouts} - {"none"}
+    joined = joined_kinds([{"": kind} for kind in kinds]).get("", "none")
+    if joined == "decimal" and "float" in kinds:
+        return "json" if "decimal" in kinds else "float"
+    return "json" if joined == "any" else joined
+
+
+def _value_sql(column: str, kind: Kind, as_json: bool) -> str:
+    """A value as a typed column has it, or as its JSON text."""
+    of = _plain(kind)
+    form = KIND_SQL[kind].text if of == "decimal" else _JSON_TEXT[of] if as_json or of == "none" else "{c}"
+    return form.format(c=column)
+
+
+_PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
+
+
+class TypedCells(NamedTuple):
+    """The text of a record whose cells are of one kind in a column: SQL by kinds, what stands around them, a null."""
+
+    forms: Mapping[Kind, str]
+    row: str = "%s"
+    null: str = ""
+
+    def sql(self, cells: Sequence[tuple[str, Kind, Kind]], delimiter: str) -> str:
+        """Of (column, its kind here, its kind on the whole)."""
+        values = []
+        for column, kind, whole in cells:
+            value = _value_sql(column, kind, whole == "json")
+            values.append(f"coalesce({self.forms[whole].format(c=value)}, {_literal(self.null)})" if kind != "none" else
+                          _literal(self.null))
+        pieces = [f"printf({_literal(delimiter.join(['%s'] * len(some)))}, {', '.join(some)})" for some in
+                  (values[start:start + _PIECE_FIELDS] for start in range(0, len(values), _PIECE_FIELDS))]
+        return f"printf({_literal(self.row)}, {f' || {_literal(delimiter)} || '.join(pieces)})"
+
+
+class Table(NamedTuple):
+    """What a file of typed columns has of a record type, or of all of them together, if it is ""."""
+
+    name: str
+    columns: Mapping[str, Kind]  # see column_kind
 
 
 class RecordText(NamedTuple):
@@ -2393,12 +2448,12 @@ class RecordText(NamedTuple):
     before: str = ""
     after: str = ""
     empty: str = ""
+    cells: TypedCells | None = None  # where they are not those of CSV
 
 
 # Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
 # made of; x'fe' around floats.
 _MARK = "CAST(x'ff' AS TEXT)"
-_PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
 FORMULA_STARTS = "=@+-\uff1d\uff20\uff0b\uff0d"  # for a spreadsheet; the last four are full-width
 # Only what a spreadsheet would run as a formula: not a plain signed number.
 _SAFE_TEXT = ("iif({c} GLOB '[=@\uff1d\uff20\uff0b\uff0d ' || char(9, 10, 13) || ']*' OR ({c} GLOB '[+-]*' "
@@ -2408,6 +2463,18 @@ _SAFE_TEXT = ("iif({c} GLOB '[=@\uff1d\uff20\uff0b\uff0d ' || char(9, 10, 13) ||
 def _column(field: str) -> str:
     """A field of the record table that a query calls r."""
     return f"r.{_quote(field)}"
+
+
+def _sparse_object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None) -> str:
+    """The JSON text of a record without its nulls."""
+    members = [_literal(f",{json.dumps(label[0])}:{json.dumps(label[1])}")] if label else []
+    for field, kind in fields:
+        value = {"float": _FLOAT_CELL, "json": "iif({c} GLOB '{{*', json_patch('{{}}', {c}), {c})"}.get(
+            kind, _value_sql("{c}", kind, True)).format(c=_column(field))
+        members.append(f"coalesce({_literal(f',{json.dumps(field, ensure_ascii=False)}:')} || {value}, '')")
+    pieces = [f"printf({_literal('%s' * len(some))}, {', '.join(some)})" for some in
+              (members[start:start + _PIECE_FIELDS] for start in range(0, len(members), _PIECE_FIELDS))]
+    return f"printf('{{%s}}', substr({' || '.join(pieces) or repr('')}, 2))"
 
 
 def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None) -> str:
@@ -2493,6 +2560,15 @@ def only_type(connection: sqlite3.Connection, filters: Filters) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The items, of which the next one is made on a thread of its own meanwhile: SQLite does not need Python's lock."""
+    with ThreadPoolExecutor(1, "taskapi-reader") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 class Query:
     """Checked filters over one snapshot: which records of completed jobs, which of their fields, in which order.
 
@@ -2503,7 +2579,7 @@ class Query:
 
     def __init__(self, connection: sqlite3.Connection, wanted: Selected):
         self._connection, self._wanted, filters = connection, wanted, wanted.filters
-        self._several = only_type(connection, filters) is None
+        self._several = only_type(connection, filters) is None and not wanted.split
         dates = [(end, bound) for end, bound in (("from", filters.from_), ("to", filters.to)) if bound is not None]
         by_creation = filters.date_field in (None, *RESERVED_COLUMNS[2:])
         self._created = dates if by_creation else []  # all records of a job say that they were made when the job was
@@ -2515,13 +2591,26 @@ class Query:
             self._of_type[name].append(kinds)
         self._kinds = {name: joined_kinds(of) for name, of in self._of_type.items()}
         self._check_tests()
+        self._left = self._limit
         self.fields = list(wanted.fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
         self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
         while self._label.lower() in map(str.lower, self.fields):
             self._label = f"_{self._label}"
-        self.header = [self._label, *self.fields] if self._several else self.fields
+        self.tables = self._tables()
         # How many will be read; None: it is not known before.
         self.total = self._select() if self._order else None if self._tests else min(self.count(), self._limit)
+
+    def _tables(self) -> list[Table]:
+        """One for each type if they are split, else one for all."""
+        if self._several:
+            of_all = [*chain.from_iterable(self._of_type.values())]
+            return [Table("", {self._label: "text", **{field: column_kind(of_all, field) for field in self.fields}})]
+        tables = []
+        for name, layouts in self._of_type.items():
+            own = {**self._kinds[name], **_RESERVED} if self._wanted.split else self.fields
+            fields = self._wanted.fields or (self._kinds[name] if self._wanted.split else self.fields)
+            tables.append(Table(name, {field: column_kind(layouts, field) for field in fields if field in own}))
+        return [table for table in tables if {*table.columns} - {*_RESERVED} or not self._wanted.split]
 
     # Checks
 
@@ -2734,20 +2823,49 @@ class Query:
 
     # Their text
 
-    def text_blocks(self, text: RecordText) -> Iterator[tuple[bytes, int, int]]:
+    def count_of(self, table: Table) -> int:
+        """How many records a table has."""
+        found = sum(self._connection.execute(f"SELECT count(*) FROM ({rows})", bound).fetchone()[0]
+                    for rows, bound in self._pieces(lambda layout: "NULL", table.name, _NO_LIMIT))
+        return int(min(found, self._limit))
+
+    def digits(self, table: Table, field: str) -> tuple[int, int] | None:
+        """How many digits the decimals of a field have before and behind the point at most; None if one has an e."""
+        def sizes(layout: int) -> str:
+            c = _value_sql(_column(field), self._layouts[layout][1].get(field, "none"), False)
+            point = f"iif(instr({c}, '.'), instr({c}, '.'), length({c}) + 1)"
+            return f"{point} - 1 - ({c} LIKE '-%') + 1000 * ({c} GLOB '*[eE]*') AS a, length({c}) - {point} AS b"
+
+        whole, places = 0, 0
+        for rows, bound in self._pieces(sizes, table.name, _NO_LIMIT):
+            found = self._connection.execute(f"SELECT max(a), max(b) FROM ({rows})", bound).fetchone()
+            whole, places = max(whole, found[0] or 0), max(places, found[1] or 0)
+        return (whole, places) if whole < 1000 else None
+
+    @contextmanager
+    def blocks(self, text: RecordText, table: str = "") -> Iterator[Iterator[tuple[bytes, int, int]]]:
+        """The `text_blocks` of a table, made ahead."""
+        with closing(_ahead(self.text_blocks(text, table))) as blocks:
+            yield blocks
+
+    def text_blocks(self, text: RecordText, table: str = "") -> Iterator[tuple[bytes, int, int]]:
         """Texts of many records, how many each is of, and the number of the last one.
 
         Each is of about _BLOCK_BYTES, and _BLOCK_LIMIT at most if it is of several records. SQLite joins them, so that
         Python, and its lock, are asked for once a block.
         """
-        line = lru_cache(maxsize=None)(partial(self._line, text.delimiter))
-        left, step, longest = self._limit, 100, self._most(_BLOCK_RECORDS)
-        for _, first, last, select in self._spans(line, [""]):
-            while first <= last and left:
+        line = lru_cache(maxsize=None)(partial(self._line, text))
+        step, longest = 100, self._most(_BLOCK_RECORDS)
+        for _, first, last, select in self._spans(line, [table]):
+            while first <= last and self._left:
                 end = min(last, first + step - 1)
                 looked_at = end - first + 1  # however many of them fit the filters
+                rows, bound = select(first, end, self._left)
+                if not bound:  # in order, none of this type is among these
+                    first = end + 1
+                    continue
                 try:
-                    block, count, reached = self._fetch(text, *select(first, end, left),
+                    block, count, reached = self._fetch(text, rows, bound,
                                                         _BLOCK_LIMIT if looked_at > 1 else _LONGEST)
                 except sqlite3.DataError:  # their text would be too long
                     if looked_at == 1:
@@ -2755,16 +2873,23 @@ class Query:
                     step = looked_at // 2
                     continue
                 step = max(1, min(longest, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block) + 1)))
-                first, left = end + 1, left - count
+                first, self._left = end + 1, self._left - count
                 if count:
                     yield block, count, reached
 
-    def _line(self, delimiter: str | None, layout: int) -> str:
-        name, kinds = self._layouts[layout]
+    def _line(self, text: RecordText, layout: int) -> str:
+        (name, kinds), delimiter = self._layouts[layout], text.delimiter
         label = (self._label, name) if self._several else None
         kinds, known = {**_RESERVED, **kinds}, {**_RESERVED, **self._kinds[name]}
-        shown = [(field, kinds.get(field, "none")) for field in self.fields if delimiter or field in known]
-        sql = _cells_sql(shown, label, delimiter, self._wanted.excel_safe) if delimiter else _object_sql(shown, label)
+        columns = next(table.columns for table in self.tables if table.name in ("", name))
+        shown = [(field, kinds.get(field, "none")) for field in (columns if self._wanted.split else self.fields)
+                 if delimiter or field in known]
+        if text.cells and delimiter:
+            cells: list[tuple[str, Kind, Kind]] = [(_literal(name), "text", "text")] if label else []
+            cells += [(_column(field), kind, columns[field]) for field, kind in shown]
+            return f"{text.cells.sql(cells, delimiter)} AS line"
+        objects = _sparse_object_sql if self._wanted.omit_null else _object_sql
+        sql = _cells_sql(shown, label, delimiter, self._wanted.excel_safe) if delimiter else objects(shown, label)
         return f"{sql} AS line"
 
     def _fetch(self, text: RecordText, rows: str, bound: Sequence[Any], most: int) -> tuple[bytes, int, int]:
@@ -2904,13 +3029,81 @@ class Query:
         return f"({', '.join(columns)}){' STRICT' if strict else ''}"
 
 
-def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The items, of which the next one is made on a thread of its own meanwhile: SQLite does not need Python's lock."""
-    with ThreadPoolExecutor(1, "taskapi-reader") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
+class Dialect(NamedTuple):
+    """How SQL is written for a program.
+
+    Names have a quote around them, and at most so many of a unit; of a column's kind follow its type and how its
+    values are written; a decimal has at most so many digits, and of these behind the point, where the type names them.
+    """
+
+    quote: str
+    name_limit: tuple[int, str]
+    types: Mapping[Kind, str]
+    forms: Mapping[Kind, str]
+    begin: str
+    loading: str  # behind the tables
+    end: str
+    digits: tuple[int, int] = (0, 0)
+
+    def name(self, name: str) -> str:
+        """A name in quotes; JobFailed if it is too long."""
+        most, unit = self.name_limit
+        if len(name.encode() if unit == "bytes" else name) > most:
+            raise JobFailed(f"the name {name!r} is longer than the {most} {unit} that this dialect allows; fields can "
+                            "leave it out")
+        return self.quote + name.replace(self.quote, self.quote * 2) + self.quote
+
+    def create(self, query: Query, table: Table) -> str:
+        """The statement that makes the table."""
+        columns = []
+        for field, kind in table.columns.items():
+            declared = self.types[kind]
+            if "{" in declared:
+                whole, places = query.digits(table, field) or (self.digits[0], 1)
+                fits = whole + places <= self.digits[0] and places <= self.digits[1]
+                declared = declared.format(max(1, whole + places), places) if fits else self.types["text"]
+            columns.append(f"  {self.name(field)} {declared}")
+        lines = ",\n".join(columns)
+        return f"CREATE TABLE {self.name(table.name)} (\n{lines}\n);\n"
+
+    def insert(self, table: Table) -> str:
+        """What stands before the records of a statement."""
+        return f"INSERT INTO {self.name(table.name)} ({', '.join(map(self.name, table.columns))}) VALUES\n"
+
+
+def _types(sql: str, text: str) -> dict[Kind, str]:
+    kinds: tuple[Kind, ...] = ("int", "float", "decimal", "bool", "date", "datetime", "json", "text", "none")
+    return dict(zip(kinds, [*sql.split("|"), text, text], strict=True))
+
+
+_QUOTED, _UTC, _ENDLESS = "printf('%Q', {c})", f"coalesce({_MOMENT}, {{c}})", "{c} IN (9e999, -9e999)"
+_LITERALS: dict[Kind, str] = {"none": "NULL", "int": "{c}", "float": _FLOAT_CELL, "decimal": "{c}", "date": _QUOTED,
+                              "bool": "CASE {c} WHEN 1 THEN 'TRUE' WHEN 0 THEN 'FALSE' END"}
+# Shells drop a carriage return before a line feed: SQLite's reads those texts from hexadecimal digits.
+_TEXT_HEX = f"iif(instr({{c}}, char(13)), 'CAST(x''' || hex({{c}}) || ''' AS TEXT)', {_QUOTED})"
+_TEXT_E = (r"iif(instr({c}, char(13)), 'E' || printf('%Q', replace(replace({c}, '\', '\\'), char(13), '\r')), "
+           f"{_QUOTED})")
+_TEXT_ESCAPED = r"printf('%Q', replace(replace(replace({c}, '\', '\\'), char(13), '\r'), char(10), '\n'))"
+DIALECTS: Mapping[str, Dialect] = {
+    "sqlite": Dialect(
+        '"', (10**6, "bytes"), _types("INTEGER|REAL|NUMERIC|BOOLEAN|TEXT|TEXT|TEXT", "TEXT"),
+        {**_LITERALS, "bool": "{c}", "datetime": _QUOTED, "json": _TEXT_HEX, "text": _TEXT_HEX},
+        "BEGIN TRANSACTION;\n", "", "COMMIT;\n"),
+    "postgres": Dialect(
+        '"', (63, "bytes"), _types("BIGINT|DOUBLE PRECISION|NUMERIC|BOOLEAN|DATE|TIMESTAMPTZ|JSONB", "TEXT"),
+        {**_LITERALS, "json": _TEXT_E, "text": _TEXT_E,
+         "float": f"CASE WHEN {_ENDLESS} THEN iif({{c}} > 0, '''Infinity''', '''-Infinity''') ELSE {_FLOAT_CELL} END",
+         "datetime": f"printf('%Q', {_UTC} || '+00')"},
+        "BEGIN;\nSET LOCAL client_encoding = 'UTF8';\nSET LOCAL standard_conforming_strings = on;\n", "", "COMMIT;\n"),
+    "mysql": Dialect(
+        "`", (64, "characters"),
+        _types("BIGINT|DOUBLE|DECIMAL({}, {})|BOOLEAN|DATE|DATETIME(6)|JSON", "LONGTEXT"),
+        {**_LITERALS, "datetime": f"printf('%Q', {_UTC})",
+         "float": f"CASE WHEN NOT {_ENDLESS} THEN {_FLOAT_CELL} END",  # it has no infinity
+         "decimal": _QUOTED, "json": _TEXT_ESCAPED, "text": _TEXT_ESCAPED},
+        "SET NAMES utf8mb4;\nSET @sql_mode_before = @@sql_mode, sql_mode = 'STRICT_ALL_TABLES';\n",
+        "START TRANSACTION;\n", "COMMIT;\nSET sql_mode = @sql_mode_before;\n", (65, 30)),
+}
 
 
 class RecordStore:
@@ -3151,13 +3344,11 @@ class RecordStore:
                     for name in _record_types(connection)]
 
     @contextmanager
-    def lines(self, wanted: Selected, text: RecordText) -> Iterator[tuple[Query, Iterator[tuple[bytes, int, int]]]]:
-        """The selected records as text from one snapshot: `Query.text_blocks`, made ahead; raises what `Query` does."""
+    def query(self, wanted: Selected) -> Iterator[Query]:
+        """The selected records of one snapshot; raises what `Query` does."""
         with self._database.read() as connection:
             connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
-            query = Query(connection, wanted)
-            with closing(_ahead(query.text_blocks(text))) as blocks:
-                yield query, blocks
+            yield Query(connection, wanted)
 
     def copy_to(self, path: Path, wanted: Selected) -> Iterator[Progress]:
         """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
@@ -6611,8 +6802,6 @@ FILE_TYPES: dict[str, FileType] = {  # by suffix; see `file_format` for those th
     "png": FileType("image/png", (b"\x89PNG\r\n\x1a\n",)),
     "jpg": FileType("image/jpeg", (b"\xff\xd8\xff",)),
     "jpeg": FileType("image/jpeg", (b"\xff\xd8\xff",)),
-    "xlsx": FileType("application/vnd.openxmlformats-officedocument.spreadsheetml.sheet", (b"PK\x03\x04",)),
-    "parquet": FileType("application/vnd.apache.parquet", (b"PAR1",)),
 }
 
 
@@ -7035,6 +7224,7 @@ class IngestOptions(ApiModel):
     skip: int = Field(0, ge=0, le=1_000_000, description="Lines to leave out before the header of a CSV file.")
     comment: str | None = Field(None, min_length=1, max_length=20, description="Leaves out the lines of a CSV file "
                                                                                "that begin so.")
+    sheet: str | None = Field(None, min_length=1, max_length=255, description="Of an xlsx file; default: the first.")
     split: bool = Field(False, description="Each list in a JSON object becomes a record type of its name.")
     path: Annotated[str, AfterValidator(_pointer), Field(json_schema_extra={"pattern": "^(/|$)"})] | None = Field(
         None, max_length=1000, description="JSON Pointer to the records in a JSON file, such as /data/users.")
@@ -7089,6 +7279,8 @@ class _Beginning:
 
     def feed(self, block: bytes, last: bool = False) -> None:
         self._head = (self._head + block)[:16]
+        if self._head.startswith(b"\xd0\xcf\x11\xe0"):
+            raise ValueError("it has a password, or is an old Office file; save it as .xlsx without one")
         if (last or len(self._head) == 16) and not self._head.startswith(self._magic):
             raise ValueError("it does not begin as such a file does")
 
@@ -7255,21 +7447,41 @@ Writing = Generator[Progress, None, None]  # says now and then how far it is
 
 
 class ExportSink:
-    """Takes the bytes of an export into a file, gzipped or not."""
+    """Takes the bytes of an export into a file, gzipped or not; or into a zip, a file with `suffix` for each part."""
 
-    def __init__(self, file: AtomicFile, *, gzip: bool):
-        self.file = file
+    def __init__(self, file: AtomicFile, *, gzip: bool, suffix: str = ""):
+        self.file, self._suffix = file, suffix
         # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
         self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
+        self._zip = zipfile.ZipFile(cast(Any, self), "w") if suffix else None
 
-    def write(self, block: bytes) -> None:
+    def write(self, block: bytes) -> int:
         """Appends."""
         self.file.write(self._packer.compress(block) if self._packer else block)
+        return len(block)
+
+    def flush(self) -> None:
+        """What the zip asks for."""
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Any]:
+        """Takes what is written of a record type: a file of its own in the zip, or all of it as it comes."""
+        if not self._zip:
+            yield self
+            return
+        device = re.fullmatch("con|prn|aux|nul|(com|lpt)[0-9]", name)  # as Windows has it
+        entry = zipfile.ZipInfo(f"{'_' if device else ''}{name}.{self._suffix}")
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        with self._zip.open(entry, "w", force_zip64=True) as member:
+            yield member
 
     def close(self) -> None:
         """Ends the file; nothing may be written after it."""
+        if self._zip:
+            self._zip.close()
         if self._packer:
             self.file.write(self._packer.flush())
+            self._packer = None
 
 
 Writer = Callable[[ExportSink, RecordStore, Selected], Writing]
@@ -7282,18 +7494,45 @@ def _cell(field: str, excel_safe: bool) -> str:
 
 
 def _write_text(text: RecordText, sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    with records.lines(wanted, text) as (query, blocks):
-        before, empty = text.before, text.empty
-        if text.delimiter is not None:
-            header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in query.header)
-            before = empty = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
-        done = 0
-        for block, count, _ in blocks:
-            sink.write((text.between if done else before).encode() + block)
-            done += count
-            yield Progress(done=done, total=query.total)
-        sink.write((text.after if done else empty).encode())
+    done, progress = 0, Progress(done=0)
+    with records.query(wanted) as query:
+        for table in query.tables:
+            before, empty = text.before, text.empty
+            if text.delimiter is not None:
+                header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in table.columns)
+                before = empty = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
+            with sink.part(table.name) as part, query.blocks(text, table.name) as blocks:
+                first = True
+                for block, count, _ in blocks:
+                    part.write((before if first else text.between).encode() + block)
+                    done, first = done + count, False
+                    yield (progress := Progress(done=done, total=query.total))
+                part.write((empty if first else text.after).encode())
+        yield progress.model_copy(update={"total": done})
+
+
+def _write_sql(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
+    dialect, done = DIALECTS[wanted.dialect], 0
+    text = RecordText(",\n", ", ", cells=TypedCells(dialect.forms, "(%s)", "NULL"))
+    with records.query(wanted._replace(split=True)) as query:
+        creating = "".join(dialect.create(query, table) for table in query.tables)
+        sink.write(f"{dialect.begin}{creating}{dialect.loading}".encode())
+        for table in query.tables:
+            with query.blocks(text, table.name) as blocks:
+                for block, count, _ in blocks:
+                    sink.write(dialect.insert(table).encode() + block + b";\n")
+                    done += count
+                    yield Progress(done=done, total=query.total)
+        sink.write(dialect.end.encode())
         yield Progress(done=done, total=done)
+
+
+def _copied(file: AtomicFile, sink: ExportSink, progress: Progress) -> Writing:
+    with file.open() as stream:
+        while block := stream.read(_BLOCK):
+            sink.write(block)
+            yield progress
+    yield progress
 
 
 def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
@@ -7301,14 +7540,219 @@ def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) ->
     with sink.file.beside() as copy:
         for progress in records.copy_to(copy.path, wanted):
             yield progress
-        with copy.open() as stream:
-            while block := stream.read(_BLOCK):
-                sink.write(block)
-                yield progress
-    yield progress
+        yield from _copied(copy, sink, progress)
 
 
-# Readers: an uploaded file in, batches of its records out, in bounded memory
+# What the packages of the extra `formats` write
+
+
+def lacking(packages: Iterable[str]) -> str:
+    """What to install where some of these are missing; nothing if all are there."""
+    missing = []
+    for name in packages:
+        try:
+            missing += [] if find_spec(name.lower().replace("-", "_")) else [name]
+        except (ImportError, ValueError):
+            missing.append(name)
+    wanted = " ".join(f'"{name}>={FORMAT_PACKAGES[name]}"' for name in missing)
+    return f'needs {" and ".join(missing)}: pip install "taskapi[formats]", or {wanted}' if missing else ""
+
+
+def _package(name: str) -> Any:
+    """A module that is imported only when it is used."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise JobFailed(f"{name} cannot be imported ({error}); pip install \"taskapi[formats]\"") from None
+
+
+_GROUP_ROWS, _GROUP_BYTES = 100_000, 2**25  # of the parts of a Parquet file that are written one by one
+_CSV_TEXT = "'\"' || replace({c}, '\"', '\"\"') || '\"'"
+_ARROW_CELLS = TypedCells({
+    "none": "NULL", "int": "{c}", "float": _FLOAT_CELL, "decimal": "{c}", "bool": _BOOL, "date": "{c}",
+    "datetime": f"coalesce({_MOMENT}, {{c}})", "text": _CSV_TEXT, "json": _CSV_TEXT})
+
+
+def _arrow_type(arrow: Any, query: Query, table: Table, field: str, kind: Kind) -> Any:
+    if kind == "decimal":
+        whole, places = query.digits(table, field) or (99, 0)  # beyond 38 digits only texts hold them
+        return arrow.decimal128(max(1, whole + places), places) if whole + places <= 38 else arrow.string()
+    return {"int": arrow.int64(), "float": arrow.float64(), "bool": arrow.bool_(), "date": arrow.date32(),
+            "datetime": arrow.timestamp("us")}.get(kind, arrow.string())
+
+
+class _Counted(io.RawIOBase):
+    """What Arrow writes to."""
+
+    def __init__(self, part: Any):
+        self._part, self._size = part, 0
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, block: Any) -> int:
+        """Appends."""
+        self._part.write(bytes(block))
+        self._size += len(block)
+        return len(block)
+
+    def tell(self) -> int:
+        """How much was written."""
+        return self._size
+
+
+def _arrow_reader(schema: Any, types: Mapping[str, Any]) -> Callable[[bytes], Any]:
+    """What makes a table of the lines of many records."""
+    arrow, csv_reader = map(_package, ("pyarrow", "pyarrow.csv"))
+    parsed = csv_reader.ParseOptions(newlines_in_values=True, ignore_empty_lines=False)
+    converted = csv_reader.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True, true_values=[
+        "true"], false_values=["false"], quoted_strings_can_be_null=False)
+
+    def read(block: bytes) -> Any:
+        options = csv_reader.ReadOptions(column_names=[*types], block_size=len(block) + 2)
+        try:
+            return csv_reader.read_csv(arrow.BufferReader(block + b"\r\n"), options, parsed, converted).cast(schema)
+        except arrow.ArrowInvalid as error:
+            raise JobFailed(f"a value does not fit its column: {error}") from None
+
+    return read
+
+
+def _write_parquet(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
+    """SQLite makes lines, and Arrow columns of them: neither makes Python objects of records, or needs its lock."""
+    arrow, parquet = map(_package, ("pyarrow", "pyarrow.parquet"))
+    stored = {"datetime": arrow.timestamp("us", "UTC"), "json": arrow.json_()}
+    text, done, progress = RecordText("\r\n", ",", cells=_ARROW_CELLS), 0, Progress(done=0)
+    with records.query(wanted) as query:
+        for table in query.tables:
+            types = {field: _arrow_type(arrow, query, table, field, kind) for field, kind in table.columns.items()}
+            schema = arrow.schema([(field, stored.get(kind, types[field])) for field, kind in table.columns.items()])
+            read, group = _arrow_reader(schema, types), []
+            with sink.part(table.name) as part, query.blocks(text, table.name) as blocks, parquet.ParquetWriter(
+                    _Counted(part), schema, compression="zstd") as file:
+                for block, count, _ in chain(blocks, [(b"", 0, 0)]):
+                    group += [read(block)] if count else []
+                    rows, size = sum(made.num_rows for made in group), sum(made.nbytes for made in group)
+                    if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or not count):
+                        file.write_table(arrow.concat_tables(group), row_group_size=rows)
+                        group = []
+                    done += count
+                    yield (progress := Progress(done=done, total=query.total))
+        yield progress.model_copy(update={"total": done})
+
+
+_SHEET_ROWS, _CELL_TEXT = 2**20 - 1, 32_767  # beside the header; UTF-16 units
+_SHEET_STEP = 50  # records that are written between two yields
+_FIRST_DAY = "'1900-03-01'"  # before it Excel counts a day that there never was
+_EXACT = ("iif({c} IS NULL OR (length(replace(replace({c}, '-', ''), '.', '')) <= 15 AND NOT {c} GLOB '*[eE]*') OR "
+          " exact_float(CAST({c} AS REAL)) = {c}, {c}, '\"' || {c} || '\"')")
+_SECONDS = "(strftime('%s', substr(m, 1, 19)) + 2209161600 + substr(m, 21, 3) / 1000.0) / 86400.0"
+_SHEET_CELLS = TypedCells({
+    "none": "NULL", "bool": _BOOL, "text": "json_quote({c})",
+    "int": f"iif({{c}} BETWEEN {-2**53} AND {2**53}, {{c}}, '\"' || {{c}} || '\"')",
+    "float": _FLOAT_CELL, "decimal": _EXACT,
+    "date": f"iif({{c}} >= {_FIRST_DAY}, CAST(julianday({{c}}) - 2415018.5 AS INTEGER), '\"' || {{c}} || '\"')",
+    "datetime": f"(SELECT iif(m >= {_FIRST_DAY} AND substr(m, 24) = '000', {_SECONDS}, '\"' || {{c}} || '\"') "
+                f"FROM (SELECT {_MOMENT} AS m))",
+    "json": "CASE WHEN {c} GLOB '[[{{]*' THEN json_quote({c}) WHEN {c} GLOB '[-0-9]*' THEN "
+            f"{_EXACT} ELSE {{c}} END"}, "[%s]", "null")
+
+
+class _Digits(float):
+    """A number that XlsxWriter, which has 16 digits, writes with all that it needs."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return repr(float(self))
+
+
+def _sheet_name(name: str, taken: set[str]) -> str:
+    """A name for a sheet: up to 31 characters, once, and not the one that Excel keeps."""
+    names = (f"{name[:31 - len(end)]}{end}" for end in chain([""], map("_{}".format, itertools.count(2))))
+    taken.add(free := next(each for each in names if each not in taken))
+    return free
+
+
+def _write_row(sheet: Any, number: int, row: Sequence[Json], formats: Sequence[Any], table: Table) -> None:
+    for column, value in enumerate(row):
+        if value in (math.inf, -math.inf):
+            value = "Infinity" if value > 0 else "-Infinity"
+        if isinstance(value, str):
+            if value.startswith("<r>") and value.endswith("</r>"):  # which XlsxWriter would take for its own
+                wrong = sheet.write_rich_string(number, column, value[0], sheet.plain, value[1:])
+            else:
+                wrong = sheet.write_string(number, column, value, formats[column])
+            if wrong:
+                raise JobFailed(f"field {[*table.columns][column]!r} of record {number} of {table.name!r} has over "
+                                f"{_CELL_TEXT:,} characters, and no cell of xlsx holds more; fields can leave it out")
+        elif isinstance(value, bool):
+            sheet.write_boolean(number, column, value)
+        elif value is not None:
+            sheet.write_number(number, column, _Digits(value) if type(value) is float else value, formats[column])
+
+
+def _write_sheet(book: Any, sheet: Any, query: Query, table: Table) -> Iterator[int]:
+    """Says after each few records how many there are so far."""
+    head, sheet.plain = book.add_format({"bold": True}), book.add_format()
+    looks = {"date": (book.add_format({"num_format": "yyyy-mm-dd"}), 11),
+             "datetime": (book.add_format({"num_format": "yyyy-mm-dd hh:mm:ss.000"}), 23)}
+    shown = [looks.get(kind, (None, None)) for kind in table.columns.values()]
+    for column, (look, width) in enumerate(shown):
+        if look:
+            sheet.set_column(column, column, width, look)
+    sheet.freeze_panes(1, 0)
+    for column, field in enumerate(table.columns):
+        sheet.write_string(0, column, field, head)
+    number, formats = 0, [look for look, _ in shown]
+    with query.blocks(RecordText(",", ",", cells=_SHEET_CELLS), table.name) as blocks:
+        for block, _, _ in blocks:
+            for row in from_json(b"[%b]" % block):
+                number += 1
+                _write_row(sheet, number, row, formats, table)
+                if number % _SHEET_STEP == 0:
+                    yield number
+    yield number
+
+
+class _Interruptible(io.FileIO):
+    """A file that raises Interrupted when it is to be left."""
+
+    interrupted: Callable[[], bool]
+
+    def write(self, block: Any) -> int:
+        """Appends."""
+        if self.interrupted():
+            raise Interrupted
+        return super().write(block)
+
+
+def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
+    xlsxwriter, done, taken = _package("xlsxwriter"), 0, {"history"}
+    with ExitStack() as stack:
+        query = stack.enter_context(records.query(wanted._replace(split=True)))
+        for table in query.tables:
+            if query.count_of(table) > _SHEET_ROWS:
+                raise JobFailed(f"there are more than {_SHEET_ROWS:,} records of type {table.name!r}, and no sheet of "
+                                "xlsx holds more; limit, or filters, take some of them")
+        copy = stack.enter_context(sink.file.beside())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=copy.path.parent))
+        file = stack.enter_context(_Interruptible(copy.path, "r+"))
+        file.interrupted = wanted.interrupted
+        book = xlsxwriter.Workbook(file, {"constant_memory": True, "tmpdir": folder})
+        book.set_properties({"created": datetime(2000, 1, 1)})  # equal in, equal out
+        for table in query.tables:
+            sheet, count = book.add_worksheet(_sheet_name(table.name, taken)), 0
+            stack.callback(sheet.row_data_fh.close)  # where it comes to no end
+            for count in _write_sheet(book, sheet, query, table):
+                yield Progress(done=done + count, total=query.total)
+            done += count
+        book.close()
+        yield from _copied(copy, sink, Progress(done=done, total=done))
+
+
+# Readers: an uploaded# Readers: an uploaded file in, batches of its records out, in bounded memory
 
 _PIECE = 128 * 1024  # bytes of unpacked text that are looked at together
 _RECORD_LIMIT = 8 * 2**20  # characters of one record: what no end is found for by then has none
@@ -8015,6 +8459,196 @@ def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str,
                           dict.fromkeys(header, ()), len(rows))
 
 
+# Parquet and xlsx. Their values become cells too; the packages read them, once it is known how much that can be.
+
+_SHEET_CELLS_READ = 10_000_000  # cells in the rectangle that holds all of a sheet: some 40 bytes each
+_SHEET_BYTES = 2**30  # of all parts of a workbook, unpacked
+_CELL_PLACE = re.compile(rb"""\br\s*=\s*["']([A-Za-z]{1,3})([0-9]{1,7})["']""")
+_SHEET_BATCH = 1000
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_unpacked(size: int, packed: int, most: int = _UNPACKED_LIMIT) -> None:
+    """JobFailed for a file that unpacks to more than its bytes can be worth."""
+    most = min(most, _UNPACKED_FREE + _UNPACKED_RATIO * packed)
+    if size > most:
+        raise JobFailed(f"the file unpacks to too much: {size} bytes, where up to {most} are read")
+
+
+def _json_value(value: Any) -> Json:
+    """A value of Python's as JSON has it."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("a text has a NUL character")
+        return value
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else _JsonNumber(_exact_float(value))
+    if isinstance(value, Decimal):
+        return _JsonNumber(format(value, "f"))
+    if isinstance(value, dict):
+        return {str(_json_value(key)): _json_value(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_json_value, value)]
+    if isinstance(value, datetime) and value.tzinfo:
+        return f"{value.astimezone(UTC).replace(tzinfo=None).isoformat()}Z"
+    if isinstance(value, date | time_of_day):
+        return value.isoformat()
+    return _json_value(value.decode()) if isinstance(value, bytes) else str(value)
+
+
+def _arrow_cells(arrow: Any, column: Any) -> list[str]:
+    kind = column.type
+    if isinstance(kind, arrow.DictionaryType):  # a text that comes again and again is made once
+        cells = [*_arrow_cells(arrow, column.dictionary), ""]
+        return [cells[-1 if index is None else index] for index in column.indices.to_pylist()]
+    if isinstance(kind, arrow.BaseExtensionType):
+        texts, is_json = column.storage, kind.extension_name == "arrow.json"
+        return _json_cells(None if text is None else _JSON_DECODER.decode(text) for text in texts.to_pylist()
+                           ) if is_json else _arrow_cells(arrow, texts)
+    if arrow.types.is_timestamp(kind):
+        column = column.cast(arrow.timestamp("us", kind.tz and "UTC"), safe=False)
+    if kind in (arrow.float32(), arrow.float16()):  # by the digits that they have
+        return _json_cells(_json_value(None if text is None else float(text)) for text in
+                           column.cast(arrow.string()).to_pylist())
+    return _json_cells(map(_json_value, column.to_pylist()))
+
+
+def _read_parquet(stream: BinaryIO, options: IngestOptions, names: Mapping[str, FieldNames]) -> Iterator[ColumnBatch]:
+    """Records of a Parquet file, by its types."""
+    arrow, parquet = map(_package, ("pyarrow", "pyarrow.parquet"))
+    field, packed = "", stream.seek(0, io.SEEK_END)
+    try:
+        with parquet.ParquetFile(stream, pre_buffer=False, buffer_size=_PIECE) as file:
+            about, schema = file.metadata, file.schema_arrow
+            size = max(about.num_rows * about.num_columns,
+                       sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups)))
+            _check_unpacked(size, packed)
+            fields = names[""].of_header(schema.names, 1)
+            yield ColumnBatch(dict.fromkeys(fields, ()), 0)
+            most = max(1, min(_BATCH, _RECORD_LIMIT // (1 + size // max(1, about.num_rows))))
+            size = 0
+            for batch in file.iter_batches(most, use_threads=False):
+                columns = {}
+                for field, column in zip(fields, batch.columns, strict=True):
+                    columns[field] = _arrow_cells(arrow, column)
+                bulk = sum(len(cell) for cells in columns.values() for cell in cells)
+                size += bulk  # one text in the file may be that of many records
+                _check_unpacked(size, packed)
+                step = max(1, batch.num_rows * _RECORD_LIMIT // (bulk + 1))
+                for start in range(0, batch.num_rows, step):
+                    some = {field: cells[start:start + step] for field, cells in columns.items()}
+                    yield ColumnBatch(some, min(step, batch.num_rows - start))
+    except (arrow.ArrowException, OSError, ValueError, ArithmeticError, RecursionError) as error:
+        where = f"field {field!r}: " if field else ""
+        raise JobFailed(f"{where}the Parquet file is damaged, cut off, or holds what no record can: "
+                        f"{_first_line(error)}") from None
+
+
+def _check_workbook(stream: BinaryIO) -> Iterator[ColumnBatch]:
+    """Unpacks all of an xlsx file, piece by piece, before a package does at once; JobFailed for what cannot be one."""
+    letters, row, held, packed = set[bytes](), 0, b"", stream.seek(0, io.SEEK_END)
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            parts = archive.infolist()
+            if any(part.flag_bits & 1 for part in parts):
+                raise JobFailed("the xlsx file has a password; save it without")
+            if any(part.filename.lower().endswith("vbaproject.bin") for part in parts):
+                raise JobFailed("the file has macros; save it as .xlsx without")
+            _check_unpacked(sum(part.file_size for part in parts), packed, _SHEET_BYTES)
+            for part in parts:
+                with archive.open(part) as member:  # which also compares size and checksum
+                    while block := member.read(_PIECE):
+                        places = _CELL_PLACE.findall(held + block)
+                        letters.update(column for column, _ in places)
+                        row = max(row, max((int(number) for _, number in places), default=0))
+                        held = block[-32:]
+                        yield ColumnBatch({}, 0)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, OSError, struct.error) as error:
+        raise JobFailed(f"the xlsx file is damaged or cut off: {_first_line(error)}") from None
+    width = max((functools.reduce(lambda sum_, letter: 26 * sum_ + (letter & 31), column, 0) for column in letters),
+                default=0)
+    if row * width > _SHEET_CELLS_READ:
+        raise JobFailed(f"its cells reach to row {row} and column {width}: sheets of up to {_SHEET_CELLS_READ:,} cells "
+                        "are read")
+
+
+def _open_sheet(source: Any, wanted: str | None) -> Any:
+    """A sheet of a workbook, with all of its cells; JobFailed with what there is, or what is wrong."""
+    calamine = _package("python_calamine")
+    try:
+        book = calamine.CalamineWorkbook.from_object(source)
+        sheets = [sheet.name for sheet in book.sheets_metadata if sheet.typ == calamine.SheetTypeEnum.WorkSheet]
+        if wanted not in (None, *sheets):
+            raise JobFailed(f"there is no sheet {wanted!r}{did_you_mean(str(wanted), sheets)}; there are: "
+                            f"{', '.join(map(repr, sheets))}")
+        if not sheets:
+            raise JobFailed("the workbook has no sheet of cells")
+        return book.get_sheet_by_name(wanted or sheets[0])
+    except JobFailed:
+        raise
+    except BaseException as error:  # noqa: BLE001  # a panic of its is no Exception
+        raise JobFailed(f"the xlsx file is damaged, or no xlsx file: {_first_line(error)}") from None
+
+
+def _sheet_rows(sheet: Any, options: IngestOptions) -> Iterator[tuple[int, list[Any]]]:
+    """The rows that are not left out, by their numbers; of several columns one that is empty is none, as in CSV."""
+    begun = False
+    for number, row in enumerate(sheet.iter_rows(), 1):
+        if number > options.skip and not (options.comment and str(row[0]).startswith(options.comment)) and (
+                any(cell != "" for cell in row) or (begun and len(row) == 1)):
+            begun = True
+            yield number, row
+
+
+def _sheet_cells(values: Iterable[Any], kinds: Container[type]) -> list[str]:
+    """Cells of a column in which there are values of these types: of numbers all or none are whole, of days all or none
+    have a time."""
+    if float not in kinds:
+        values = (int(value) if isinstance(value, float) else value for value in values)
+    if datetime in kinds:
+        values = (datetime.combine(value, time_of_day()) if type(value) is date else value for value in values)
+    return _json_cells(None if value == "" else _json_value(value.replace("_xFFFE_", "\ufffe").replace(
+        "_xFFFF_", "\uffff") if isinstance(value, str) else value) for value in values)
+
+
+def _read_xlsx(stream: BinaryIO, options: IngestOptions, names: Mapping[str, FieldNames]) -> Iterator[ColumnBatch]:
+    """Records of a sheet, by the types of its cells; an error in a cell is no value."""
+    yield from _check_workbook(stream)
+    stream.seek(0)
+    pool = ThreadPoolExecutor(1, "taskapi-reader")
+    try:  # it needs no lock of Python's, and the job can be left meanwhile
+        loading = pool.submit(_open_sheet, getattr(stream, "name", stream), options.sheet)
+        while not wait([loading], 0.05).done:
+            yield ColumnBatch({}, 0)
+        sheet = loading.result()
+    finally:
+        pool.shutdown(wait=False)
+    kinds, header = defaultdict[int, set[type]](set), list[str]()
+    for number, row in _sheet_rows(sheet, options):
+        if not header:
+            header, is_first = _header(_sheet_cells(row, ()), options.header, number)
+            if is_first:
+                continue
+        for place, value in enumerate(row):
+            if not isinstance(value, float) or value != (whole := round(value, 0)) or abs(whole) > 2**53:
+                kinds[place].add(type(value))
+        if number % _SHEET_BATCH == 0:
+            yield ColumnBatch({}, 0)
+    if not header:
+        raise _bad_line(1, "there is no header: the sheet is empty")
+    fields = names[""].of_header(header, 1)
+    yield ColumnBatch(dict.fromkeys(fields, ()), 0)
+    rows = (row for _, row in itertools.islice(_sheet_rows(sheet, options), int(is_first), None))
+    while some := [*itertools.islice(rows, _SHEET_BATCH)]:
+        yield ColumnBatch({field: _sheet_cells(column, kinds[place]) for place, (field, column) in enumerate(
+            zip(fields, zip(*some, strict=True), strict=False))}, len(some))
+
+
 # Kinds: what a column holds, told without loss from all of its cells
 
 
@@ -8104,10 +8738,11 @@ def _values(cells: Sequence[str], kind: Kind) -> list[Json]:
 class IngestFormat(NamedTuple):
     """How files become records: how they are cut into cells, and of which kinds their columns may be."""
 
-    read: Callable[[Iterator[str], IngestOptions, Mapping[str, FieldNames]], Iterator[ColumnBatch]]
+    read: Callable[[Any, IngestOptions, Mapping[str, FieldNames]], Iterator[ColumnBatch]]  # texts, or an open file
     kinds: Sequence[Kind]  # the first that fits is taken
     other: Kind  # where none fits
     head: re.Pattern[str] | None = None  # by which a text is known whatever its name says
+    needs: tuple[str, ...] = ()  # packages beyond ours that read it, of what is no text
 
 
 _CSV_FORMAT = IngestFormat(_read_csv, [*_KIND_TESTS], "text")
@@ -8121,11 +8756,18 @@ _NDJSON_FORMAT = _JSON_FORMAT._replace(read=partial(_read_json, lines=True))
 
 
 class Format(NamedTuple):
-    """A format of files that hold records; all that the program says of it follows from its entry."""
+    """A format of files that hold records; all that the program says of it follows from its entry.
+
+    `options` are what a request may ask of it; `needs` the packages beyond ours that write it, some of it in Python if
+    it `computes`.
+    """
 
     suffixes: tuple[str, ...]
     content_type: str
     write: Writer
+    options: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    computes: bool = False
 
 
 FORMATS: dict[str, Format] = {}
@@ -8133,14 +8775,15 @@ INGEST_FORMATS: dict[str, IngestFormat] = {}  # how those that can be read are, 
 
 
 def file_format(name: str, *suffixes: str, content_type: str, write: Writer, magic: tuple[bytes, ...] = (),
-                read: IngestFormat | None = None) -> None:
+                read: IngestFormat | None = None, options: tuple[str, ...] = (), needs: tuple[str, ...] = (),
+                computes: bool = False) -> None:
     """Enters a format: how records are written in it, and read, where they can be.
 
     The first of the suffixes is that of exports; `magic` are the first bytes that prove the type, of what is no text.
     """
     if name in FORMATS:
         raise ValueError(f"there is a format {name!r} already")
-    FORMATS[name] = Format(suffixes, content_type, write)
+    FORMATS[name] = Format(suffixes, content_type, write, options, needs, computes)
     FILE_TYPES.update(dict.fromkeys(suffixes, FileType(content_type, magic)))
     if read:
         INGEST_FORMATS.update(dict.fromkeys(suffixes, read))
@@ -8153,16 +8796,30 @@ def _csv_writer(delimiter: str) -> Writer:
 
 
 file_format("csv", "csv", content_type="text/csv; charset=utf-8", write=_csv_writer(","),
-            read=_CSV_FORMAT)
+            read=_CSV_FORMAT, options=("split",))
 file_format("tsv", "tsv", content_type="text/tab-separated-values; charset=utf-8", write=_csv_writer("\t"),
-            read=_TSV_FORMAT)
-file_format("json", "json", content_type="application/json", read=_JSON_FORMAT,
+            read=_TSV_FORMAT, options=("split",))
+file_format("json", "json", content_type="application/json", read=_JSON_FORMAT, options=("omitNull",),
             write=partial(_write_text, RecordText(",\n", before="[\n", after="\n]\n", empty="[]\n")))
 file_format("ndjson", "ndjson", "jsonl", content_type="application/x-ndjson", read=_NDJSON_FORMAT,
-            write=partial(_write_text, RecordText(after="\n")))
+            write=partial(_write_text, RecordText(after="\n")), options=("split", "omitNull"))
 file_format("sqlite", "sqlite", "db", content_type="application/vnd.sqlite3", magic=(b"SQLite format 3\0",),
             write=_write_database)
+file_format("sql", "sql", content_type="application/sql", write=_write_sql, options=("dialect",))
+file_format("xlsx", "xlsx", content_type="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+            magic=(b"PK\x03\x04",), write=_write_xlsx, needs=("XlsxWriter",), computes=True,
+            read=_CSV_FORMAT._replace(read=_read_xlsx, other="json", needs=("python-calamine",)))
+file_format("parquet", "parquet", content_type="application/vnd.apache.parquet", magic=(b"PAR1",),
+            write=_write_parquet, needs=("pyarrow",), options=("split",),
+            read=_CSV_FORMAT._replace(read=_read_parquet, other="json", needs=("pyarrow",)))
 INGEST_FORMATS["txt"] = INGEST_FORMATS["csv"]
+
+
+def formats_at_hand() -> dict[str, str]:
+    """Of each format, whether it can be written and read, or what that needs."""
+    return {name: lacking(dict.fromkeys((*known.needs, *(
+        INGEST_FORMATS[known.suffixes[0]].needs if known.suffixes[0] in INGEST_FORMATS else ())))) or "at hand"
+        for name, known in FORMATS.items()}
 
 
 class RecordReader:
@@ -8182,7 +8839,13 @@ class RecordReader:
                              "and .gz of these", [FieldProblem("file", "has a type that holds no records")])
         self._format, self._limit = INGEST_FORMATS[name], limit
         self._options = options or IngestOptions.model_validate({})
-        self.encoding = self._options.encoding or encoding
+        if self._format.needs and self._packed:
+            raise BadRequest.of("file", f"is .{name}.gz: unpack it, .{name} is packed already")
+        if lack := lacking(self._format.needs):
+            raise BadRequest.of("file", f"to read {name} {lack}")
+        if self._options.sheet and name != "xlsx":
+            raise BadRequest.of("sheet", f"is for xlsx files, not for {name}")
+        self.encoding = "utf-8" if self._format.needs else self._options.encoding or encoding
         self.names, self.counts = defaultdict[str, FieldNames](FieldNames), Counter[str]()
         self._fitting = defaultdict[str, dict[str, list[Kind]]](dict)
         self.taken = 0
@@ -8194,6 +8857,9 @@ class RecordReader:
             yield from self._find_encoding(stream)
         stream.seek(0)
         self.names.clear()
+        if self._format.needs:
+            yield from self._format.read(stream, self._options, self.names)
+            return
         texts = self._texts(stream)
         head = next(texts, "")
         known = (each for each in INGEST_FORMATS.values() if each.head and each.head.match(head))
@@ -8330,6 +8996,7 @@ class JobContext:
         self.done, self.save_at = job.progress.done, math.inf  # what is saved; when to save next, if not later
         # The queue's:
         self._on_check = on_check  # the place of a test's faults
+        self.computes = False  # in Python, now, though jobs of its type need not
         self.interruption: str | None = None  # why the job is canceled
         self.ended = False  # somebody else has written down how it ended: nothing more counts
         self.fresh = 0.0  # until when it may be a short one
@@ -8782,11 +9449,19 @@ def preview(request: GenerateRequest) -> str:
     return f'{{"records": {{{", ".join(f"{json.dumps(name)}: {texts}" for name, texts in joined.items())}}}}}'
 
 
-def _export_format(name: str) -> str:
-    if name not in FORMATS:
-        raise ValueError(f"no such format {name!r}{did_you_mean(name, FORMATS)}; "
-                         f"there are: {', '.join(FORMATS)}")
+def _one_of(what: str, names: Collection[str], name: str) -> str:
+    if name not in names:
+        raise ValueError(f"no such {what} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
     return name
+
+
+def _takers(option: str) -> str:
+    return f"; for {', '.join(name for name, known in FORMATS.items() if option in known.options)}"
+
+
+def _tell_formats(schema: dict[str, Json]) -> None:
+    wanting = [f"{name} {lack}" for name, known in FORMATS.items() if (lack := lacking(known.needs))]
+    schema.update(enum=[*FORMATS], description=" ".join(["What kind of file.", *wanting]))
 
 
 class ExportRequest(JobRequest):
@@ -8795,8 +9470,8 @@ class ExportRequest(JobRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [
         {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}]})
 
-    format: Annotated[str, AfterValidator(_export_format)] = Field(
-        json_schema_extra=lambda schema: schema.update(enum=[*FORMATS]), description="What kind of file.")
+    format: Annotated[str, AfterValidator(lambda name: _one_of("format", FORMATS, name))] = Field(
+        json_schema_extra=_tell_formats, description="What kind of file.")
     filters: Filters = Filters.model_validate({})
     fields: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = Field(
         None, description="Which fields, in which order; default: all.")
@@ -8805,18 +9480,37 @@ class ExportRequest(JobRequest):
     limit: Whole | None = Field(None, ge=0, le=2**63 - 1, description="How many records at most.")
     gzip: bool = Field(False, description="Compress the file.")
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
+    split: bool = Field(False, description=f"A zip with one file a record type{_takers('split')}.")
+    omit_null: bool = Field(False, description=f"Leaves nulls out of JSON objects{_takers('omitNull')}.")
+    dialect: Annotated[str, AfterValidator(partial(_one_of, "dialect", DIALECTS))] | None = Field(
+        None, json_schema_extra={"enum": [*DIALECTS]}, description=f"Of SQL; default: sqlite{_takers('dialect')}.")
+
+    def with_defaults(self, settings: Settings, clock: Clock) -> Self:
+        """Checks that the format takes the options, and that what it needs is there."""
+        known = FORMATS[self.format]
+        for option in self.model_fields_set & {"split", "omit_null", "dialect"}:
+            if getattr(self, option) and to_camel(option) not in known.options:
+                raise BadRequest.of(to_camel(option), f"does not go with {self.format}{_takers(to_camel(option))}")
+        if self.split and self.gzip:
+            raise BadRequest.of("gzip", "does not go with split: a zip is packed already")
+        if lack := lacking(known.needs):
+            raise BadRequest.of("format", f"{self.format} {lack}")
+        return self.model_copy(update={"dialect": self.dialect or "sqlite"}) if "dialect" in known.options else self
 
 
 @job_type("export", ExportRequest, computes=False)
 def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
     """Writes one consistent snapshot to data/exports."""
     export_format = FORMATS[request.format]
-    suffix = f"{export_format.suffixes[0]}.gz" if request.gzip else export_format.suffixes[0]
+    context.computes = export_format.computes
+    own = export_format.suffixes[0]
+    suffix = "zip" if request.split else f"{own}.gz" if request.gzip else own
     label = f"{context.records.only_type(request.filters) or 'records'}.{suffix}"
     wanted = Selected(request.filters, request.fields, request.order_by, request.limit, request.excel_safe,
-                      context.interrupted)
-    with AtomicFile(context.folder.root) as draft:
-        sink, progress = ExportSink(draft, gzip=request.gzip), Progress()
+                      request.split, request.omit_null, request.dialect or "sqlite", context.interrupted)
+    with AtomicFile(context.folder.root) as draft, closing(
+            ExportSink(draft, gzip=request.gzip, suffix=own if request.split else "")) as sink:
+        progress = Progress()
         with closing(export_format.write(sink, context.records, wanted)) as steps:
             for number, progress in enumerate(steps):
                 if number % 50 == 49:
@@ -8824,7 +9518,8 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
                 yield
         sink.close()
         context.save(progress)
-        content_type = FILE_TYPES["gz"].content_type if request.gzip else export_format.content_type
+        packed = suffix.rpartition(".")[2] if request.split or request.gzip else ""
+        content_type = FILE_TYPES[packed].content_type if packed else export_format.content_type
         file = draft.keep(f"exports/{context.job.job_id}.{suffix}", label, content_type)
     return JobResult({"filename": file.filename, "bytes": file.bytes, "sha256": file.sha256, "records": progress.done},
                    file)
@@ -9803,7 +10498,8 @@ class Workers:
         try:
             with closing(_steps(kind, context, request)) as steps:
                 while True:
-                    with self.gate.turn(context, context.check) if kind and kind.computes else nullcontext():
+                    computes = context.computes or (kind and kind.computes)
+                    with self.gate.turn(context, context.check) if computes else nullcontext():
                         context.check()
                         try:
                             next(steps)
@@ -10087,6 +10783,7 @@ class Engine:
                        "freeSpace": f"{self.folder.free_space() // 2**20} MiB", "folders": "writable",
                        "lastStop": "unclean" if unclean else "clean", "integrity": "being checked" if unclean else "ok"}
         self.queue.recover()
+        self.checks["formats"] = "; ".join(f"{name} {told}" for name, told in formats_at_hand().items())
         self.checks["strayFiles"] = f"{self.folder.sweep(self.queue.jobs.stored_paths())} removed"
         for name, found in self.checks.items():
             wrong = "network" in found or found == "unclean"
@@ -10909,7 +11606,7 @@ def get_record(call: Request, query: RecordQuery, record_type: str, key: str) ->
     pair = ("id.eq", key) if "id" in kinds else ("_id.eq", str(place or 0))
     wanted = wanted._replace(filters=wanted.filters.model_copy(update={
         "where": Where.model_validate(where_of([pair], fields=kinds))}))
-    with suppress(WrongValue), records.lines(wanted, RecordText()) as (_, blocks):  # an id of another kind
+    with suppress(WrongValue), records.query(wanted) as chosen, chosen.blocks(RecordText()) as blocks:
         found, *_ = next(blocks, (found,))
     if not found:
         raise NotFound(f"there is no record {key!r} of type {record_type!r}")
@@ -11006,6 +11703,7 @@ class FieldList(ApiModel):
 
     items: list[dict[str, Json]]
     presets: dict[str, Json] | None = Field(None, description="Only where nothing was searched for.")
+    formats: dict[str, str] | None = Field(None, description="Of files: which are at hand, and what the others need.")
 
 
 @route("GET", "/fields", {200: FieldList}, query=FieldsQuery)
@@ -11014,7 +11712,7 @@ def get_fields(call: Request, query: FieldsQuery) -> bottle.HTTPResponse:
     with nullcontext() if query.locale in _LISTED else call.computing():
         types = catalogue(query.locale, query.q)
         _LISTED.add(query.locale)
-    return reply({"items": types} | ({} if query.q else {"presets": PRESETS}))
+    return reply({"items": types} | ({} if query.q else {"presets": PRESETS, "formats": formats_at_hand()}))
 
 
 class Preview(ApiModel):
@@ -13606,6 +14304,24 @@ def _bar(label: str) -> Iterator[Callable[[int, int | None, float | None], None]
         yield show
 
 
+def is_folder(out: str) -> bool:
+    """Whether --out names a folder, which one file a record type goes to."""
+    return out.endswith(("/", os.sep))
+
+
+def _replace(target: Path, mark: str, blocks: Iterable[bytes]) -> None:
+    """Writes a file whole or not at all."""
+    draft = target.with_name(f".{target.name}.{mark}.part")
+    try:
+        with draft.open("wb") as file:
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 class Client:
     """What the commands work with: requests to one end, and the flags that were given."""
 
@@ -13686,23 +14402,24 @@ class Client:
         return job
 
     def save(self, job: Mapping[str, Json], out: str) -> None:
-        """Writes a job's file to `out`: to stdout for -, otherwise whole or not at all."""
+        """Writes a job's file to `out`: to stdout for -, into a folder what is in it, each file whole or not at all."""
         blocks = self.send("GET", f"/download/{job['jobId']}", {}, io.BytesIO(), 0)
         target = Path(os.path.realpath(out))
-        if out == "-" or (target.exists() and not target.is_file()):  # a pipe or a device takes no rename
+        if out == "-" or (target.exists() and not target.is_file() and not is_folder(out)):  # no rename onto a pipe
             with click.open_file(out, "wb") as stream:
                 stream.writelines(blocks)
                 stream.flush()
             return
-        draft = target.with_name(f".{target.name}.{job['jobId']}.part")
-        try:
-            with draft.open("wb") as file:
-                file.writelines(blocks)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
+        if not is_folder(out):
+            _replace(target, job["jobId"], blocks)
+            return
+        target.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=target) as file:
+            file.writelines(blocks)
+            with zipfile.ZipFile(file) as packed:
+                for name in packed.namelist():
+                    with packed.open(name) as member:
+                        _replace(target / name, job["jobId"], iter(lambda: member.read(_BLOCK), b""))
 
 
 # ---- Flags: made from the settings and from the models of the requests ----
@@ -13831,10 +14548,14 @@ def _recipe_options() -> list[click.Parameter]:
 
 
 def _check_out(out: str) -> None:
-    """Raises SettingError unless a file can be written there."""
-    folder = Path(os.path.realpath(out)).parent
-    if out != "-" and (Path(out).is_dir() or not folder.is_dir()):
-        raise SettingError(f"--out: {f'{out} is a folder' if Path(out).is_dir() else f'there is no folder {folder}'}")
+    """Raises SettingError unless a file can be written there, or in it, if it names a folder."""
+    place = Path(os.path.realpath(out))
+    if out != "-" and not place.parent.is_dir():
+        raise SettingError(f"--out: there is no folder {place.parent}")
+    if is_folder(out) and place.is_file():
+        raise SettingError(f"--out: {place} is a file")
+    if place.is_dir() and not is_folder(out):
+        raise SettingError(f"--out: {out} is a folder; {out}/ gets one file a record type")
 
 
 def _output(client: Client) -> dict[str, Json]:
@@ -13844,11 +14565,15 @@ def _output(client: Client) -> dict[str, Json]:
     if name.endswith(".gz"):
         name, request["gzip"] = name.removesuffix(".gz"), True
     by_suffix = {suffix: name for name, known in FORMATS.items() for suffix in known.suffixes}
-    told = "csv" if out == "-" else by_suffix.get(name.rpartition(".")[2] if "." in name else "")
+    folder = is_folder(out)
+    if folder:
+        request["split"] = True
+    told = "csv" if out == "-" or folder else by_suffix.get(name.rpartition(".")[2] if "." in name else "")
     if "format" not in request and not told:
         raise SettingError(f"--format is needed, since {out!r} does not tell: {', '.join(FORMATS)}")
     request.setdefault("format", told)
-    if out == "-" and sys.stdout.isatty() and (request["format"] == "sqlite" or request.get("gzip")):
+    if out == "-" and sys.stdout.isatty() and (
+            FILE_TYPES[FORMATS[request["format"]].suffixes[0]].magic or request.get("gzip") or request.get("split")):
         raise SettingError("a terminal cannot show such a file; --out names one")
     _check_out(out)
     return request
