@@ -368,9 +368,11 @@ class Interrupted(Exception):
 
 
 def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
-    """Up to `count` of `words` that look like `word`, the likest first; case does not matter."""
+    """Up to `count` of `words` that look like `word`, or else end in it, the likest first; case does not matter."""
     by_lower = {candidate.lower(): candidate for candidate in words}
-    return [by_lower[hit] for hit in difflib.get_close_matches(word.lower(), by_lower, count, 0.6)]
+    hits = difflib.get_close_matches(word.lower(), by_lower, count, 0.6) or [
+        candidate for candidate in by_lower if len(word) > 3 and candidate.endswith(word.lower())][:count]
+    return [by_lower[hit] for hit in hits]
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -5281,7 +5283,7 @@ class DatetimeField(FieldType):
                 return None
             first, last = self.first(start), end // unit
             if first > last:
-                raise TaskError(f"{scope.path}: from {self.from_} comes after to {self.to}")
+                raise BadRequest.of(scope.path, f"from {self.from_} comes after to {self.to}")
             return self.text(first + int(u * (last - first + 1)))
 
         return draw, self.kind
@@ -5602,7 +5604,7 @@ class _Alternatives(_Container):
             for _ in range(UNIQUE_TRIES):
                 if wanted(value := plain()):
                     return value
-            raise TaskError(f"{scope.path}: no valid value in {UNIQUE_TRIES} draws")
+            raise BadRequest.of(scope.path, f"no valid value in {UNIQUE_TRIES} draws")
 
         try:
             if len([*itertools.islice(filter(wanted, (plain() for _ in range(2 * TRIALS))), 2)]) > 1:
@@ -6249,7 +6251,7 @@ def _new(generator: RecordGenerator, name: str, draw: Draw, redraws: int) -> Any
         if tries > redraws and isinstance(value, str):
             break
         if tries >= UNIQUE_TRIES:
-            raise TaskError(f"{generator.name}.{name}: no new value in {tries} draws")
+            raise BadRequest.of(generator.type.at("schema", name), f"no new value in {tries} draws")
     numbers = itertools.count(generator.done + 1, generator.type.bound)
     return next(filter(add, (f"{stem}{n}{mark}{end}" for n in chain([""] if mark else (), numbers))))
 
@@ -7260,7 +7262,7 @@ class TextEncoding:
             text = self._decoder.decode(block, last)
         except UnicodeError as error:
             if self._told or self.name != "utf-8":
-                raise UnicodeError(f"it is not text in {self.name}") from error
+                raise UnicodeError(f"it is not text in {self.name}; the part encoding names another") from error
             self.name, self._decoder = "windows-1252", codecs.getincrementaldecoder("windows-1252")("replace")
             text = self._decoder.decode(held + block, last)
         if first or self.name == "windows-1252":  # to look through all of a long text costs more than to decode it
@@ -9434,8 +9436,12 @@ def preview(request: GenerateRequest) -> str:
         raise BadRequest.of("records", f"make {recipe.total} records together, of at most {_PREVIEW_MOST} in a preview")
     rows, columns, size = RowSource(recipe.columns), recipe.columns, 0
     with closing(request.plan()) as plan:
-        for _ in plan.chunks(rows):
-            _check_preview(rows.size())
+        try:
+            for _ in plan.chunks(rows):
+                _check_preview(rows.size())
+        except TaskError as error:  # what was checked beforehand and yet cannot be drawn
+            raise error if type(error) is not TaskError else BadRequest.of(
+                "records" if request.records else "schema", str(error)) from None
     lists: dict[str, list[str]] = {record_type: [] for record_type in columns}
     for record_type, made in rows.made().items():
         texts = lists[record_type]

@@ -490,6 +490,7 @@ WRONG_REQUESTS = {
     **{f"the filters {filters}": (400, "POST", "/export", {"format": "csv", "filters": filters}, None, *words)
        for filters, *words in (
            ({"recordtype": "a"}, "filters.recordtype: is not known here; did you mean 'recordType'"),
+           ({"type": "a"}, "filters.type: is not known here; did you mean 'recordType'"),
            ({"where": {"a": {"gtt": 1}}}, "filters.where.a: no such operator 'gtt'; did you mean 'gt'"),
            ({"where": {"a": {"between": [1, 2]}}}, "there are: eq, ne, lt, lte, gt, gte, in, notIn, like, notLike"),
            ({"where": {"a": 18}}, r'filters.where.a: say {\"eq\": 18}'),
@@ -2828,6 +2829,20 @@ def test_unique_values_that_are_no_text_are_drawn_until_they_are_new(name: str) 
     assert len(set(column(plan({"x": {"type": name, "unique": True}}, 300), "x"))) == 300
     with pytest.raises(TaskError, match="no new value in 1000 draws"):
         rows(plan({"x": {"type": "random_digit", "unique": True}}, 11))
+
+
+@pytest.mark.parametrize(("schema", "field"), [
+    ({"a": {"type": "float", "min": 1, "max": 1, "unique": True}}, "schema.a"),
+    ({"a": {"type": "random_digit", "unique": True}}, "schema.a"),
+    ({"a": {"type": "numerify", "args": {"text": "#"}, "unique": True}, "b": {"type": "boolean", "unique": True}},
+     "schema.b")])
+def test_a_preview_that_cannot_be_drawn_is_the_requests_fault(
+        service: taskapi.Service, schema: dict[str, Any], field: str) -> None:
+    """400, and the field; a job of it fails with the same words."""
+    app, body = webtest.TestApp(service.app), {"recordType": "p", "count": 80, "schema": schema}
+    answer = app.post_json("/preview", body, status=400).json
+    assert [problem["field"] for problem in answer["fields"]] == [field]
+    assert app.post_json("/generate", body).json["error"] == answer["error"]
 
 
 # ---- Relations ----
