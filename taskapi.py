@@ -13732,7 +13732,7 @@ def token_page(_: Request) -> Any:
         '<p role="alert"></p></form></main>'), _SIGN_IN_SCRIPT)
 
 
-BROWSER_PAGES |= {"/": get_ui, "token": token_page}
+BROWSER_PAGES.update({"/": get_ui, "token": token_page})
 
 
 # ==== 11 Server: the service as a whole, the Waitress channel, the command line ====
