@@ -4501,6 +4501,14 @@ _FORMATS: dict[str, tuple[dict[str, Json] | None, str]] = {
     "byte": (None, "^([A-Za-z0-9+/]{4}){2,8}$"), "json-string": (None, "^[1-9][0-9]{0,5}$")}
 
 
+def _is_number(value: Json) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Json) -> bool:
+    return _is_number(value) and value == value // 1
+
+
 def _sameness(value: Json) -> str:
     """A text that is the same for values that JSON Schema takes for equal: 1 and 1.0, objects in any order."""
     def same(part: Json) -> Json:
@@ -4509,14 +4517,6 @@ def _sameness(value: Json) -> str:
         return [*map(same, part)] if isinstance(part, list) else int(part) if _is_whole(part) else part
 
     return json.dumps(same(value), sort_keys=True)
-
-
-def _is_number(value: Json) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Json) -> bool:
-    return _is_number(value) and value == value // 1
 
 
 _TYPE_TESTS: dict[str, Callable[[Json], bool]] = {
@@ -6833,6 +6833,19 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class _LastReader(io.FileIO):
+    """A file that is read once."""
+
+    def __init__(self, path: Path, remove: Callable[[], None]):
+        super().__init__(path)
+        self._remove = remove
+
+    def close(self) -> None:
+        """Closes and removes it."""
+        super().close()
+        self._remove()
+
+
 class AtomicFile:
     """A file being written in data/tmp. It gets its final name whole and fsynced, or it never existed."""
 
@@ -6874,7 +6887,7 @@ class AtomicFile:
     def open_last(self) -> BinaryIO:
         """Opens the whole for reading; the file goes when that is closed."""
         self.flush()
-        return cast(BinaryIO, _LastReader(self))
+        return cast(BinaryIO, _LastReader(self.path, self.close))
 
     def keep(self, path: str, filename: str, content_type: str) -> StoredFile:
         """Moves the file to `path` (relative to the data folder), durably."""
@@ -6900,19 +6913,6 @@ class AtomicFile:
             self._file.close()
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
-
-
-class _LastReader(io.FileIO):
-    """A file that is read once."""
-
-    def __init__(self, draft: AtomicFile):
-        super().__init__(draft.path)
-        self._draft = draft
-
-    def close(self) -> None:
-        """Closes and removes it."""
-        super().close()
-        self._draft.close()
 
 
 class _OpenFile(io.FileIO):
@@ -10105,6 +10105,11 @@ def _check_fault(on: FaultOn, then: FaultThen) -> None:
             raise BadRequest.of(f"then.headers.{name}", "is no header that an answer may be given")
 
 
+def fits(text: str, pattern: str) -> bool:
+    """Whether a text is like a pattern, in which * is any text."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
+
+
 class Fault:
     """A fault, and what is left of it."""
 
@@ -10150,11 +10155,6 @@ class Fault:
         asked = self._request.model_dump(exclude_unset=True)
         return {"id": self.id, "skip": 0, "probability": 1, **asked, "times": self._times,
                 "left": None if self._times is None else self._times - self._struck, "struck": self._struck}
-
-
-def fits(text: str, pattern: str) -> bool:
-    """Whether a text is like a pattern, in which * is any text."""
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
 
 
 class Faults:
@@ -11856,20 +11856,17 @@ def _pack(call: Request, response: bottle.HTTPResponse) -> None:
 UNROUTED = "none"  # the path under which requests count that no route takes
 
 
-def _checked(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
-    raw_path = call.environ.get("bottle.raw_path", "")
-    try:
-        raw_path.encode("latin-1").decode()
-    except UnicodeError:  # Bottle leaves its bad bytes out
-        raise BadRequest("the path is not UTF-8") from None
-    try:
-        check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
-    except Unauthorized as error:
-        if call.method != "GET" or not prefers_html(call.header("Accept")):
-            raise
-        page = BROWSER_PAGES["token"](call)
-        return bottle.HTTPResponse(page.body, error.http_status, {**page.headers, **error.headers})
-    return _with_faults(call, partial(_handled, call, entry, arguments))
+def _handled(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
+    """The answer of a handler, given the models that it takes."""
+    if entry.path == UNROUTED:
+        return entry.handler(call, **arguments)
+    query = call.query(entry.query or NoQuery)
+    if MOUNT.get() and not call.environ.get("bottle.raw_path"):  # relative links would miss the mount
+        return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
+    models = [query] if entry.query else []
+    if entry.body and entry.body is not UploadForm:
+        models.append(call.body(entry.body))
+    return entry.handler(call, *models, **arguments)
 
 
 def _cut(call: Request, response: bottle.HTTPResponse, after: int | None) -> None:
@@ -11910,17 +11907,20 @@ def _with_faults(call: Request, answer: Callable[[], bottle.HTTPResponse]) -> bo
     return response
 
 
-def _handled(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
-    """The answer of a handler, given the models that it takes."""
-    if entry.path == UNROUTED:
-        return entry.handler(call, **arguments)
-    query = call.query(entry.query or NoQuery)
-    if MOUNT.get() and not call.environ.get("bottle.raw_path"):  # relative links would miss the mount
-        return bottle.HTTPResponse(b"", 308, {"Location": f"{MOUNT.get()}/"})
-    models = [query] if entry.query else []
-    if entry.body and entry.body is not UploadForm:
-        models.append(call.body(entry.body))
-    return entry.handler(call, *models, **arguments)
+def _checked(call: Request, entry: Route, arguments: dict[str, Any]) -> bottle.HTTPResponse:
+    raw_path = call.environ.get("bottle.raw_path", "")
+    try:
+        raw_path.encode("latin-1").decode()
+    except UnicodeError:  # Bottle leaves its bad bytes out
+        raise BadRequest("the path is not UTF-8") from None
+    try:
+        check_head(call.method, call.path, call.header, call.length, call.engine.settings, call.engine.allowed_hosts)
+    except Unauthorized as error:
+        if call.method != "GET" or not prefers_html(call.header("Accept")):
+            raise
+        page = BROWSER_PAGES["token"](call)
+        return bottle.HTTPResponse(page.body, error.http_status, {**page.headers, **error.headers})
+    return _with_faults(call, partial(_handled, call, entry, arguments))
 
 
 def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPResponse:
