@@ -10218,6 +10218,45 @@ def test_bench_exports_and_ingest(tmp_path: Path) -> None:
               f"{theirs / seconds(ingest):.1f} times sqlite-utils insert --csv (goal 2)")
 
 
+@pytest.mark.bench
+def test_bench_reading_records(tmp_path: Path) -> None:
+    """300,000 records of nine fields, filtered and sorted over HTTP, against Datasette (which wants an environment of
+    its own: pipx install datasette) on a copy of the same database: as it answers by default, and without the facets
+    that it suggests. Asked in turn, the median of nine, no question twice, since we keep the totals."""
+    datasette, path = shutil.which("datasette"), tmp_path / "copy.db"
+    if not datasette:
+        pytest.skip("datasette is not there")
+    print()
+    with taskapi.open_service(tmp_path / "data") as service:
+        run_job(service, "generate", recordType="nine", count=300_000, schema=NINE, seed=1)
+        plain(tmp_path / "data", "VACUUM INTO ?", str(path))
+    with Live(tmp_path / "data") as live, subprocess.Popen(
+            [datasette, "serve", str(path), "--port", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True) as peer:
+        address = next(found[1] for line in peer.stderr or () if (found := re.search(r"running on (http://\S+)", line)))
+
+        def timed(url: str, path: str) -> tuple[Any, float]:
+            begun = time.perf_counter()
+            return json.loads(ask(url, "GET", path).body), time.perf_counter() - begun
+
+        for what, ours, theirs in (
+                ("a filter that many fit", "score.gte={}&plan=pro", "score__gte={}&plan=pro"),
+                ("a filter that few fit", "name.contains=Zamora&score.lt={}", "name__contains=Zamora&score__lt={}"),
+                ("a filter, sorted", "score.gte={}&orderBy=-joined", "score__gte={}&_sort_desc=joined")):
+            times = []
+            for bound in range(300, 309):
+                peers = f"/copy/nine.json?{theirs.format(bound)}&_shape=objects"
+                mine, default, bare = (timed(*asked) for asked in (
+                    (live.url, f"/records/nine?{ours.format(bound)}"), (address, peers),
+                    (address, f"{peers}&_nosuggest=1")))
+                assert mine[0]["total"] == default[0]["filtered_table_rows_count"], what
+                times.append([each[1] for each in (mine, default, bare)])
+            mine, default, bare = (sorted(column)[4] for column in zip(*times, strict=True))
+            print(f"{what}: {default / mine:.1f} times Datasette (goal 3), {bare / mine:.1f} without suggestions (goal "
+                  f"0.8; {1000 * mine:.0f} ms)", flush=True)
+        peer.terminate()
+
+
 def multipart_of(path: Path, *text: str) -> Iterator[bytes]:
     """A multipart body with one file and perhaps a text part, a piece at a time."""
     if text:
