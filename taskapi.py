@@ -3391,6 +3391,180 @@ class RecordStore:
             return found and int(found[0])
 
 
+# ---- Databases of others: what their tables are, and writing into them ----
+
+_SQL_TOKEN = re.compile(r"""(--[^\n]*|/\*(?s:.*?)(?:\*/|\Z))|'(?:[^']++|'')*+(?:'|\Z)|"(?:[^"]++|"")*+(?:"|\Z)"""
+                        r"""|`[^`]*+`?|\[[^\]]*+\]?|[^\W\d]\w*|-?\d+(?:\.\d+)?|[<>=!]+|\S""")
+MAX_TABLES = 50
+_MAX_DDL = 2**20  # characters
+_CREATES = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_REINDEX,
+                      sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_TRANSACTION})
+
+
+class ForeignKey(NamedTuple):
+    """Columns that hold a key of another table, or of their own."""
+
+    columns: tuple[str, ...]
+    table: str
+    to: tuple[str, ...]
+
+
+class TableColumn(NamedTuple):
+    """A column that an INSERT fills; its type is as declared, in capitals, its values those of the first rows."""
+
+    type: str
+    required: bool
+    default: str | None
+    values: list[Any]
+
+
+class OtherTable(NamedTuple):
+    """A table of somebody else's database; each of `checks` is the tokens of a CHECK."""
+
+    name: str
+    rows: int
+    columns: dict[str, TableColumn]
+    key: tuple[str, ...]
+    unique: list[tuple[str, ...]]
+    foreign: list[ForeignKey]
+    checks: list[list[str]]
+
+
+def _unquoted_name(token: str) -> str:
+    return token[1:-1] if token[:1] in '"`[' else token
+
+
+def _tokens(sql: str) -> list[re.Match[str]]:
+    return [found for found in _SQL_TOKEN.finditer(sql) if not found[1]]
+
+
+def _checks(sql: str) -> Iterator[list[str]]:
+    """What stands in each CHECK (...) of a CREATE TABLE."""
+    tokens = [found[0] for found in _tokens(sql)]
+    for at, token in enumerate(tokens):
+        if token.upper() == "CHECK" and tokens[at + 1:at + 2] == ["("]:
+            depths = itertools.accumulate({"(": 1, ")": -1}.get(token, 0) for token in tokens[at + 1:])
+            end = next((n for n, depth in enumerate(depths, at + 1) if not depth), len(tokens))
+            yield tokens[at + 2:end]
+
+
+def _read_table(connection: sqlite3.Connection, name: str, sql: str, sample: int, notes: list[str]) -> OtherTable:
+    table = _quote(name)
+    columns = connection.execute(f"PRAGMA table_xinfo({table})").fetchall()
+    notes += [f"{name}.{column[1]} is generated, and left out" for column in columns if column[6]]
+    columns = [column for column in columns if not column[6]]
+    names = [column[1] for column in columns]
+    (rows,), listed = connection.execute(f"SELECT count(*) FROM {table}").fetchone(), ", ".join(map(_quote, names))
+    first = connection.execute(f"SELECT {listed} FROM {table} LIMIT {sample}").fetchall()
+    unique = []
+    for _, index, is_unique, _, partial_ in connection.execute(f"PRAGMA index_list({table})").fetchall():
+        within = tuple(row[2] for row in connection.execute(f"PRAGMA index_info({_quote(index)})"))
+        if is_unique and (partial_ or None in within):
+            notes.append(f"{name}: the unique index {index} is not understood")
+        elif is_unique:
+            unique.append(within)
+    foreign = []
+    for _, group in groupby(connection.execute(f"PRAGMA foreign_key_list({table})").fetchall(), itemgetter(0)):
+        keys = sorted(group, key=itemgetter(1))
+        foreign.append(ForeignKey(tuple(key[3] for key in keys), keys[0][2], tuple(key[4] for key in keys)))
+    key = tuple(column[1] for column in sorted(columns, key=itemgetter(5)) if column[5])
+    kept = {column[1]: TableColumn(
+        column[2].upper(), bool(column[3] or column[5]), column[4], [row[at] for row in first])
+        for at, column in enumerate(columns)}
+    # SQLite lists the last foreign key first
+    return OtherTable(name, rows, kept, key, [*([key] if key else []), *unique], foreign[::-1], [*_checks(sql)])
+
+
+def read_tables(connection: sqlite3.Connection, sample: int) -> tuple[list[OtherTable], list[str]]:
+    """The tables of somebody else's database, with so many rows of each, and what is left out of that.
+
+    It may have been made to do harm: nothing of it is run, and what takes too many steps is given up. ValueError.
+    """
+    steps = itertools.count()
+    connection.set_progress_handler(lambda: next(steps) > 2_000, 10_000)
+    connection.text_factory = lambda text: text.decode(errors="replace")
+    tables, notes = list[OtherTable](), list[str]()
+    try:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        other = {row[1] for row in connection.execute("PRAGMA table_list") if row[2] in ("virtual", "shadow")}
+        for kind, name, sql in connection.execute(
+                "SELECT type, name, sql FROM sqlite_master WHERE type <> 'index' AND name NOT LIKE 'sqlite!_%' "
+                "ESCAPE '!' ORDER BY rowid").fetchall():
+            if kind != "table" or name in other or len(tables) == MAX_TABLES:
+                notes.append(f"the {kind} {name} is left out")
+            else:
+                tables.append(_read_table(connection, name, sql, sample, notes))
+    except sqlite3.Error as error:
+        raise ValueError(f"is no database that can be read: {error}") from None
+    return tables, notes
+
+
+def open_foreign(path: Path) -> sqlite3.Connection:
+    """Somebody else's database, to be read."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
+    """A database in memory with the tables and indexes that a script creates, and what of the script is left out.
+
+    Nothing else of it is run. ValueError tells what SQLite does not take.
+    """
+    if len(script) > _MAX_DDL:
+        raise ValueError(f"has more than {_MAX_DDL} characters")
+    connection, notes, others, first, words = sqlite3.connect(":memory:", isolation_level=None), list[str](), 0, 0, [""]
+    connection.set_authorizer(lambda action, what, *_: sqlite3.SQLITE_OK if action in _CREATES or (
+        action in (sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE) and what == "sqlite_master") else sqlite3.SQLITE_DENY)
+    words.clear()
+    for token in [*_tokens(script), None]:
+        if token and token[0] != ";":
+            words.append(token[0])
+            continue
+        statement, end = " ".join(words[:4]), token.end() if token else len(script)
+        if re.match(r"create (unique )?(table|index)\b", statement, re.IGNORECASE):
+            try:
+                connection.execute(script[first:end])
+            except sqlite3.Error as error:
+                connection.close()
+                raise ValueError(f"{statement}...: {error}") from None
+        elif found := re.match(r"create .*?(view|trigger|virtual table) (?:if not exists )?(\S+)", " ".join(words[:8]),
+                               re.IGNORECASE):
+            notes.append(f"the {found[1].lower()} {_unquoted_name(found[2])} is left out")
+        elif words:
+            others += 1
+        first = end
+        words.clear()
+    connection.set_authorizer(None)
+    return connection, [*notes, *([f"{others} statements are no CREATE, and were not run"] if others else [])]
+
+
+def write_into(path: Path, source: Path, table_of: Callable[[str], str]) -> dict[str, int]:
+    """Copy the tables of one database into those of another of which `table_of` gives the same name, all or nothing.
+
+    Foreign keys are checked once all is there. ValueError tells what does not fit. Returns how many rows went where.
+    """
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)) as connection:
+        try:
+            connection.execute("ATTACH ? AS made", [str(source)])
+            connection.execute("BEGIN IMMEDIATE")
+            broken = {*connection.execute("PRAGMA main.foreign_key_check")}
+            names = [name for name, in connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")]
+            counts = {}
+            for made, in connection.execute("SELECT name FROM made.sqlite_master WHERE type = 'table' ORDER BY rowid"
+                                            ).fetchall():
+                if not (into := next((name for name in names if table_of(name) == made), "")):
+                    raise ValueError(f"there is no table {made!r}{did_you_mean(made, names)}")
+                listed = connection.execute(f"PRAGMA made.table_info({_quote(made)})")
+                columns = ", ".join(_quote(row[1]) for row in listed)
+                counts[into] = connection.execute(f"INSERT INTO main.{_quote(into)} ({columns}) SELECT {columns} "
+                                                  f"FROM made.{_quote(made)} ORDER BY rowid").rowcount
+            if wrong := {*connection.execute("PRAGMA main.foreign_key_check")} - broken:
+                raise ValueError(f"{len(wrong)} rows refer to rows that are not there: {min(wrong, key=str)[0]}")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ValueError(str(error)) from None
+    return counts
+
+
 # ==== 5 Generator: a checked recipe in, rows out; the only Faker ====
 
 MAX_INT = 2**63 - 1
@@ -3945,8 +4119,8 @@ class ForeignRow:
     but of a type that grows `together` with the record's, only those rows count that there are by then.
     """
 
-    def __init__(self, target: str, index: Mapping[str, int], together: bool) -> None:
-        self.key, self.target, self.index, self.together = 0, target, index, together
+    def __init__(self, target: str, index: Mapping[str, int], together: bool, distinct: bool) -> None:
+        self.key, self.target, self.index, self.together, self.distinct = 0, target, index, together, distinct
         self.fields: list[str] = []
         self.row: Row | None = None
         self.block: dict[int, Row] = {}  # by the ordinal of the record that looks
@@ -3958,11 +4132,18 @@ class ForeignRow:
         at, self.row = self.fields.index(column), tuple([example[self.index[name]] for name in self.fields])
         return lambda: self.row[at] if self.row else None
 
-    def pick(self, ordinal: int, there: range, rows: RowSource) -> None:
-        """Settle the row for the record of this ordinal: one of those whose ordinals are `there`."""
+    def pick(self, ordinal: int, there: range, rows: RowSource, family: tuple[int, int]) -> None:
+        """Settle the row for the record of this ordinal: one of those whose ordinals are `there`.
+
+        A `distinct` one is no other's of its `family`: the parent's ordinal, and how many children that has so far.
+        """
         if ordinal not in self.block:
-            ahead = range(ordinal, ordinal + (1 if self.together else 500))
+            if self.distinct and family[1] >= len(there):
+                raise TaskError(f"there are only {len(there)} different {self.target} to refer to")
+            ahead = range(ordinal, ordinal + (1 if self.together or self.distinct else 500))
             chosen = {o: there[_mix(self.key, o) % len(there)] for o in ahead} if there else {}
+            if self.distinct:
+                chosen = {ordinal: there[_shuffled(len(there), _mix(self.key, family[0]), family[1])]}
             ordinals = sorted(set(chosen.values()))
             found = dict(zip(ordinals, rows.rows(self.target, self.fields, ordinals), strict=True))
             self.block = {o: found[at] for o, at in chosen.items()}
@@ -4026,7 +4207,7 @@ class RecordGenerator:
         self.settled: list[Callable[[], None]] = []  # what finds anew all that depends on seed or instant
         self.kinds: dict[str, Kind] = {}
         self.size = 0  # characters of a large record
-        self.lookups: dict[RecordGenerator, ForeignRow] = {}
+        self.lookups: dict[tuple[RecordGenerator, str], ForeignRow] = {}
         self.steps: list[tuple[_Steps, _Steps]] = []  # by locale: those at first, those that are deferred
         self.values: list[Any] = [None] * len(record_type.index)  # the record that is being made
         self.siblings: list[Row] = []  # those made so far for the present parent
@@ -4052,12 +4233,12 @@ class RecordGenerator:
             self.fakers[name] = FastFaker(name, self.rng, lambda: self.now)
         return self.fakers[name]
 
-    def lookup(self, target: RecordGenerator) -> ForeignRow:
-        """The one random row of this type that all fields of a record read."""
-        if target not in self.lookups:
+    def lookup(self, target: RecordGenerator, row: str = "", distinct: bool = False) -> ForeignRow:
+        """The one random row of this type, among those of its rows with this name, that all fields of a record read."""
+        if (target, row) not in self.lookups:
             together = target.type.root is self.type.root
-            self.lookups[target] = ForeignRow(target.name, target.type.index, together)
-        return self.lookups[target]
+            self.lookups[target, row] = ForeignRow(target.name, target.type.index, together, distinct)
+        return self.lookups[target, row]
 
     def child_count(self, parent_ordinal: int) -> int:
         """How many records are made for this parent (0 for a type that has none)."""
@@ -4129,8 +4310,9 @@ class RecordGenerator:
         self._end(rows)
 
     def _begin(self, rows: RowSource) -> None:
-        for target, lookup in self.lookups.items():
-            lookup.pick(self.done, range(target.first, target.done), rows)
+        family = (self.parent.done, len(self.siblings)) if self.parent else (0, self.done - self.first)
+        for (target, _), lookup in self.lookups.items():
+            lookup.pick(self.done, range(target.first, target.done), rows, family)
         if self.parent:
             self.locale = self.parent.locale
         elif len(self.steps) > 1:
@@ -4160,8 +4342,8 @@ class RecordGenerator:
         self.seed, self.key, self._now = seed, _hash64(seed, self.name), now
         if self.dated:
             self._now = self.now
-        for target, lookup in self.lookups.items():
-            lookup.key = _hash64(seed, self.name, target.name)
+        for (target, row), lookup in self.lookups.items():
+            lookup.key = _hash64(seed, self.name, target.name, *filter(None, [row]))
         for find in self.settled:
             find()
 
@@ -4585,11 +4767,15 @@ class JsonSchema:
 
     def allows(self, value: Json, nodes: Iterable[Json], formats: bool = True) -> bool:
         """Whether a value is valid against each of these parts of the document."""
-        self.steps, self.formats = 0, formats
         try:
-            return all(self._meets(value, node) for node in nodes)
+            return all(self._told(value, node, told) for node in nodes for told in {formats, False})
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             return False
+
+    def _told(self, value: Json, node: Json, formats: bool) -> bool:
+        """With `format`, which some validators check, and without."""
+        self.steps, self.formats = 0, formats
+        return self._meets(value, node)
 
     def _meets(self, value: Json, node: Json) -> bool:
         if isinstance(node, bool):
@@ -5513,16 +5699,30 @@ class RefField(FieldType):
     """A field of a related record, "customer.id".
 
     In a record made `per` customer it is that customer's, else a random earlier customer's: the same row for all refs
-    of a record.
+    of a record. Refs with a name for `row`, and those to the record's own type, read another one, which is random
+    too. A row is read `once` only, or once per parent. Null where there is none yet.
     """
 
     field: str
+    row: str = ""
+    once: bool = False
 
     def reads(self) -> Iterable[str]:
         return [self.field]
 
     def draw(self, scope: Scope) -> tuple[Draw, Kind]:
-        return scope.reader(self.field)
+        me = scope.generator
+        name, _, column = self.field.partition(".")
+        own = name == me.name and column in me.type.index
+        if not (self.row or self.once or own):
+            return scope.reader(self.field)
+        owner, column = (me, column) if own else scope.find(self.field, me.others.values())
+        most = me.type.spec.range[1] if me.parent else me.type.bound
+        fewest = math.prod(t.spec.range[0] for t in [owner.type, *owner.type.ancestors()])
+        if self.once and (fewest < most or owner.type.root is me.type.root):
+            raise scope.refuse(f"there may be fewer than {most} different {owner.name} to refer to", "once")
+        kind, lookup = scope.kind(owner, column), me.lookup(owner, self.row, self.once)
+        return _mapped(lookup.reader(column, owner.values), _LOAD.get(kind)), kind
 
 
 class _Arithmetic(FieldType):
@@ -6218,7 +6418,9 @@ def _parsed(record_type: RecipeType) -> Iterator[FieldProblem]:
 def _order_fields(record_type: RecipeType) -> None:
     """Put the fields in order: as in the schema, but what a field reads comes first. ValueError tells a cycle."""
     fields = record_type.fields
-    graph = {name: [n for n in model.reads() if n in fields] for name, model in fields.items()}
+    own = f"{record_type.name}."
+    graph = {name: [n for n in (n if n in fields else n.removeprefix(own) for n in model.reads()) if n in fields]
+             for name, model in fields.items()}
     record_type.fields = {name: fields[name] for name in _ordered(graph)}
     for name, model in record_type.fields.items():
         if isinstance(model, SumField) or not record_type.deferred.isdisjoint(graph[name]):
@@ -6376,7 +6578,7 @@ class Plan:
         """Find the small trees of types that others refer to: each part is to know them, so the first one has them."""
         trees = {root: [*tree] for root, tree in itertools.groupby(
             self.generators.values(), lambda generator: generator.type.root)}
-        needs = {root: {target.type.root for generator in tree for target in generator.lookups} - {root}
+        needs = {root: {target.type.root for generator in tree for target, _ in generator.lookups} - {root}
                  for root, tree in trees.items()}
         for root, tree in trees.items():  # what one refers to comes before it
             referred = any(root in others for others in needs.values())
@@ -6461,7 +6663,7 @@ class Plan:
         """The fields of each type that random rows are read of."""
         fields = defaultdict[str, list[str]](list)
         for generator in self.generators.values():
-            for target, lookup in generator.lookups.items():
+            for (target, _), lookup in generator.lookups.items():
                 fields[target.name] += lookup.fields
         return fields
 
@@ -6587,7 +6789,7 @@ class Recipe:
         for name, record_type in self.types.items():
             read = {n.partition(".")[0] for f in record_type.fields.values() for n in f.reads()
                     if n not in record_type.index}
-            needs[name] = [other for other in self.types if other in read or other == record_type.spec.per]
+            needs[name] = [o for o in self.types if (o in read and o != name) or o == record_type.spec.per]
         order = _ordered(needs)
         tree = {name: self.types[name].root.name for name in order}
         # a tree of types is made as a whole, so trees have an order too
@@ -6797,6 +6999,7 @@ class FileType(NamedTuple):
 
 FILE_TYPES: dict[str, FileType] = {  # by suffix; see `file_format` for those that hold records
     "txt": FileType("text/plain; charset=utf-8"),
+    "sql": FileType("application/sql"),
     "xml": FileType("application/xml"),
     "gz": FileType("application/gzip", (b"\x1f\x8b",)),
     "zip": FileType("application/zip", (b"PK\x03\x04", b"PK\x05\x06")),
@@ -7292,7 +7495,9 @@ def upload_too_large(settings: Settings) -> BadRequest:
     return BadRequest.of("file", f"is larger than {settings.max_upload_bytes} bytes (TASKAPI_MAX_UPLOAD_BYTES)")
 
 
-RAW_TYPES: dict[str, str] = {}  # suffixes by the media types of bodies that are a file; see `file_format`
+# Suffixes by the media types of bodies that are a file; `file_format` enters more.
+RAW_TYPES: dict[str, str] = {"application/vnd.sqlite3": "sqlite", "application/sql": "sql"}
+SCHEMA_TYPES = ("sqlite", "sqlite3", "db", "sql")  # of files that tell of records, and are no records
 
 
 def check_upload_head(content_type: str, length: int, settings: Settings) -> tuple[str, str]:
@@ -7339,10 +7544,10 @@ class Upload:
     upload keeps or not. Raises BadRequest at the first thing that is wrong.
     """
 
-    def __init__(self, file: AtomicFile, settings: Settings, options: Mapping[str, str]):
+    def __init__(self, file: AtomicFile, settings: Settings, options: Mapping[str, str], also: Sequence[str]):
         self.file, self.options = file, ChainMap({}, dict(options))  # those of the form win
         self.filename = self.content_type = ""
-        self._settings = settings
+        self._settings, self._also = settings, also
         self._check: _Beginning | TextEncoding | None = None  # of a type that only the settings know, nothing
         self._name, self._text = "", b""  # of the part that is being read
 
@@ -7350,7 +7555,7 @@ class Upload:
         """The file's name, and the media type that the client declares, if any."""
         self.filename = file_label(filename)
         suffix = self.filename.rpartition(".")[2].lower() if "." in self.filename else ""
-        allowed = self._settings.upload_types
+        allowed = (*self._settings.upload_types, *self._also)
         if ("jpg" if suffix == "jpeg" else suffix) not in allowed:
             raise BadRequest.of("file", f"files {f'of type {suffix!r}' if suffix else 'without an extension'} are not "
                                         f"accepted; accepted are: {', '.join(allowed)}")
@@ -7418,15 +7623,18 @@ class Upload:
 
 @contextmanager
 def receive_upload(blocks: Iterator[bytes], content_type: str, settings: Settings, folder: DataFolder,
-                   options: Mapping[str, str]) -> Iterator[Upload]:
+                   options: Mapping[str, str], also: Sequence[str] = ()) -> Iterator[Upload]:
     """The upload that a body is, a form or the file itself; what is not kept inside the block is gone after it.
+
+    Types in `also` are taken besides those in the settings.
 
     `options`, by name, come from elsewhere; the form may have further ones. One of them, `filename`, names a file that
     is the body. Raises BadRequest, UnsupportedMedia, DiskFull, StorageError.
     """
     boundary, suffix = check_upload_head(content_type, -1, settings)
     with AtomicFile(folder.root) as file:
-        upload = Upload(file, settings, {name: options[name] for name in INGEST_OPTIONS if name in options})
+        told = {name: options[name] for name in INGEST_OPTIONS if name in options}
+        upload = Upload(file, settings, told, also)
         if suffix:
             filename = options.get("filename", "body")
             upload.begin(filename if "." in filename else f"{filename}.{suffix}", "")
@@ -8805,7 +9013,7 @@ file_format("json", "json", content_type="application/json", read=_JSON_FORMAT, 
             write=partial(_write_text, RecordText(",\n", before="[\n", after="\n]\n", empty="[]\n")))
 file_format("ndjson", "ndjson", "jsonl", content_type="application/x-ndjson", read=_NDJSON_FORMAT,
             write=partial(_write_text, RecordText(after="\n")), options=("split", "omitNull"))
-file_format("sqlite", "sqlite", "db", content_type="application/vnd.sqlite3", magic=(b"SQLite format 3\0",),
+file_format("sqlite", "sqlite", "db", "sqlite3", content_type="application/vnd.sqlite3", magic=(b"SQLite format 3\0",),
             write=_write_database)
 file_format("sql", "sql", content_type="application/sql", write=_write_sql, options=("dialect",))
 file_format("xlsx", "xlsx", content_type="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
@@ -9106,12 +9314,14 @@ class GenerateRequest(JobRequest):
     parts: Whole | None = Field(None, ge=1, le=100_000, description="Cut into so many parts, which can be made apart.")
     part: Whole | None = Field(None, ge=0, description="Make this part alone, counted from 0; default: all of them.")
 
+    notes: list[str] | None = Field(None, description="What /infer said of it; not kept.")
+
     def with_defaults(self, settings: Settings, clock: Clock) -> GenerateRequest:
         """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
         seeds = (self.seed, settings.seed, secrets.randbelow(2**31))
         filled = self.model_copy(update={
             "seed": next(seed for seed in seeds if seed is not None),
-            "now": instant(clock()) if self.now is None else self.now, **self._defaults})
+            "now": instant(clock()) if self.now is None else self.now, "notes": None, **self._defaults})
         if filled.weight > settings.max_records:
             raise BadRequest.of("count", f"must be at most {settings.max_records} (TASKAPI_MAX_RECORDS)")
         if self.schema_ or self.records or self.parts or self.part is not None:
@@ -9141,7 +9351,7 @@ class GenerateRequest(JobRequest):
     def _text(self) -> str:
         """What a recipe depends on, with the defaults; what a copy changes is none of it."""
         return self.model_copy(update=self._defaults).model_dump_json(
-            exclude={"seed", "after", "now", "parts", "part"}, exclude_none=True)
+            exclude={"seed", "after", "now", "parts", "part", "notes"}, exclude_none=True)
 
     @property
     def _defaults(self) -> dict[str, Json]:
@@ -9800,8 +10010,280 @@ def inferred_field(name: str, kind: Kind, values: Sequence[Json], depth: int = 1
     return field["type"] if len(field) == 1 else field
 
 
+def _demands(check: Sequence[str]) -> Iterator[tuple[str, str, Json]]:
+    """What a CHECK demands of columns, as keywords of JSON Schema with values; ValueError if not understood."""
+    tokens = iter([*check, "AND"])
+    keywords = {">=": "minimum", "<=": "maximum", ">": "exclusiveMinimum", "<": "exclusiveMaximum", "=": "const"}
+
+    def literal(token: str) -> Json:
+        return token[1:-1].replace("''", "'") if token.startswith("'") else json.loads(token)
+
+    for token in tokens:
+        long = token.upper() == "LENGTH"
+        column = [*itertools.islice(tokens, 3)][1] if long else token
+        operator = next(tokens).upper()
+        if operator == "IN" and not long and next(tokens) == "(":
+            values = [*itertools.takewhile(")".__ne__, tokens)]
+            yield column, "enum", [literal(value) for value in values if value != ","]
+        elif operator == "BETWEEN":
+            for keyword in ("minimum", "maximum"):
+                yield column, f"{keyword[:3]}Length" if long else keyword, literal(next(tokens))
+                if keyword == "minimum":
+                    next(tokens)
+        elif long:
+            shift = {"<": -1, ">": 1}.get(operator, 0)
+            sides = {"<": "max", ">": "min"}.get(operator[0], "min max").split()
+            yield from ((column, f"{side}Length", literal(token) + shift) for token in [next(tokens)] for side in sides)
+        else:
+            yield column, keywords[operator], literal(next(tokens))
+        if next(tokens).upper() != "AND":
+            raise ValueError
+
+
+def _declared_field(name: str, column: TableColumn, demands: dict[str, Json]) -> dict[str, Json]:
+    """The field of a column without values: by what CHECKs demand, its name, and its type, as SQLite reads that."""
+    said, kind = column.type, "string"
+    if "INT" in said or "BOOL" in said:
+        kind, demands = "integer", {"minimum": 0, "maximum": 1} if "BOOL" in said else demands
+    elif re.search("REAL|FLOA|DOUB|DEC|NUM", said):
+        kind = "number"
+    elif re.search("DATE|TIME", said) or re.search("current_|now", column.default or "", re.IGNORECASE):
+        return {"type": "date" if said == "DATE" else "datetime"}
+    elif (column.default or "").startswith("'") and not demands:
+        return {"type": "const", "value": (column.default or "")[1:-1].replace("''", "'")}
+    if (length := re.search(r"\((\d+)\)", said)) and kind == "string":
+        demands = {"maxLength": int(length[1]), **demands}
+    valid = {"type": kind, **demands}
+    field: dict[str, Json] = translated({"type": "object", "properties": {name: valid}}, "schema")[name]
+    return {**field, "valid": valid} if "valid" in field else field
+
+
+def _table_fields(table: OtherTable, notes: list[str]) -> dict[str, dict[str, Json]]:
+    """The fields of a table by themselves: like the values that are there, as its CHECKs demand."""
+    demands = defaultdict[str, dict[str, Json]](dict)
+    for check in table.checks:
+        try:
+            for name, keyword, value in [*_demands([_unquoted_name(token) for token in check])]:
+                demands[{column.lower(): column for column in table.columns}[name.lower()]][keyword] = value
+        except (ValueError, LookupError, TypeError, RuntimeError):
+            notes.append(f"{table.name}: CHECK ({' '.join(check)}) is not understood")
+    rows = zip(*(column.values for column in table.columns.values()), strict=True)
+    texts = [json.dumps({name: None if isinstance(value, bytes) else value for name, value in zip(
+        table.columns, row, strict=True)}) for row in rows]
+    told = inferred_field("", "json", texts)["fields"] if texts else {}
+    fields = {}
+    for name, column in table.columns.items():
+        valid, field = demands[name], told.get(name) or _declared_field(name, column, demands[name])
+        fields[name] = {"type": field} if isinstance(field, str) else field
+        if "enum" in valid and fields[name]["type"] not in ("choice", "const"):
+            fields[name] = {"type": "choice", "values": valid["enum"]}
+        elif texts and valid.keys() & {"minLength", "maxLength"} and fields[name]["type"] not in ("pattern", "choice"):
+            unique = {"unique": True} if fields[name].pop("unique", False) else {}
+            field = {"type": "phrase", **valid}
+            fields[name] = {"type": "first_of", "of": [fields[name], field], "valid": valid, **unique}
+        if column.required and "null" in fields[name]:
+            notes.append(f"{table.name}.{name} is NOT NULL, and of a kind that is not made")
+    return fields
+
+
+def _unique_field(field: dict[str, Json], column: TableColumn) -> dict[str, Json]:
+    """A field of which no two values are equal."""
+    if field["type"] in ("sequence", "uuid"):
+        return field
+    if "INT" in column.type or (column.values and isinstance(column.values[0], (int, float))):
+        return {"type": "sequence", "start": int(min([1, *column.values]))}
+    if FIELD_TYPES.get(field["type"], FakerField).redraws is not None:
+        return {**field, "unique": True}
+    return {"type": "pattern", "pattern": "?" * min(max(8, field.get("minLength", 0)), field.get("maxLength", 36)),
+            "unique": True}
+
+
+class _Tables:
+    """The tables of a database as related record types."""
+
+    def __init__(self, tables: Sequence[OtherTable], notes: list[str]) -> None:
+        self.notes, self.specs = notes, dict[str, dict[str, Json]]()
+        self.tables = {table.name.lower(): table for table in tables}
+        self.types = _types_of_parts([table.name for table in tables], "")
+        self.live = any(table.rows for table in tables)
+        left = dict(self.tables)
+        while left:
+            name = next((name for name, table in left.items() if not self._waits(table, left)), next(iter(left)))
+            self._add(left[name], left)
+            del left[name]
+
+    def _waits(self, table: OtherTable, left: Container[str]) -> list[ForeignKey]:
+        """Its foreign keys to others that come later."""
+        return [key for key in table.foreign if key.table.lower() in left and key.table.lower() != table.name.lower()]
+
+    def _add(self, table: OtherTable, left: Container[str]) -> None:
+        fields, linked, late = _table_fields(table, self.notes), dict[str, ForeignKey](), self._waits(table, left)
+        for key in table.foreign:
+            if key.table.lower() not in self.tables or linked.keys() & {*key.columns}:
+                self.notes.append(f"{table.name}: the foreign key {', '.join(key.columns)} is not understood")
+            elif key in late:
+                self.notes.append(f"{table.name}.{', '.join(key.columns)} is null: {key.table} refers to it in turn")
+                fields |= {column: {"type": "const", "value": None} for column in key.columns}
+            else:
+                self._link(table, key, fields, key.table.lower() in [other.table.lower() for other in linked.values()])
+                linked |= dict.fromkeys(key.columns, key)
+        spec: dict[str, Json] = {"count": table.rows or 10}
+        if parent := self._parent(table, linked):
+            spec = self._per(table, parent, linked, spec)
+            for column in parent.columns if "per" in spec else ():
+                fields[column].pop("row", None)
+        for columns in table.unique:
+            self._unique(table, columns, fields, linked, spec)
+        self.specs[self.types[table.name]] = {**spec, "schema": {
+            name: field["type"] if len(field) == 1 else field for name, field in fields.items()}}
+
+    def _link(self, table: OtherTable, key: ForeignKey, fields: dict[str, dict[str, Json]], other: bool) -> None:
+        """Let columns hold the key of a row; `other` than the one that earlier columns do."""
+        target = self.tables[key.table.lower()]
+        names = {name.lower(): name for name in target.columns}
+        for column, to in zip(key.columns, key.to if key.to[0] else target.key, strict=False):
+            null = 0 if table.columns[column].required else fields[column].get("null", 0.1)
+            fields[column] = {"type": "ref", "field": f"{self.types[target.name]}.{names.get(to.lower(), to)}"}
+            fields[column] |= ({"row": key.columns[0]} if other else {}) | ({"null": null} if null else {})
+            if target is table and table.columns[column].required:
+                self.notes.append(f"{table.name}.{column} is NOT NULL, but the first row has none to refer to")
+
+    def _parent(self, table: OtherTable, linked: Mapping[str, ForeignKey]) -> ForeignKey | None:
+        """The foreign key that says per which rows these are made."""
+        pairs = [columns for columns in table.unique if len(columns) > 1 and {*columns} <= linked.keys()]
+        firm = [key for key in linked.values() if key.table.lower() != table.name.lower()
+                and all(table.columns[column].required for column in key.columns)
+                and not any({*columns} <= {*key.columns} for columns in table.unique)]
+        return next((key for key in firm if not pairs or key.columns[0] in pairs[0]), None)
+
+    def _per(self, table: OtherTable, key: ForeignKey, linked: Mapping[str, ForeignKey],
+             spec: dict[str, Json]) -> dict[str, Json]:
+        """So many rows for each of the parent's, where that keeps their number, or no two may be equal."""
+        parents = self.tables[key.table.lower()].rows
+        keys = zip(*(table.columns[column].values for column in key.columns), strict=True)
+        each = [*Counter(keys).values()] or [1, 3]
+        counts = [min(each) if len(each) == parents or not table.rows else 0, max(each)]
+        own = {*key.columns}
+        pair = any(own < {*columns} <= linked.keys() for columns in table.unique)
+        if table.rows and not pair and (counts[0] != counts[1] or table.rows != parents * counts[0]):
+            return spec
+        return {"per": self.types[self.tables[key.table.lower()].name],
+                "count": counts[0] if counts[0] == counts[1] else counts}
+
+    def _unique(self, table: OtherTable, columns: tuple[str, ...], fields: dict[str, dict[str, Json]],
+                linked: Mapping[str, ForeignKey], spec: dict[str, Json]) -> None:
+        """Let no two rows have equal values in these columns."""
+        if any(fields[name].get("unique") or fields[name].get("once") or fields[name]["type"] in (
+                "sequence", "uuid") for name in columns):
+            return
+        own = [name for name in columns if name not in linked]
+        own = sorted(own, key=lambda name: "INT" not in table.columns[name].type)
+        if own and (fields[own[0]]["type"] != "choice" or len(columns) == 1):
+            fields[own[0]] = _unique_field(fields[own[0]], table.columns[own[0]])
+        elif own and isinstance(spec.get("per"), str):
+            spec["count"] = 1
+        elif not own and (other := self._other(columns, linked, spec)):
+            fields[other] = {**fields[other], "once": True}
+        else:
+            self.notes.append(f"{table.name}: that {', '.join(columns)} are unique is not understood")
+
+
+    def _other(self, columns: tuple[str, ...], linked: Mapping[str, ForeignKey], spec: Mapping[str, Json]) -> str:
+        """The column of these whose row may be another one each time, of as many as there are at least."""
+        for column in reversed(columns):
+            target = self.types[self.tables[linked[column].table.lower()].name]
+            fewest, most, above = 1, max(spec["count"]) if isinstance(spec["count"], list) else spec["count"], target
+            while above:
+                count, above = self.specs[above]["count"], self.specs[above].get("per", "")
+                fewest *= count[0] if isinstance(count, list) else count
+            if target != spec.get("per") and fewest >= most:
+                return column
+        return ""
+
+
+def infer_tables(tables: Sequence[OtherTable], notes: list[str]) -> dict[str, Json]:
+    """A /generate request whose records fit into these tables; `notes` tells what does not."""
+    if not tables:
+        raise BadRequest("there are no tables to infer a schema from", [FieldProblem("file", "has no tables")])
+    specs = _Tables(tables, notes).specs
+    try:
+        Recipe(_specs(specs), now=EPOCH, locale="en_US", where="records")
+    except BadRequest as refusal:
+        notes.append(f"as it stands it is refused: {refusal}")
+    return {"records": specs, **({"notes": notes} if notes else {})}
+
+
+def _part_of(document: dict[str, Json], node: dict[str, Json]) -> dict[str, Json]:
+    """A schema of a document, with those that it refers to where it looks for them."""
+    found: dict[str, Json] = {"type": "object", **node}
+    todo, schema = [found], JsonSchema(document)
+    while todo:
+        for ref in re.findall(r'"\$ref":\s*"#(/[^"]+)"', json.dumps(todo.pop())):
+            *steps, last = ref.split("/")[1:]
+            inner = found
+            for step in steps:
+                inner = inner.setdefault(step, {})
+            if last not in inner:
+                with suppress(LookupError, TypeError):  # which is told where it is used
+                    inner[last] = schema.resolve(f"#{ref}")[0]
+                    todo.append(inner[last])
+    return found
+
+
+def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] | None:
+    """A /generate request for the objects that an OpenAPI or JSON Schema document describes; None for other ones."""
+    parts = document.get("components", {}).get("schemas") if "openapi" in document else document.get(
+        "definitions") if "swagger" in document else document.get("$defs", document.get("definitions")) if (
+        "$schema" in document and "properties" not in document) else None
+    if is_json_schema(document):
+        parts = {str(document.get("title") or filename.rpartition(".")[0]): document}
+    if not isinstance(parts, dict):
+        return None
+    specs, notes = dict[str, Json](), list[str]()
+    objects = {name: node for name, node in parts.items() if isinstance(node, dict) and (
+        "properties" in node or "allOf" in node or "$ref" in node)}
+    for name, record_type in _types_of_parts(map(to_snake, objects), filename).items():
+        node = next(node for key, node in objects.items() if to_snake(key) == name)
+        spec = {"count": 10, "schema": node if node is document else _part_of(document, node)}
+        try:
+            Recipe(_specs({record_type: spec}), now=EPOCH, locale="en_US", where="records")
+            specs[record_type] = spec
+        except (BadRequest, ValidationError) as refusal:
+            notes.append(f"{name} is left out: {refusal}")
+    if not specs:
+        raise BadRequest(f"no schema in it can be used{': ' if notes else ''}{'; '.join(notes[:3])}",
+                         [FieldProblem("file", "has no schema of an object")])
+    return {"records": dict(itertools.islice(specs.items(), MAX_TABLES)), **({"notes": notes} if notes else {})}
+
+
+def _infer_schema(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json] | None:
+    """The same for what tells of records without being some: a database, a script that creates one, a JSON Schema."""
+    head, suffix = stream.read(2**22), filename.rpartition(".")[2].lower()
+    stream.seek(0)
+    if suffix != "sql" and not head.startswith(b"SQLite format 3\0"):
+        document = None
+        if head.lstrip()[:1] == b"{" and len(head) < 2**22 and not options.path and not options.split:
+            with suppress(ValueError, RecursionError):
+                document = json.loads(head)
+        return infer_document(document, filename) if isinstance(document, dict) else None
+    try:
+        notes = list[str]()
+        if suffix == "sql":
+            connection, notes = created_by(head.decode(options.encoding or "utf-8-sig"))
+        else:
+            connection = open_foreign(Path(stream.name))
+        with closing(connection):
+            tables, more = read_tables(connection, 1000)
+    except ValueError as error:
+        raise BadRequest.of("file", str(error)) from None
+    return infer_tables(tables, notes + more)
+
+
 def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json]:
-    """A body for POST /generate that makes records like the first ones of a file; BadRequest if it has none."""
+    """A body for POST /generate that makes records like the first ones of a file, or for tables or objects that it
+    describes; BadRequest if it has none."""
+    if found := _infer_schema(stream, filename, options):
+        return found
     reader, batches = RecordReader(filename, options, limit=_SAMPLE_TEXT), list[ColumnBatch]()
     try:
         for batch in reader.read(stream):
@@ -11236,11 +11718,11 @@ class Request:
             "headers": headers, "body": body, "status": None if cut else status, "ms": round(seconds * 1000, 3),
             "fault": self.fault.id if self.fault else None})
 
-    def upload(self) -> AbstractContextManager[Upload]:
-        """The file that the body brings, with the options in the query and in the form."""
+    def upload(self, also: Sequence[str] = ()) -> AbstractContextManager[Upload]:
+        """The file that the body brings, of a type in `also` or the settings; with the options in query and form."""
         settings = self.engine.settings
         return receive_upload(self.blocks(settings.max_upload_bytes + MULTIPART_OVERHEAD),
-                              self.header("Content-Type") or "", settings, self.engine.folder, self.given)
+                              self.header("Content-Type") or "", settings, self.engine.folder, self.given, also)
 
     def computing(self) -> AbstractContextManager[None]:
         """While the request computes for long, in turn with the jobs; Unavailable if its turn does not come."""
@@ -11418,8 +11900,9 @@ def post_upload(call: Request, query: UploadQuery) -> bottle.HTTPResponse:
 
 @route("POST", "/infer", {200: GenerateRequest}, query=InferQuery, body=UploadForm)
 def post_infer(call: Request, _: InferQuery) -> bottle.HTTPResponse:
-    """A /generate request whose records are like those of a file, which is sent as to /upload."""
-    with call.upload() as upload:
+    """A /generate request whose records are like those of a file, which is sent as to /upload; or of which tells a
+    SQLite database, a script that creates one (.sql), an OpenAPI or a JSON Schema document."""
+    with call.upload(SCHEMA_TYPES) as upload:
         options = validated(IngestOptions, lambda: IngestOptions.model_validate(upload.options))
         with upload.file.open() as stream, call.computing():
             return reply(infer(stream, upload.filename, options))
@@ -14667,12 +15150,36 @@ def _finish(client: Client, job: Mapping[str, Json], output: Mapping[str, Json] 
         raise StartupError(f"{job['type']} jobs make neither records nor a file for --out")
 
 
-@command(lambda: [*_recipe_options(), *_making_options(), _PROCESSES])
+def _insert(client: Client, job: Mapping[str, Json], path: Path) -> None:
+    """Writes the records of a job into the tables of somebody's database, all or nothing."""
+    client.follow(job["jobId"])
+    filters = {"jobId": job["jobId"], **_types_of(job["request"])}
+    done = client.follow(client.ask("POST", "/export", {"format": "sqlite", "filters": filters})["jobId"])
+    with tempfile.TemporaryDirectory() as folder:
+        client.save(done, str(Path(folder) / "made.sqlite"))
+        try:
+            counts = write_into(path, Path(folder) / "made.sqlite", _type_named_like)
+        except ValueError as error:
+            raise StartupError(f"--into {path}: {error}; nothing was written") from None
+        finally:
+            client.ask("DELETE", f"/jobs/{done['jobId']}")
+            if client.flags.get("discard"):
+                client.ask("DELETE", f"/jobs/{job['jobId']}")
+    _print_table(client, [*counts.items()], lambda item: item)
+
+
+@command(lambda: [*_recipe_options(), *_making_options(), _PROCESSES, click.Option(
+    ["into", "--into"], type=_FILE, metavar="FILE", help="SQLite database whose own tables get the records.")])
 def do_generate(client: Client) -> None:
     """Makes records, of a preset or by a schema, and writes them to --out."""
     output, recipe = _output(client) if "out" in client.flags else None, _recipe(client)
     if client.flags.get("processes", 1) > 1 and not recipe.get("parts"):
         raise SettingError("--processes share out the parts of a request: give --parts too, some for each of them")
+    if into := client.flags.get("into"):
+        if output or not Path(into).is_file():
+            raise SettingError(f"--into {into}: {'goes without --out' if output else 'there is no such database'}")
+        _insert(client, client.ask("POST", "/generate", recipe), Path(into))
+        return
     _finish(client, client.ask("POST", "/generate", recipe), output)
 
 
