@@ -3511,16 +3511,19 @@ def created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
     """
     if len(script) > _MAX_DDL:
         raise ValueError(f"has more than {_MAX_DDL} characters")
-    connection, notes, others, first, words = sqlite3.connect(":memory:", isolation_level=None), list[str](), 0, 0, [""]
+    connection, notes, words = sqlite3.connect(":memory:", isolation_level=None), list[str](), list[str]()
+    others = created = first = 0
     connection.set_authorizer(lambda action, what, *_: sqlite3.SQLITE_OK if action in _CREATES or (
         action in (sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE) and what == "sqlite_master") else sqlite3.SQLITE_DENY)
-    words.clear()
     for token in [*_tokens(script), None]:
         if token and token[0] != ";":
             words.append(token[0])
             continue
         statement, end = " ".join(words[:4]), token.end() if token else len(script)
         if re.match(r"create (unique )?(table|index)\b", statement, re.IGNORECASE):
+            created += 1
+            if created > 1000:
+                raise ValueError("creates more than 1000 tables and indexes")
             try:
                 connection.execute(script[first:end])
             except sqlite3.Error as error:
@@ -10043,7 +10046,9 @@ def _demands(check: Sequence[str]) -> Iterator[tuple[str, str, Json]]:
 def _declared_field(name: str, column: TableColumn, demands: dict[str, Json]) -> dict[str, Json]:
     """The field of a column without values: by what CHECKs demand, its name, and its type, as SQLite reads that."""
     said, kind = column.type, "string"
-    if "INT" in said or "BOOL" in said:
+    if said == "UUID":
+        return {"type": "uuid"}
+    if "INT" in said or "BOOL" in said or "SERIAL" in said:
         kind, demands = "integer", {"minimum": 0, "maximum": 1} if "BOOL" in said else demands
     elif re.search("REAL|FLOA|DOUB|DEC|NUM", said):
         kind = "number"
@@ -10108,7 +10113,10 @@ class _Tables:
         self.live = any(table.rows for table in tables)
         left = dict(self.tables)
         while left:
-            name = next((name for name, table in left.items() if not self._waits(table, left)), next(iter(left)))
+            # of those that need each other first one that can do without
+            name = min(left, key=lambda name: max([0, *(
+                1 + any(left[name].columns[column].required for column in key.columns if column in left[name].columns)
+                for key in self._waits(left[name], left))]))
             self._add(left[name], left)
             del left[name]
 
@@ -10201,6 +10209,11 @@ class _Tables:
         return ""
 
 
+def _noted(notes: list[str]) -> dict[str, Json]:
+    more = [f"and {len(notes) - 100} more"] if notes[100:] else []
+    return {"notes": notes[:100] + more} if notes else {}
+
+
 def infer_tables(tables: Sequence[OtherTable], notes: list[str]) -> dict[str, Json]:
     """A /generate request whose records fit into these tables; `notes` tells what does not."""
     if not tables:
@@ -10210,7 +10223,7 @@ def infer_tables(tables: Sequence[OtherTable], notes: list[str]) -> dict[str, Js
         Recipe(_specs(specs), now=EPOCH, locale="en_US", where="records")
     except BadRequest as refusal:
         notes.append(f"as it stands it is refused: {refusal}")
-    return {"records": specs, **({"notes": notes} if notes else {})}
+    return {"records": specs, **_noted(notes)}
 
 
 def _part_of(document: dict[str, Json], node: dict[str, Json]) -> dict[str, Json]:
@@ -10243,6 +10256,9 @@ def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] 
     objects = {name: node for name, node in parts.items() if isinstance(node, dict) and (
         "properties" in node or "allOf" in node or "$ref" in node)}
     for name, record_type in _types_of_parts(map(to_snake, objects), filename).items():
+        if len(specs) == MAX_TABLES:
+            notes.append(f"{name} is left out")
+            continue
         node = next(node for key, node in objects.items() if to_snake(key) == name)
         spec = {"count": 10, "schema": node if node is document else _part_of(document, node)}
         try:
@@ -10253,7 +10269,7 @@ def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] 
     if not specs:
         raise BadRequest(f"no schema in it can be used{': ' if notes else ''}{'; '.join(notes[:3])}",
                          [FieldProblem("file", "has no schema of an object")])
-    return {"records": dict(itertools.islice(specs.items(), MAX_TABLES)), **({"notes": notes} if notes else {})}
+    return {"records": specs, **_noted(notes)}
 
 
 def _infer_schema(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json] | None:
