@@ -10228,7 +10228,7 @@ def infer_tables(tables: Sequence[OtherTable], notes: list[str]) -> dict[str, Js
 
 def _part_of(document: dict[str, Json], node: dict[str, Json]) -> dict[str, Json]:
     """A schema of a document, with those that it refers to where it looks for them."""
-    found: dict[str, Json] = {"type": "object", **node}
+    found: dict[str, Json] = {"type": "object", "properties": {}, **node}
     todo, schema = [found], JsonSchema(document)
     while todo:
         for ref in re.findall(r'"\$ref":\s*"#(/[^"]+)"', json.dumps(todo.pop())):

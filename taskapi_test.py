@@ -5271,6 +5271,175 @@ def test_a_job_remembers_the_versions_it_was_made_with(service: taskapi.Service)
     assert job.result["versions"] == {"taskapi": taskapi.__version__, "faker": faker.VERSION}
 
 
+SHOP_DDL = """
+CREATE TABLE country (code TEXT PRIMARY KEY CHECK (length(code) = 2), name TEXT NOT NULL UNIQUE) WITHOUT ROWID;
+CREATE TABLE customer (
+  id INTEGER PRIMARY KEY, email VARCHAR(60) NOT NULL UNIQUE, "full name" TEXT NOT NULL, -- CHECK (not this)
+  country TEXT REFERENCES country(code), status TEXT NOT NULL DEFAULT 'new' CHECK (status IN ('new', 'it''s gone')),
+  score REAL CHECK (score >= 0 AND score < 10), created_at TEXT DEFAULT CURRENT_TIMESTAMP);
+CREATE TABLE employee (
+  id INTEGER PRIMARY KEY, manager_id INTEGER REFERENCES employee(id), age INT NOT NULL CHECK (age BETWEEN 18 AND 65));
+CREATE TABLE product (
+  sku TEXT PRIMARY KEY, price NUMERIC(10,2) NOT NULL CHECK (price > 0), odd INT CHECK (odd % 2 = 1 OR odd IS NOT 2),
+  tax REAL GENERATED ALWAYS AS (price * 0.2) STORED, title TEXT, currency TEXT DEFAULT 'EUR');
+CREATE TABLE "order" (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, customer_id INTEGER NOT NULL REFERENCES customer,
+  seller_id INTEGER REFERENCES employee, checker_id INTEGER REFERENCES employee(id), placed DATE NOT NULL);
+CREATE TABLE order_line (
+  order_id INTEGER NOT NULL REFERENCES "order"(id), line_no INTEGER NOT NULL, sku TEXT NOT NULL REFERENCES product(sku),
+  qty INTEGER NOT NULL CHECK (qty > 0), PRIMARY KEY (order_id, line_no));
+CREATE TABLE shipment (order_id INTEGER NOT NULL, line_no INTEGER NOT NULL, at DATETIME,
+  FOREIGN KEY (order_id, line_no) REFERENCES order_line(order_id, line_no));
+CREATE TABLE tag (id INTEGER PRIMARY KEY, label TEXT NOT NULL);
+CREATE TABLE product_tag (
+  sku TEXT NOT NULL REFERENCES product, tag_id INTEGER NOT NULL REFERENCES tag(id), PRIMARY KEY (sku, tag_id));
+CREATE TABLE profile (user_id INTEGER PRIMARY KEY REFERENCES customer(id), bio TEXT);
+CREATE TABLE chicken (id INTEGER PRIMARY KEY, egg_id INTEGER REFERENCES egg(id));
+CREATE TABLE egg (id INTEGER PRIMARY KEY, chicken_id INTEGER NOT NULL REFERENCES chicken(id));
+"""
+
+
+def inferred(data: bytes, filename: str) -> Any:
+    """What /infer answers in this process."""
+    with tempfile.NamedTemporaryFile(suffix=filename) as file:
+        file.write(data)
+        file.flush()
+        with open(file.name, "rb") as stream:
+            return taskapi.infer(stream, filename, taskapi.IngestOptions.model_validate({}))
+
+
+def test_records_of_an_inferred_script_fit_into_its_tables(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Keys, pairs, trees, CHECKs and what is NOT NULL hold; twice over, since the filled database is inferred again."""
+    answer = inferred(SHOP_DDL.encode() + b"CREATE VIEW v AS SELECT 1; INSERT INTO tag VALUES (1, 'x');", "shop.sql")
+    assert {*answer["notes"]} == {
+        "the view v is left out", "1 statements are no CREATE, and were not run",
+        "product.tax is generated, and left out", "product: CHECK (odd % 2 = 1 OR odd IS NOT 2) is not understood",
+        "chicken.egg_id is null: egg refers to it in turn"}
+    records = answer["records"]
+    assert records["order"]["per"] == "customer"
+    assert records["customer"]["schema"]["status"] == {"type": "choice", "values": ["new", "it's gone"]}
+    assert records["employee"]["schema"]["manager_id"]["field"] == "employee.id"
+    for number in range(2):
+        path = tmp_path / f"{number}.db"
+        with closing(sqlite3.connect(path)) as database:
+            database.executescript(SHOP_DDL)
+        (tmp_path / "shop.json").write_text(json.dumps(answer))
+        assert run("generate", "--schema", "shop.json", "--seed", "5", "--into", str(path)).code == 0
+        assert plain(path, "PRAGMA foreign_key_check") == []
+        counts = {name: plain(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}
+        assert min(counts.values()) >= 10
+        assert plain(path, "SELECT count(*) FROM employee WHERE manager_id >= id") == [(0,)]
+        assert plain(path, "SELECT manager_id FROM employee WHERE id = 1") == [(None,)]
+        assert plain(path, "SELECT count(*) FROM 'order' WHERE seller_id <> checker_id")[0][0] > 0
+        again = inferred(path.read_bytes(), "shop.db")
+        told = {name: spec for name, spec in again["records"].items() if "per" not in spec}
+        assert {name: spec["count"] for name, spec in told.items()} == {name: counts[name] for name in told}
+        assert {"customer", "order", "employee"} <= told.keys()
+        answer = again
+    refused = run("generate", "--schema", "shop.json", "--seed", "5", "--into", str(path))
+    assert "UNIQUE constraint failed" in refused.err
+    assert counts == {name: plain(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}, "all or nothing"
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("ATTACH '{path}' AS x; CREATE TABLE x.t (a)", "unknown database"),
+        ("ATTACH '{path}' AS x; VACUUM INTO '{path}'; PRAGMA writable_schema = 1; DROP TABLE t", "no tables"),
+        ("CREATE TABLE t AS WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c",
+         "not authorized"),
+        ("CREATE TABLE t AS SELECT load_extension('{path}')", "not authorized"),
+        ("CREATE VIRTUAL TABLE f USING fts5(a)", "no tables"),
+        ("CREATE TABLE t (" + "a," * 3000 + "b)", "duplicate|too many"),
+        ("".join(f"CREATE TABLE t{number} (a);" for number in range(2000)), "more than 1000"),
+        ("CREATE TABLE t (a CHECK (" + "(" * 3000 + "a" + ")" * 3000 + "))", "overflow|depth"),
+        ("/*" * 200_000, "no tables"), ("'" * 200_001, "no tables"),
+        ("CREATE TABLE t (a" + " " * 2**20 + ")", "characters"),
+        ("CREATE TABLE t (a); CREATE TABLE t (a)", "already exists"), ("SELECT 1", "no tables"), ("", "no tables"),
+    ],
+    ids=range(14),
+)  # fmt: skip
+def test_a_hostile_script_does_nothing(script: str, told: str, tmp_path: Path) -> None:
+    """Only CREATE TABLE and CREATE INDEX are run, in memory, and may read nothing."""
+    with pytest.raises(BadRequest, match=told):
+        inferred(script.replace("{path}", str(tmp_path / "made")).encode(), "x.sql")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_a_script_may_hold_is_left_out_by_name(tmp_path: Path) -> None:
+    """Triggers, views and functions stand in it, and are never run."""
+    endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c"
+    made = inferred(f"""
+        CREATE TABLE t (a INT DEFAULT (load_extension('{tmp_path}/x')), "b;" TEXT CHECK ("b;" <> ';')); -- ;
+        CREATE TRIGGER r AFTER INSERT ON t BEGIN DELETE FROM t; END;
+        CREATE VIEW IF NOT EXISTS v AS {endless};
+        INSERT INTO t {endless};""".encode(), "x.sql")
+    assert made["records"]["t"]["schema"].keys() == {"a", "b;"}
+    assert {"the trigger r is left out", "the view v is left out"} <= {*made["notes"]}
+
+
+def test_a_broken_or_hostile_database_is_refused_or_bounded(tmp_path: Path) -> None:
+    """Nothing in it is run; what takes too many steps is given up."""
+    with pytest.raises(BadRequest, match="no database"):
+        inferred(b"SQLite format 3\0" + Random(1).randbytes(5000), "x.db")
+    path = tmp_path / "x.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("""
+            CREATE TABLE "Odd Name" ("Id" INTEGER PRIMARY KEY, big BLOB, word TEXT);
+            CREATE VIRTUAL TABLE f USING fts5(a);
+            INSERT INTO "Odd Name" VALUES (7, x'00ff', CAST(x'ff' AS TEXT)), (8, NULL, 'b');
+            CREATE VIEW v AS WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c;""")
+    made = inferred(path.read_bytes(), "x.db")
+    assert made["records"].keys() == {"odd_name"}
+    assert made["records"]["odd_name"]["count"] == 2
+    assert "the table f is left out" in made["notes"]
+
+
+def test_infer_takes_databases_scripts_and_documents_over_http(service: taskapi.Service) -> None:
+    """As a part or as the body; what it answers is taken by /generate as it stands."""
+    app = webtest.TestApp(service.app)
+    made = app.post("/infer", upload_files=[("file", "shop.sql", SHOP_DDL.encode())]).json
+    assert app.post_json("/generate", made, status=202).json["request"].get("notes") is None
+    assert app.post("/infer?filename=x.sql", SHOP_DDL, content_type="application/sql").json == made
+    data = sqlite3.connect(":memory:")
+    with closing(data):
+        data.execute("CREATE TABLE pet (id INTEGER PRIMARY KEY, name TEXT)")
+        raw = app.post("/infer", data.serialize(), content_type="application/vnd.sqlite3").json
+    assert raw["records"]["pet"]["schema"]["id"] == {"type": "sequence", "start": 1}
+    assert app.post("/upload", upload_files=[("file", "x.sql", b"CREATE TABLE t (a)")], status=400)
+    document = {"openapi": "3.1.0", "components": {"schemas": {
+        "PetOrder": typed(pets={"type": "array", "items": {"$ref": "#/components/schemas/Pet"}}),
+        "Pet": {**typed(tag={"$ref": "#/components/schemas/Tag"}), "required": ["tag"]},
+        "Tag": {"allOf": [typed(label={"type": "string"})]}, "Kind": {"enum": ["a"]}, "Bad": typed(it={"not": {}})}}}
+    made = app.post("/infer", upload_files=[("file", "api.json", json.dumps(document).encode())]).json
+    assert made["records"].keys() == {"pet_order", "pet", "tag"}
+    assert made["notes"] == ["bad is left out: records.bad.schema#/properties/it/not: not cannot be honoured"]
+    assert app.post_json("/preview", made).json["records"]["pet"][0]["tag"]["label"]
+    one = json.dumps({"$schema": DRAFT_7, **typed(a={"type": "integer"}), "title": "My Thing"}).encode()
+    assert app.post("/infer", upload_files=[("file", "s.json", one)]).json["records"].keys() == {"my_thing"}
+
+
+def test_a_ref_reads_the_own_type_another_row_or_each_row_once(tmp_path: Path) -> None:
+    """A tree, two different friends, and pairs of which no two are equal; whatever is refused says why."""
+    tree = {"id": "sequence", "up": {"type": "ref", "field": "node.id"}}
+    friend = {"type": "ref", "field": "node.id"}
+    person = {"id": "sequence", "a": friend, "b": {**friend, "row": "b"}}
+    pair = {"who": {"type": "ref", "field": "person.id"}, "what": {"type": "ref", "field": "node.id", "once": True}}
+    request = {"seed": 1, "records": {
+        "node": {"count": 30, "schema": tree}, "person": {"count": 40, "schema": person},
+        "pair": {"per": "person", "count": [0, 30], "schema": pair}}}
+    made = json.loads(taskapi.preview(taskapi.GenerateRequest.model_validate(
+        {**request, "now": "2026-01-01"})))["records"]
+    assert made["node"][0]["up"] is None
+    assert all(1 <= node["up"] < node["id"] for node in made["node"][1:])
+    assert 0 < sum(each["a"] != each["b"] for each in made["person"]) <= 40
+    pairs = [(each["who"], each["what"]) for each in made["pair"]]
+    assert len({*pairs}) == len(pairs) > 300
+    more = {**request["records"], "pair": {"per": "person", "count": [0, 31], "schema": pair}}
+    assert "fewer than 31" in problems(taskapi.GenerateRequest.model_validate({"records": more}).recipe)[
+        "records.pair.schema.what.once"]
+
+
 # ==== 8 Queue ====
 
 
