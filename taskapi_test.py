@@ -3309,7 +3309,7 @@ def schema_records(schema: Any, count: int = 20, **options: Any) -> list[dict[st
     return records
 
 
-def typed(**properties: Any) -> dict[str, Any]:
+def shaped(**properties: Any) -> dict[str, Any]:
     """A JSON Schema of an object."""
     return {"type": "object", "properties": properties}
 
@@ -3367,7 +3367,7 @@ class Visit(BaseModel):
 DRAFT_7, DRAFT_2020 = "http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"
 POINT = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3}
 IN_USE: dict[str, dict[str, Any]] = {
-    "package manifest": {"$schema": DRAFT_7, **typed(
+    "package manifest": {"$schema": DRAFT_7, **shaped(
         name={"type": "string", "pattern": "^(?:@[a-z0-9-]+/)?[a-z0-9-]+$", "minLength": 1, "maxLength": 214},
         version={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"}, private={"type": "boolean"},
         keywords={"type": "array", "items": {"type": "string"}, "uniqueItems": True},
@@ -3379,7 +3379,7 @@ IN_USE: dict[str, dict[str, Any]] = {
         "required": ["name", "version"], "definitions": {"person": {
             "type": ["object", "string"], "required": ["name"],
             "properties": {"name": {"type": "string"}, "email": {"type": "string", "format": "email"}}}}},
-    "continuous integration": {"$schema": DRAFT_7, **typed(
+    "continuous integration": {"$schema": DRAFT_7, **shaped(
         name={"type": "string"}, on={"oneOf": [
             {"$ref": "#/definitions/event"},
             {"type": "array", "items": {"$ref": "#/definitions/event"}, "minItems": 1, "uniqueItems": True}]},
@@ -3388,13 +3388,13 @@ IN_USE: dict[str, dict[str, Any]] = {
               "additionalProperties": {"$ref": "#/definitions/job"}}),
         "required": ["on", "jobs"], "additionalProperties": False, "definitions": {
             "event": {"enum": ["push", "pull_request", "workflow_dispatch"]},
-            "job": {**typed(**{"runs-on": {"type": "string"}, "timeout-minutes": {"type": "number", "minimum": 1},
+            "job": {**shaped(**{"runs-on": {"type": "string"}, "timeout-minutes": {"type": "number", "minimum": 1},
                                "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/definitions/step"}}}),
                     "required": ["runs-on", "steps"], "additionalProperties": False},
             "step": {"type": "object", "oneOf": [{"required": ["uses"]}, {"required": ["run"]}],
                      "properties": {"uses": {"type": "string"}, "run": {"type": "string"}, "name": {"type": "string"}},
                      "additionalProperties": False}}},
-    "GeoJSON": {"$schema": DRAFT_2020, **typed(
+    "GeoJSON": {"$schema": DRAFT_2020, **shaped(
         type={"const": "FeatureCollection"}, features={"type": "array", "minItems": 1, "items": {
             "type": "object", "required": ["type", "properties", "geometry"],
             "properties": {"type": {"const": "Feature"}, "properties": {"type": ["object", "null"]}, "geometry": {
@@ -3404,38 +3404,38 @@ IN_USE: dict[str, dict[str, Any]] = {
                         "Point": POINT, "LineString": {"type": "array", "minItems": 2, "items": POINT},
                         "Polygon": {"type": "array", "items": {"type": "array", "minItems": 4, "items": POINT}},
                     }.items())]}}}}), "required": ["type", "features"]},
-    "pet of a store": {**typed(
+    "pet of a store": {**shaped(
         id={"type": "integer", "format": "int64"}, name={"type": "string", "examples": ["Rex"]},
         category={"$ref": "#/components/schemas/Category"}, photoUrls={"type": "array", "items": {"type": "string"}},
         tags={"type": "array", "items": {"$ref": "#/components/schemas/Tag"}},
         nickname={"type": "string", "nullable": True},
         status={"type": "string", "description": "in the store", "enum": ["available", "pending", "sold"]}),
         "required": ["name", "photoUrls"], "xml": {"name": "pet"}, "components": {"schemas": {
-            "Category": typed(id={"type": "integer", "format": "int64"}, name={"type": "string"}),
-            "Tag": typed(id={"type": "integer", "format": "int32"}, name={"type": "string"})}}},
-    "order of a store": typed(
+            "Category": shaped(id={"type": "integer", "format": "int64"}, name={"type": "string"}),
+            "Tag": shaped(id={"type": "integer", "format": "int32"}, name={"type": "string"})}}},
+    "order of a store": shaped(
         id={"type": "integer", "format": "int64", "minimum": 1}, quantity={"type": "integer", "format": "int32"},
         shipDate={"type": "string", "format": "date-time"}, complete={"type": "boolean", "default": False}),
-    "patient": {"$schema": DRAFT_2020, **typed(
+    "patient": {"$schema": DRAFT_2020, **shaped(
         resourceType={"const": "Patient"}, id={"type": "string", "pattern": r"^[A-Za-z0-9\-\.]{1,64}$"},
         gender={"enum": ["male", "female", "other", "unknown"]},
         birthDate={"type": "string", "pattern": "^([0-9]{4})(-(0[1-9]|1[0-2])(-(0[1-9]|[1-2][0-9]))?)?$"},
         name={"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/HumanName"}},
-        contact={"type": "array", "items": typed(
+        contact={"type": "array", "items": shaped(
             relation={"$ref": "#/$defs/Coding"}, name={"$ref": "#/$defs/HumanName"})},
         multipleBirth={"oneOf": [{"type": "boolean"}, {"type": "integer", "minimum": 1, "maximum": 8}]},
         extension={"type": "array", "items": {"$ref": "#/$defs/Extension"}}),
         "required": ["resourceType", "name"], "$defs": {
-            "HumanName": typed(use={"enum": ["official", "usual"]}, family={"type": "string"},
+            "HumanName": shaped(use={"enum": ["official", "usual"]}, family={"type": "string"},
                                given={"type": "array", "items": {"type": "string"}}),
-            "Coding": typed(system={"type": "string", "format": "uri"}, code={"type": "string"}),
-            "Extension": {**typed(url={"type": "string", "format": "uri"}, valueCode={"$ref": "#/$defs/Coding"},
+            "Coding": shaped(system={"type": "string", "format": "uri"}, code={"type": "string"}),
+            "Extension": {**shaped(url={"type": "string", "format": "uri"}, valueCode={"$ref": "#/$defs/Coding"},
                                   extension={"type": "array", "items": {"$ref": "#/$defs/Extension"}}),
                           "required": ["url"]}}},
     "pydantic: nested, enum, constrained, union": Visit.model_json_schema(),
     "pydantic: recursive": Tree.model_json_schema(),
     "pydantic: as it is serialized": Visit.model_json_schema(mode="serialization"),
-    "zod: strict object": {"$schema": DRAFT_2020, **typed(
+    "zod: strict object": {"$schema": DRAFT_2020, **shaped(
         id={"type": "string", "format": "uuid", "pattern": "^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$"},
         email={"type": "string", "format": "email", "pattern": r"^[^@]+@[^@]+\.[a-z]+$"},
         age={"type": "integer", "minimum": 0, "maximum": 9007199254740991}, role={"type": "string", "enum": ["a", "b"]},
@@ -3443,35 +3443,35 @@ IN_USE: dict[str, dict[str, Any]] = {
         nick={"anyOf": [{"type": "string"}, {"type": "null"}]},
         pair={"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]}),
         "required": ["id", "email", "age", "role", "tags", "nick"], "additionalProperties": False},
-    "zod: discriminated union": {"$schema": DRAFT_2020, **typed(shape={"oneOf": [
-        {**typed(kind={"type": "string", "const": "circle"}, radius={"type": "number", "exclusiveMinimum": 0}),
+    "zod: discriminated union": {"$schema": DRAFT_2020, **shaped(shape={"oneOf": [
+        {**shaped(kind={"type": "string", "const": "circle"}, radius={"type": "number", "exclusiveMinimum": 0}),
          "required": ["kind", "radius"], "additionalProperties": False},
-        {**typed(kind={"type": "string", "const": "square"}, side={"type": "number", "exclusiveMinimum": 0}),
+        {**shaped(kind={"type": "string", "const": "square"}, side={"type": "number", "exclusiveMinimum": 0}),
          "required": ["kind", "side"], "additionalProperties": False}]}), "required": ["shape"]},
-    "editor settings": {"$schema": DRAFT_7, **typed(**{
+    "editor settings": {"$schema": DRAFT_7, **shaped(**{
         "editor.tabSize": {"type": "integer", "minimum": 1, "default": 4}, "files.exclude": {
             "type": "object", "additionalProperties": {"type": "boolean"}},
-        "editor.rulers": {"type": "array", "items": {"anyOf": [{"type": "number"}, typed(column={"type": "number"})]}},
+        "editor.rulers": {"type": "array", "items": {"anyOf": [{"type": "number"}, shaped(column={"type": "number"})]}},
         "theme": {"oneOf": [{"const": "dark", "title": "Dark"}, {"const": "light", "title": "Light"}]}})},
-    "web manifest": {"$schema": DRAFT_7, **typed(
+    "web manifest": {"$schema": DRAFT_7, **shaped(
         name={"type": "string"}, start_url={"type": "string", "format": "uri-reference"},
         display={"enum": ["fullscreen", "standalone", "browser"], "default": "browser"},
         background_color={"type": "string", "pattern": "^#[0-9a-fA-F]{6}$"},
-        icons={"type": "array", "items": {**typed(src={"type": "string", "format": "uri-reference"}, sizes={
+        icons={"type": "array", "items": {**shaped(src={"type": "string", "format": "uri-reference"}, sizes={
             "oneOf": [{"pattern": r"^\d+x\d+( \d+x\d+)*$", "type": "string"}, {"const": "any"}]}),
             "required": ["src"]}})},
-    "event with metadata": {"$schema": DRAFT_2020, "allOf": [{"$ref": "#/$defs/base"}], **typed(
+    "event with metadata": {"$schema": DRAFT_2020, "allOf": [{"$ref": "#/$defs/base"}], **shaped(
         amount={"type": "number", "multipleOf": 0.01, "exclusiveMinimum": 0, "maximum": 100000},
         currency={"type": "string", "minLength": 3, "maxLength": 3, "pattern": "^[A-Z]+$"}), "required": ["amount"],
-        "$defs": {"base": {**typed(eventId={"type": "string", "format": "uuid"},
+        "$defs": {"base": {**shaped(eventId={"type": "string", "format": "uuid"},
                                    occurredAt={"type": "string", "format": "date-time"}), "required": ["eventId"]}}},
-    "expression tree": {"$schema": DRAFT_2020, **typed(root={"$ref": "#/$defs/node"}), "required": ["root"], "$defs": {
-        "node": {"oneOf": [{"type": "number"}, {**typed(op={"enum": ["+", "*"]}, left={"$ref": "#/$defs/node"},
+    "expression tree": {"$schema": DRAFT_2020, **shaped(root={"$ref": "#/$defs/node"}), "required": ["root"], "$defs": {
+        "node": {"oneOf": [{"type": "number"}, {**shaped(op={"enum": ["+", "*"]}, left={"$ref": "#/$defs/node"},
                                                        right={"$ref": "#/$defs/node"}),
                                                "required": ["op", "left", "right"]}]}}},
-    "address with country rules": {"$schema": DRAFT_7, **typed(country={"enum": ["US", "NL"]}),
+    "address with country rules": {"$schema": DRAFT_7, **shaped(country={"enum": ["US", "NL"]}),
                                    "if": {"properties": {"country": {"const": "US"}}}},
-    "strict config": {"$schema": DRAFT_2020, **typed(port={"type": "integer"}), "patternProperties": {"^x-": {}}},
+    "strict config": {"$schema": DRAFT_2020, **shaped(port={"type": "integer"}), "patternProperties": {"^x-": {}}},
 }  # fmt: skip
 
 
@@ -3534,7 +3534,7 @@ SMALL = st.one_of(
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {}, True, False, {"$ref": "#/$defs/a"}, {"$ref": "#"}]),
     some(enum=st.lists(SCALARS, min_size=1, max_size=4), const=SCALARS))
 JSON_SCHEMAS = st.builds(
-    lambda properties, a, rest: {"$schema": DRAFT_2020, **typed(**properties), "$defs": {"a": a}, **rest},
+    lambda properties, a, rest: {"$schema": DRAFT_2020, **shaped(**properties), "$defs": {"a": a}, **rest},
     st.dictionaries(NAMES, st.recursive(SMALL, larger, max_leaves=5), min_size=1, max_size=3),
     st.recursive(SMALL, larger, max_leaves=4),
     some(required=st.lists(NAMES, max_size=2, unique=True), additionalProperties=st.booleans()))
@@ -3603,15 +3603,15 @@ def test_the_first_thing_that_tells_a_value_wins(keywords: dict[str, Any], test:
     draft = jsonschema.Draft4Validator.META_SCHEMA["$schema"] if old else DRAFT_2020
     if test is None and "format" in keywords:
         with pytest.raises(BadRequest, match="valid value"):
-            schema_records({"$schema": DRAFT_2020, **typed(it=keywords)})
+            schema_records({"$schema": DRAFT_2020, **shaped(it=keywords)})
         return
-    values = [record["it"] for record in schema_records({"$schema": draft, **typed(it=keywords)})]
+    values = [record["it"] for record in schema_records({"$schema": draft, **shaped(it=keywords)})]
     assert test is None or all(map(test, values)), values
 
 
 def test_names_of_properties_tell_values_where_these_fit() -> None:
     """As they do where a schema is inferred; a property may be null once in ten."""
-    records = schema_records(typed(
+    records = schema_records(shaped(
         id={"type": "integer"}, firstName={"type": "string", "maxLength": 6}, email={"type": "string"},
         created_at={"type": "string"}, city={"type": "integer"}, note={"type": ["string", "null"]}), count=1000)
     assert [record["id"] for record in records[:3]] == [1, 2, 3]
@@ -3640,7 +3640,7 @@ def test_names_of_properties_tell_values_where_these_fit() -> None:
 def test_what_cannot_be_honoured_is_refused_with_its_pointer(keywords: Any, pointer: str) -> None:
     """Before there is a job, also inside related types."""
     loop = {"type": "object", "properties": {"it": {"$ref": "#/$defs/loop"}}, "required": ["it"]}
-    schema = {**typed(it=keywords), "required": ["it"], "$defs": {"loop": loop}}
+    schema = {**shaped(it=keywords), "required": ["it"], "$defs": {"loop": loop}}
     pointer = "/$defs/loop/properties/it/$ref" if keywords == {"$ref": "#/$defs/loop"} else f"/properties/it{pointer}"
     assert [*problems(lambda: schema_records(schema))] == [f"schema#{pointer}"]
     related = taskapi.GenerateRequest.model_validate({"records": {"thing": {"count": 1, "schema": schema}}})
@@ -3651,24 +3651,24 @@ def hostile_schemas() -> Iterator[tuple[str, dict[str, Any]]]:
     """Small texts that mean very much."""
     names = [f"d{number}" for number in range(30)]
     double = {f"d{number}": {"allOf": [{"$ref": f"#/$defs/d{number + 1}"}] * 2} for number in range(40)}
-    yield "doubled allOf", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": {**double, "d40": {"type": "string"}}}
-    double = {f"d{number}": {**typed(**{name: {"$ref": f"#/$defs/d{number + 1}"} for name in "xy"}),
+    yield "doubled allOf", {**shaped(a={"$ref": "#/$defs/d0"}), "$defs": {**double, "d40": {"type": "string"}}}
+    double = {f"d{number}": {**shaped(**{name: {"$ref": f"#/$defs/d{number + 1}"} for name in "xy"}),
                              "required": ["x", "y"]} for number in range(40)}
-    yield "doubled properties", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": {**double, "d40": {"type": "string"}}}
-    clique = {name: typed(**{other: {"$ref": f"#/$defs/{other}"} for other in names}) for name in names}
-    yield "all refer to all", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": clique}
+    yield "doubled properties", {**shaped(a={"$ref": "#/$defs/d0"}), "$defs": {**double, "d40": {"type": "string"}}}
+    clique = {name: shaped(**{other: {"$ref": f"#/$defs/{other}"} for other in names}) for name in names}
+    yield "all refer to all", {**shaped(a={"$ref": "#/$defs/d0"}), "$defs": clique}
     clique = {name: {"oneOf": [{"type": "string"}, inner]} for name, inner in clique.items()}
-    yield "all refer to all, or not", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": clique}
+    yield "all refer to all, or not", {**shaped(a={"$ref": "#/$defs/d0"}), "$defs": clique}
     many = range(1000)
-    yield "patterns", typed(**{f"p{number}": {"pattern": "^[a-z]{1,5000}$", "type": "string"} for number in many})
-    yield "long patterns", typed(**{f"p{number}": {"pattern": "^(a|b)+$", "minLength": 4000} for number in range(99)})
-    yield "a large enum", {**typed(**{f"p{number}": {"$ref": "#/$defs/e"} for number in many}),
+    yield "patterns", shaped(**{f"p{number}": {"pattern": "^[a-z]{1,5000}$", "type": "string"} for number in many})
+    yield "long patterns", shaped(**{f"p{number}": {"pattern": "^(a|b)+$", "minLength": 4000} for number in range(99)})
+    yield "a large enum", {**shaped(**{f"p{number}": {"$ref": "#/$defs/e"} for number in many}),
                            "$defs": {"e": {"enum": [*range(50_000)]}}}
-    yield "a chain", {**typed(a={"$ref": "#/$defs/d0"}), "$defs": {
+    yield "a chain", {**shaped(a={"$ref": "#/$defs/d0"}), "$defs": {
         **{f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(5000)}, "d5000": {}}}
-    yield "branches", typed(a={"oneOf": [{**typed(**{f"p{n}": {} for n in range(20)}), "required": [f"p{number}"]}
+    yield "branches", shaped(a={"oneOf": [{**shaped(**{f"p{n}": {} for n in range(20)}), "required": [f"p{number}"]}
                                          for number in range(100)]})
-    yield "numbers", typed(a={"type": "number", "minimum": 10**400}, b={"minProperties": 10**9}, c={"minItems": 1e308})
+    yield "numbers", shaped(a={"type": "number", "minimum": 10**400}, b={"minProperties": 10**9}, c={"minItems": 1e308})
 
 
 @pytest.mark.parametrize(("name", "schema"), [*hostile_schemas()], ids=[name for name, _ in hostile_schemas()])
@@ -3696,7 +3696,7 @@ def test_nested_values_stay_nested_and_come_back(tmp_path: Path) -> None:
     with taskapi.open_service(data_dir=tmp_path, inline=True) as service:
         app = webtest.TestApp(service.app)
         tags = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
-        schema = typed(place=typed(city={"type": "string"}), tags=tags)
+        schema = shaped(place=shaped(city={"type": "string"}), tags=tags)
         app.post_json("/generate", {"recordType": "thing", "count": 5, "seed": 1, "schema": schema})
         made = app.get("/records/thing").json["items"]
         assert isinstance(made[0]["place"]["city"], str)
@@ -5308,6 +5308,12 @@ def inferred(data: bytes, filename: str) -> Any:
             return taskapi.infer(stream, filename, taskapi.IngestOptions.model_validate({}))
 
 
+def asked(path: Path, sql: str) -> list[Any]:
+    """Rows of a database."""
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute(sql).fetchall()
+
+
 def test_records_of_an_inferred_script_fit_into_its_tables(tmp_path: Path, run: Callable[..., Ran]) -> None:
     """Keys, pairs, trees, CHECKs and what is NOT NULL hold; twice over, since the filled database is inferred again."""
     answer = inferred(SHOP_DDL.encode() + b"CREATE VIEW v AS SELECT 1; INSERT INTO tag VALUES (1, 'x');", "shop.sql")
@@ -5325,12 +5331,12 @@ def test_records_of_an_inferred_script_fit_into_its_tables(tmp_path: Path, run: 
             database.executescript(SHOP_DDL)
         (tmp_path / "shop.json").write_text(json.dumps(answer))
         assert run("generate", "--schema", "shop.json", "--seed", "5", "--into", str(path)).code == 0
-        assert plain(path, "PRAGMA foreign_key_check") == []
-        counts = {name: plain(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}
+        assert asked(path, "PRAGMA foreign_key_check") == []
+        counts = {name: asked(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}
         assert min(counts.values()) >= 10
-        assert plain(path, "SELECT count(*) FROM employee WHERE manager_id >= id") == [(0,)]
-        assert plain(path, "SELECT manager_id FROM employee WHERE id = 1") == [(None,)]
-        assert plain(path, "SELECT count(*) FROM 'order' WHERE seller_id <> checker_id")[0][0] > 0
+        assert asked(path, "SELECT count(*) FROM employee WHERE manager_id >= id") == [(0,)]
+        assert asked(path, "SELECT manager_id FROM employee WHERE id = 1") == [(None,)]
+        assert asked(path, "SELECT count(*) FROM 'order' WHERE seller_id <> checker_id")[0][0] > 0
         again = inferred(path.read_bytes(), "shop.db")
         told = {name: spec for name, spec in again["records"].items() if "per" not in spec}
         assert {name: spec["count"] for name, spec in told.items()} == {name: counts[name] for name in told}
@@ -5338,7 +5344,7 @@ def test_records_of_an_inferred_script_fit_into_its_tables(tmp_path: Path, run: 
         answer = again
     refused = run("generate", "--schema", "shop.json", "--seed", "5", "--into", str(path))
     assert "UNIQUE constraint failed" in refused.err
-    assert counts == {name: plain(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}, "all or nothing"
+    assert counts == {name: asked(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}, "all or nothing"
 
 
 @pytest.mark.parametrize(
@@ -5408,14 +5414,14 @@ def test_infer_takes_databases_scripts_and_documents_over_http(service: taskapi.
     assert raw["records"]["pet"]["schema"]["id"] == {"type": "sequence", "start": 1}
     assert app.post("/upload", upload_files=[("file", "x.sql", b"CREATE TABLE t (a)")], status=400)
     document = {"openapi": "3.1.0", "components": {"schemas": {
-        "PetOrder": typed(pets={"type": "array", "items": {"$ref": "#/components/schemas/Pet"}}),
-        "Pet": {**typed(tag={"$ref": "#/components/schemas/Tag"}), "required": ["tag"]},
-        "Tag": {"allOf": [typed(label={"type": "string"})]}, "Kind": {"enum": ["a"]}, "Bad": typed(it={"not": {}})}}}
+        "PetOrder": shaped(pets={"type": "array", "items": {"$ref": "#/components/schemas/Pet"}}),
+        "Pet": {**shaped(tag={"$ref": "#/components/schemas/Tag"}), "required": ["tag"]},
+        "Tag": {"allOf": [shaped(label={"type": "string"})]}, "Kind": {"enum": ["a"]}, "Bad": shaped(it={"not": {}})}}}
     made = app.post("/infer", upload_files=[("file", "api.json", json.dumps(document).encode())]).json
     assert made["records"].keys() == {"pet_order", "pet", "tag"}
     assert made["notes"] == ["bad is left out: records.bad.schema#/properties/it/not: not cannot be honoured"]
     assert app.post_json("/preview", made).json["records"]["pet"][0]["tag"]["label"]
-    one = json.dumps({"$schema": DRAFT_7, **typed(a={"type": "integer"}), "title": "My Thing"}).encode()
+    one = json.dumps({"$schema": DRAFT_7, **shaped(a={"type": "integer"}), "title": "My Thing"}).encode()
     assert app.post("/infer", upload_files=[("file", "s.json", one)]).json["records"].keys() == {"my_thing"}
 
 
