@@ -8201,16 +8201,20 @@ def _squeezed(texts: Iterable[str]) -> Iterator[str]:
 def _rare_delimiter(text: str, gap: re.Pattern[str], line: int) -> str | None:
     """What cuts the first records, in which none of the usual delimiters stands, into the same number of cells.
 
-    Blanks have to show a column of numbers. JobFailed where they set columns apart, and do not show which.
+    Blanks, which stand in texts too, have to show columns of numbers. JobFailed where they set columns apart that are
+    not to be told.
     """
+    lines = [each for each in text[:_PIECE].splitlines()[:100] if each.strip()]
+    report = 2 * sum(bool(re.search(r"\S {2,}\S", each)) for each in lines) > len(lines) > 1
     for delimiter in _RARE_DELIMITERS:
-        rows = _sample_rows("".join(_squeezed([text])) if delimiter == " " else text, delimiter, gap)
-        header, *below = rows
-        if below and len(header) > 1 and {*map(len, below)} == {len(header)} and (delimiter != " " or any(
-                all(cell and _NUMERIC.fullmatch(cell) for cell in column) for column in zip(*below, strict=True))):
+        header, *rows = _sample_rows("".join(_squeezed([text])) if delimiter == " " else text, delimiter, gap)
+        if not rows or len(header) == 1 or {*map(len, rows)} != {len(header)}:
+            continue
+        numbers = [all(cell and _NUMERIC.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)]
+        sure = report or numbers[0] or header[0][:1] == '"' or 2 * sum(numbers) > len(numbers)
+        if delimiter != " " or (any(numbers) and sure):
             return delimiter
-    lines = [each for each in text.splitlines()[:100] if each.strip()]
-    if 2 * sum(bool(re.search(r"\S {2,}\S", each)) for each in lines) > len(lines) > 1:
+    if report:
         raise _bad_line(line, "there are columns with blanks between them: delimiter=' ' takes runs of them for one, "
                               "delimiter=tab the lines as they are")
     return None

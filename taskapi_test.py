@@ -4939,6 +4939,8 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "it, told": ("a.txt", "name    city\nAnn  Paris\nBob  Rome\n", {"delimiter": " "}, [
         {"name": "Ann", "city": "Paris"}, {"name": "Bob", "city": "Rome"}]),
     "full names": ("a.csv", "full name\nAnn Lee\nBob Roy\n", {}, [{"full name": "Ann Lee"}, {"full name": "Bob Roy"}]),
+    "names with numbers": ("a.csv", "product name\niPhone 12\nPixel 9\n", {}, [
+        {"product name": "iPhone 12"}, {"product name": "Pixel 9"}]),
     "backslashes before quotes": ("a.csv", 'a,b\n1,"say \\"hi\\""\n', {}, ["line 2", "written twice", "delimiter"]),
     "names in one column": ("a.csv", "name\nSmith, John\nDoe, Jane\n", {}, ["line 1", "delimiter"]),
     "names in one column, told": ("a.csv", "name\nSmith, John\n", {"delimiter": "tab"}, [{"name": "Smith, John"}]),
