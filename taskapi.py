@@ -896,11 +896,11 @@ class Health(ApiModel):
     links: dict[str, str]
 
 
-SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SNAPSHOT_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
 def _snapshot_name(text: str) -> str:
-    if not SNAPSHOT_NAME.fullmatch(text):
+    if not re.fullmatch(_SNAPSHOT_NAME, text):
         raise ValueError("should be 1 to 64 letters, digits, - and _, a letter or digit first")
     return text
 
@@ -911,13 +911,15 @@ class SnapshotRequest(ApiModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "empty-shop"}]})
 
     name: Annotated[str, AfterValidator(_snapshot_name)] = Field(
-        json_schema_extra={"pattern": f"^{SNAPSHOT_NAME.pattern}$"})
+        json_schema_extra={"pattern": f"^{_SNAPSHOT_NAME}$"})
 
 
-class Snapshot(ApiModel):
+class Snapshot(SnapshotRequest):
     """A copy of everything as it was at one moment."""
 
-    name: str
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"name": "empty-shop", "createdAt": "2026-11-22T16:05:00.123Z", "bytes": 172032, "jobs": 3, "records": 1200}]})
+
     created_at: str
     bytes: int
     jobs: int
@@ -1108,13 +1110,21 @@ def _decimal_key(value: str | float | None) -> str | None:
     return f"2{key}" if number > 0 else "0" + "".join(str(9 - int(digit)) for digit in key) + "~"
 
 
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Brings a database up to date that has had so many migrations."""
+    if version < len(_MIGRATIONS):
+        connection.execute("BEGIN IMMEDIATE")
+        for migrate in _MIGRATIONS[version:]:
+            migrate(connection)
+        connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+        connection.execute("COMMIT")
+
+
 def empty_database() -> sqlite3.Connection:
     """One as a new data folder has it, in memory."""
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    for migrate in _MIGRATIONS:
-        migrate(connection)
-    connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+    _migrate(connection, 0)
     return connection
 
 
@@ -1288,12 +1298,7 @@ class Database:
             self._writer.execute(f"PRAGMA {setting}")
         if self._writer.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
             raise StorageError(f"the disk of {self.path} cannot hold an SQLite database in WAL mode: use another one")
-        if version < len(_MIGRATIONS):
-            self._writer.execute("BEGIN IMMEDIATE")
-            for migrate in _MIGRATIONS[version:]:
-                migrate(self._writer)
-            self._writer.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-            self._writer.execute("COMMIT")
+        _migrate(self._writer, version)
         self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # from then on the index says how far the next one is
 
     @contextmanager
@@ -1703,14 +1708,10 @@ def copied_database(path: Path, now: str) -> sqlite3.Connection:
         found = "; ".join(row[0] for row in connection.execute("PRAGMA quick_check(3)"))
         if found != "ok" or not version:
             raise StorageError(f"the database is {f'damaged: {found}' if version else 'empty'}")
-        connection.execute("BEGIN")
-        for migrate in _MIGRATIONS[version:]:
-            migrate(connection)
-        connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+        _migrate(connection, version)
         connection.execute("UPDATE jobs SET status = 'canceled', error = ?, finished_at = ? "
                            "WHERE status = 'in-progress' AND cancel_requested", (_CANCELED, now))
         connection.execute("UPDATE jobs SET status = 'pending', attempt = attempt - 1 WHERE status = 'in-progress'")
-        connection.execute("COMMIT")
     except BaseException as error:
         connection.close()
         if isinstance(error, sqlite3.DatabaseError):
@@ -7279,22 +7280,25 @@ class Snapshots:
 
     def all(self) -> list[Snapshot]:
         """Those there are, by name."""
-        with suppress(FileNotFoundError):
-            return [self.about(path.name) for path in sorted(self.root.iterdir()) if (path / _ABOUT).exists()]
-        return []
+        found = []
+        for path in sorted(self.root.glob(f"*/{_ABOUT}")):
+            with suppress(ValueError, KeyError):  # a folder of somebody else's
+                told = json.loads(path.read_bytes())
+                made = Snapshot.model_validate({key: told[key] for key in map(to_camel, Snapshot.model_fields)})
+                found += [made] if made.name == path.parent.name else []
+        return found
+
+    def get(self, name: str) -> Snapshot:
+        """One of them; NotFound."""
+        known = {snapshot.name: snapshot for snapshot in self.all()}
+        if name not in known:
+            raise NotFound(f"there is no snapshot {name!r}{did_you_mean(name, known)}; there are: "
+                           f"{', '.join(known) or 'none yet'}")
+        return known[name]
 
     def place(self, name: str) -> Path:
         """The folder of a snapshot; NotFound."""
-        if not SNAPSHOT_NAME.fullmatch(name) or not (self.root / name / _ABOUT).exists():
-            known = [snapshot.name for snapshot in self.all()]
-            raise NotFound(f"there is no snapshot {name!r}{did_you_mean(name, known)}; there are: "
-                           f"{', '.join(known) or 'none yet'}")
-        return self.root / name
-
-    def about(self, name: str) -> Snapshot:
-        """What a snapshot's note tells."""
-        told = json.loads((self.place(name) / _ABOUT).read_bytes())
-        return Snapshot.model_validate({key: told[key] for key in map(to_camel, Snapshot.model_fields)})
+        return self.root / self.get(name).name
 
     def remove(self, name: str) -> None:
         """Deletes a snapshot, at once for all who look; NotFound."""
@@ -10995,7 +10999,7 @@ class Workers:
 
     def _complete(self, job: Job, done: JobResult) -> tuple[Job, Claim | None]:
         with self._state:
-            claim, self._due = not self.stopping.is_set(), False
+            claim, self._due = not (self._held or self.stopping.is_set()), False
         ended = self.jobs.finish(job, JobStatus.COMPLETED, result=done.result, file=done.file, claim=claim)
         self._looked.set()
         return ended
@@ -11411,6 +11415,7 @@ class Engine:
                     raise Conflict(f"there is a snapshot {name!r} already")
                 self.folder.free_space()
                 found = self._database.copy_to(draft / "taskapi.db", partial(self._look, draft, tries == 9))
+                self.folder.free_space()  # rather none than one that leaves no room to work
                 return self.snapshots.keep(draft, {**found, "name": name, "createdAt": instant(self.clock())})
         raise StorageError("files are removed all the time")
 
@@ -11447,7 +11452,7 @@ class Engine:
                 raise
             undo.pop_all()
             source.close()
-        return self.snapshots.about(name)
+        return self.snapshots.get(name)
 
     def records(self, record_type: str) -> list[dict[str, Json]]:
         """All records of a type, oldest first; NotFound."""

@@ -7756,6 +7756,27 @@ def test_the_page_asks_for_the_token_once(guarded: Live, tab: Tab) -> None:
 
 
 @browsing
+def test_the_page_bears_what_faults_do_to_it(testing: taskapi.ServedUrl, tab: Tab) -> None:
+    """A refusal is told, a server that cuts connections counts as gone until it answers, a job that stands is shown."""
+    tab.open(testing)
+    tab.type("#count", "120")
+    testing.faults.add(on={"method": "POST", "path": "/generate"}, times=1, then={
+        "status": 503, "headers": {"Retry-After": "1"}, "body": {"error": "come back later", "status": 503}})
+    tab.click("#go")
+    tab.until("document.body.innerText.includes('come back later')")
+    testing.faults.add(on={"path": "*"}, then={"close": True})
+    tab.until("document.querySelector('#offline').checkVisibility()")
+    testing.faults.clear()
+    tab.until("!document.querySelector('#offline').checkVisibility()")
+    testing.faults.add(on={"job": "generate", "done": 40}, then={"pause": True})
+    tab.click("#go")
+    tab.until("document.querySelector('#jobs .in-progress')?.innerText.includes('40')")
+    testing.faults.clear()
+    tab.until("document.querySelector('#jobs .completed')")
+    assert [entry["status"] for entry in testing.requests(method="POST", path="/generate")] == [503, 202]
+
+
+@browsing
 def test_in_a_browser_from_a_preset_to_a_downloaded_file(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
     """Generate, watch, look, export with a filter, download."""
     service, url = at_work
