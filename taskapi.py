@@ -9231,10 +9231,6 @@ class JobContext:
         self.checked = monotonic()
         return self.interruption is not None or self._stopping()
 
-    def is_due(self, done: int) -> bool:
-        """Whether what was made is to be saved now, since a fault waits for it."""
-        return done >= self.save_at
-
     def check(self) -> None:
         """Raises Interrupted when the job is to end here; as each `yield` and `save` does."""
         if self.interrupted():
@@ -9614,7 +9610,7 @@ def run_generate(context: JobContext, request: GenerateRequest) -> JobSteps:
                 if fresh:
                     records.append(connection, job, record_type, list(columns[record_type]), fresh)
 
-        batches = _batches(plan, rows, state["plan"], context.is_due)
+        batches = _batches(plan, rows, state["plan"], lambda done: done >= context.save_at)
         if context.processes > 1 and (request.parts or 1) > 1 and request.part is None:
             batches = iter(_Makers(request, context.folder.tmp, context.processes, state["plan"]))
         with closing(batches):
@@ -10343,6 +10339,7 @@ _TURN_SECONDS = 1.0  # a job that computes for longer without a check does not k
 _FRESH_SECONDS = 0.02  # a job that computes for longer is not left to the run that has it
 _CALL_SECONDS = 1.0  # a run that was called and has not begun for longer is taken for lost
 _RETRY_SECONDS = 1.0  # between tries to write down how a job ended
+_HELD_SECONDS = 5.0  # running jobs have them to come to a pause, before everything is replaced
 _MOST_THREADS = 1000  # of the workers, stuck ones included; how many runs there are is the queue's to say
 
 
@@ -10552,11 +10549,6 @@ class FaultThen(ApiModel):
     interrupt: bool = Field(False, description="As if the process had been killed and started again.")
     pause: bool = Field(False, description="The job stands still until the fault is removed.")
 
-    @property
-    def answers(self) -> bool:
-        """Whether the request comes to no handler."""
-        return self.status is not None or "body" in self.model_fields_set
-
 
 class FaultRequest(ApiModel):
     """Something that is to go wrong."""
@@ -10628,9 +10620,9 @@ class Fault:
         self._random = random.Random(request.seed if request.seed is not None else f"{seed} {number}")
 
     @property
-    def left(self) -> float:
-        """How often it may still strike."""
-        return math.inf if self._times is None else self._times - self._struck
+    def left(self) -> int | None:
+        """How often it may still strike, if there is an end to it."""
+        return None if self._times is None else self._times - self._struck
 
     def is_on(self, method: str, path: str) -> bool:
         """Whether it is about such a request."""
@@ -10641,14 +10633,14 @@ class Fault:
     def awaits(self, context: JobContext) -> bool:
         """Whether it is about this attempt at a job, which has not met it."""
         attempt = (context.job.job_id, context.job.attempt)
-        return self.on.job is not None and fits(context.job.type, self.on.job) and self.left > 0 and (
+        return self.on.job is not None and fits(context.job.type, self.on.job) and self.left != 0 and (
             attempt not in self._seen)
 
     def strikes(self, attempt: tuple[str, int] | None = None) -> bool:
         """Whether it strikes this time, and counts that."""
         if attempt:
             self._seen.add(attempt)
-        if self._skip or self.left <= 0:
+        if self._skip or self.left == 0:
             self._skip = max(0, self._skip - 1)
             return False
         if self._random.random() >= self._request.probability:
@@ -10659,8 +10651,8 @@ class Fault:
     def shown(self) -> dict[str, Json]:
         """As clients see it."""
         asked = self._request.model_dump(exclude_unset=True)
-        return {"id": self.id, "skip": 0, "probability": 1, **asked, "times": self._times,
-                "left": None if self._times is None else self._times - self._struck, "struck": self._struck}
+        return {"id": self.id, "skip": 0, "probability": 1, **asked, "times": self._times, "left": self.left,
+                "struck": self._struck}
 
 
 class Faults:
@@ -10847,14 +10839,14 @@ class Workers:
             return self._state.wait_for(lambda: not self._active, min(seconds, threading.TIMEOUT_MAX))
 
     @contextmanager
-    def held(self, seconds: float = 5.0) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """While no job runs: those that do go back to pending, and go on after the block.
 
         Raises Unavailable if one comes to no check in time.
         """
         self._held = True
         try:
-            if not self.wait_until_idle(seconds):
+            if not self.wait_until_idle(_HELD_SECONDS):
                 raise Unavailable("a job does not come to a pause; cancel it first")
             yield
         finally:
@@ -12402,10 +12394,10 @@ def _with_faults(call: Request, answer: Callable[[], bottle.HTTPResponse]) -> bo
     if then.delay:
         call.flight.close()
         call.engine.hold(then.delay, call.fault.removed, call.environ.get("taskapi.gone", lambda: False))
-    if then.answers:
-        status = then.status or 200
+    given, status = "body" in then.model_fields_set, then.status or 200
+    if given or then.status is not None:
         error = {"error": f"fault {call.fault.id} was asked for", "status": status} if status >= 400 else {}
-        response = reply(then.body if "body" in then.model_fields_set else error, status)
+        response = reply(then.body if given else error, status)
     else:
         response = reply({}) if then.close and then.after is None else answer()
     for name, value in then.headers.items():

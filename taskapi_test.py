@@ -6425,7 +6425,6 @@ def test_a_reset_makes_a_service_in_use_as_new(testing: taskapi.ServedUrl, tmp_p
     testing.clock.set("2026-01-01")
     with ThreadPoolExecutor(1) as pool:
         poll = pool.submit(ask, testing, "GET", f"/status/{running[0].job_id}?wait=30")
-        until(lambda: len(testing.queue._waiters))
         assert ask(testing, "POST", "/test/reset").status == 204
         refused(poll.result(20), 404)
     assert (testing.requests(), testing.faults.list()) in (([], []), (testing.requests(), []))
@@ -6471,7 +6470,7 @@ def test_a_snapshot_taken_while_jobs_run_goes_on_as_it_was(testing: taskapi.Serv
     assert made.json["bytes"] >= (folder / "taskapi.db").stat().st_size + export.file.bytes
     testing.faults.clear()
     ends = [testing.wait(job_id, 20) for job_id in jobs]
-    before = state(testing._service)
+    before = state(testing)
     assert ask(testing, "DELETE", f"/jobs/{done.job_id}").status == 204
     assert ask(testing, "DELETE", f"/jobs/{export.job_id}").status == 204
     later = testing.wait(testing.enqueue("export", {"format": "json"}).job_id, 20)
@@ -6487,7 +6486,7 @@ def test_a_snapshot_taken_while_jobs_run_goes_on_as_it_was(testing: taskapi.Serv
         again = [testing.wait(job_id, 20) for job_id in jobs]
         assert [(job.status, job.attempt, job.result) for job in again] == [
             ("completed", 2 - 1, job.result) for job in ends]
-        assert state(testing._service) == before
+        assert state(testing) == before
         assert_sound(tmp_path / "data")
     assert ask(testing, "DELETE", "/snapshots/half-way").status == 204
     refused(ask(testing, "POST", "/snapshots/half-way/restore"), 404)
@@ -6532,7 +6531,7 @@ def test_a_restore_that_finds_no_room_or_no_pause_leaves_all_as_it_was(
     testing.wait(testing.enqueue("export", {"format": "csv"}).job_id, 20)
     testing.snapshot("one")
     testing.wait(testing.enqueue("generate", MADE).job_id, 20)
-    before, files = state(testing._service), sorted(testing.folder.kept())
+    before, files = state(testing), sorted(testing.folder.kept())
     with monkeypatch.context() as patch:
         def full(*_: Any) -> None:
             raise taskapi.DiskFull("the disk is full")
@@ -6551,11 +6550,11 @@ def test_a_restore_that_finds_no_room_or_no_pause_leaves_all_as_it_was(
 
     stuck = testing.enqueue("script", {}).job_id
     until(lambda: testing.wait(stuck, 0).status == "in-progress")
-    monkeypatch.setattr(taskapi.Workers.held.__wrapped__, "__defaults__", (0.05,))
+    monkeypatch.setattr(taskapi, "_HELD_SECONDS", 0.05)
     refused(ask(testing, "POST", "/snapshots/one/restore"), 503, "pause")
     go.set()
     testing.queue.remove(testing.wait(stuck, 20).job_id)
-    assert (state(testing._service), sorted(testing.folder.kept())) == (before, files)
+    assert (state(testing), sorted(testing.folder.kept())) == (before, files)
     assert [item["name"] for item in ask(testing, "GET", "/snapshots").json["items"]] == ["one"]
     assert not [*testing.folder.tmp.iterdir()]
 
