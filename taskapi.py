@@ -2127,9 +2127,8 @@ _INEXACT = ("iif(typeof({c}) <> 'text' OR (length({c}) <= 16 AND {c} NOT GLOB '*
             "decimal_key({c}) <> decimal_key(CAST({c} AS NUMERIC)))")
 _JSON_TEXT: Mapping[Kind, str] = {  # what a value is among others in a JSON column; null where it is null
     "none": "NULL", "int": "{c}", "float": "CASE WHEN {c} IS NOT NULL THEN exact_float({c}) END", "decimal": "{c}",
-    "bool": _BOOL, "text": "nullif(json_quote({c}), 'null')", "json": "{c}",
+    "bool": _BOOL, "json": "{c}", **dict.fromkeys(("text", "date", "datetime"), "nullif(json_quote({c}), 'null')"),
     "any": "CASE typeof({c}) WHEN 'real' THEN exact_float({c}) WHEN 'text' THEN json_quote({c}) ELSE {c} END"}
-_JSON_TEXT = {**_JSON_TEXT, "date": _JSON_TEXT["text"], "datetime": _JSON_TEXT["text"]}
 _NUMBERS, _TEXTS = frozenset[Kind]({"int", "float", "decimal"}), frozenset[Kind]({"text", "date", "datetime"})
 
 
