@@ -12326,7 +12326,7 @@ SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Poli
 _STANDARD_HEADERS = {"Cache-Control": "no-store", **SAFE_HEADERS}
 
 
-def told(error: Exception, what: str) -> TaskError:
+def told(error: BaseException, what: str) -> TaskError:
     """The error to answer. A bug, or what is wrong with the database or the disk, is logged, and names that entry.
 
     Of a bug it shows nothing else.
@@ -12429,7 +12429,7 @@ def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPRes
     try:
         call.flight.enter_context(engine.queue.gate.request())
         response = _checked(call, entry, arguments)
-    except Exception as error:  # noqa: BLE001  # no traceback reaches a client
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001  # no traceback reaches a client
         answered = told(error, f"{call.method} {call.path}")
         response = reply(answered.body(), answered.http_status, **answered.headers)
     finally:

@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import http.server
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -45,7 +46,7 @@ import warnings
 import wsgiref.util
 import zipfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
@@ -5646,6 +5647,73 @@ def test_a_request_that_answers_nonsense_makes_no_job(
         with service.serving(port=0) as url:
             assert ask(url, "POST", "/script", {}).status == 500
         assert statuses(service) == []
+        assert_at_work(service)
+
+
+NONSENSE: dict[str, Callable[..., Any]] = {
+    "None": lambda *_: None, "object": lambda *_: object(), "deep": lambda *_: DEEP, "huge": lambda *_: "x" * 2**22,
+    "generator": lambda *_: (yielded for yielded in ()), "half": lambda *_: "\ud800", "nan": lambda *_: math.nan,
+    "SystemExit": raising(SystemExit()), "GeneratorExit": raising(GeneratorExit()),
+    "MemoryError": raising(MemoryError("no room")), "ValueError": raising(ValueError())}
+
+
+class Naught(taskapi.FieldType):
+    """Always 0."""
+
+    kind = "int"
+
+    def domain(self, scope: taskapi.Scope) -> Any:
+        """One value."""
+        return 1, lambda n: n
+
+
+@pytest.mark.parametrize("hook", sorted(
+    {name for name, value in vars(taskapi.FieldType).items() if inspect.isfunction(value) and name[0] != "_"}
+    | {"drawn", "drawn late"}))
+def test_whatever_a_field_type_answers_touches_nothing_else(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    """Each of its functions, and those that these return: a request is refused or told of a bug, or its job fails."""
+    late = 500 if hook == "drawn late" else 0
+    body = {"recordType": "odd", "count": 1500, "schema": {"id": "sequence", "n": {"type": "naught", "null": 0.1}}}
+    with taskapi.open_service(tmp_path, workers=1) as service, service.serving(port=0) as url:
+        for name, answer in NONSENSE.items():
+            calls = itertools.count()
+            hooks = {hook: answer} if hook[:5] != "drawn" else {"draw": lambda *_, answer=answer, calls=calls: (
+                lambda: 0 if next(calls) < late else answer(), "int")}
+            monkeypatch.setitem(taskapi.FIELD_TYPES, "naught", type("Nonsense", (Naught,), hooks))
+            preview = ask(url, "POST", "/preview", {**body, "locale": "en_GB", "count": 3})
+            made = ask(url, "POST", "/generate?wait=30", body)
+            taskapi._RECIPES.clear()
+            assert {preview.status, made.status} <= {200, 202, 400, 500}, name
+            assert made.status != 202 or made.json["status"] in ("completed", "failed"), made.json
+        until(lambda: plain(tmp_path, "SELECT count(*) FROM _id_ranges AS g JOIN jobs ON jobs.id = g.job "
+                                      "WHERE status <> 'completed'") == [0])
+        assert_at_work(service)
+
+
+@pytest.mark.parametrize("hook", ["write", "written", "read", "batch"])
+def test_whatever_a_format_answers_touches_nothing_else(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    """Its writer and its reader, and what these yield: the job fails, or an export holds what was written."""
+    formats = taskapi.FORMATS if hook in ("write", "written") else taskapi.INGEST_FORMATS
+    entry = formats["csv"]
+    with taskapi.open_service(tmp_path, workers=1) as service, service.serving(port=0) as url:
+        for name, answer in NONSENSE.items():
+            def yields(*_: Any, answer: Callable[[], Any] = answer) -> Iterator[Any]:
+                yield answer()
+
+            broken = yields if hook in ("written", "batch") else answer
+            monkeypatch.setitem(formats, "csv", entry._replace(
+                **{"write" if formats is taskapi.FORMATS else "read": broken}))
+            asked = [ask(url, "POST", "/export?wait=30", {"format": "csv"})]
+            for path in ("/upload?recordType=odd&filename=a.csv&wait=30", "/infer?filename=a.csv"):
+                asked.append(ask(url, "POST", path, b"n\n1\n", {"Content-Type": "text/csv"}))
+            for answered in asked:
+                assert answered.status in (200, 201, 202, 400, 500), name
+                assert answered.status == 200 or answered.status >= 400 or answered.json["status"] in (
+                    "completed", "failed"), answered.json
+        until(lambda: not [*(tmp_path / "tmp").iterdir()])
+        monkeypatch.undo()
         assert_at_work(service)
 
 
