@@ -9411,6 +9411,7 @@ class GenerateRequest(JobRequest):
 _CHUNK_ROWS = 40  # made between two pauses: a millisecond or two, which is how long a request may have to wait
 _SAVE_ROWS = 1000  # committed together
 _SAVE_BYTES = 2**22  # of memory, that rows may take until they are
+_AHEAD = 4  # parts that a child process may have made, or be making, that are not all loaded
 _MAKER_FAILURES = 3  # how often a child process may be ended while it makes one part
 
 
@@ -9535,7 +9536,7 @@ class _Makers:
                         self._end(number)
                         self._start(number)
                 self._path(number).unlink(missing_ok=True)
-                self._tell(number + 2 * self._count)
+                self._tell(number + _AHEAD * self._count)
         finally:
             for number in [*self._makers]:
                 self._end(number)
@@ -9546,7 +9547,7 @@ class _Makers:
         return self._files.with_suffix(f".{number}")
 
     def _start(self, number: int) -> None:
-        """Start a process for this part and others after it; it is always told two, so that it need not wait."""
+        """Start a process for this part and others after it; it is told some ahead, so that it need not wait."""
         from multiprocessing import get_context
 
         spawn = get_context("spawn")
@@ -9558,8 +9559,8 @@ class _Makers:
         mask(getattr(signal, "SIG_SETMASK", 0), before)
         theirs.close()
         self._makers[number % self._count] = process, pipe
-        self._tell(number)
-        self._tell(number + self._count)
+        for ahead in range(_AHEAD):
+            self._tell(number + ahead * self._count)
 
     def _end(self, number: int) -> None:
         process, pipe = self._makers.pop(number % self._count)
