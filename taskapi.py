@@ -9322,7 +9322,7 @@ class GenerateRequest(JobRequest):
 
     notes: list[str] | None = Field(None, description="What /infer said of it; not kept.")
 
-    def with_defaults(self, settings: Settings, clock: Clock) -> GenerateRequest:
+    def with_defaults(self, settings: Settings, clock: Clock) -> Self:
         """Chooses seed and now where they are missing, and checks the whole recipe before a job exists."""
         seeds = (self.seed, settings.seed, secrets.randbelow(2**31))
         filled = self.model_copy(update={
@@ -9504,7 +9504,7 @@ def _make_parts(boss: Connection, text: str) -> None:
                             boss.send(begin)
                 boss.send(None)
             except (TaskError, OSError) as error:
-                boss.send(str(error))
+                boss.send((isinstance(error, OSError), str(error)))
 
 
 class _Makers:
@@ -9583,8 +9583,8 @@ class _Makers:
             told = pipe.recv()
             if told is None:
                 return
-            if isinstance(told, str):
-                raise JobFailed(told)
+            if isinstance(told, tuple):
+                raise (StorageError if told[0] else JobFailed)(told[1])
             with self._path(number).open("rb") as file:
                 file.seek(told)
                 batch = Batch(*pickle.load(file))  # noqa: S301 - our own
@@ -12234,6 +12234,11 @@ class PreviewRequest(GenerateRequest):
         "examples": [{"recordType": "person", "count": 3, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
 
     count: Whole | None = Field(None, ge=1, le=100, description="How many, up to 100.")
+
+    def with_defaults(self, settings: Settings, clock: Clock) -> Self:
+        """Of a request of many parts fewer records may be shown than it has parts."""
+        fewer = self.model_copy(update={"parts": min(self.parts, self.count)} if self.parts and self.count else None)
+        return super(PreviewRequest, fewer).with_defaults(settings, clock)
 
 
 @route("POST", "/preview", {200: Preview}, body=PreviewRequest)
