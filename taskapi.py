@@ -940,6 +940,7 @@ _BATCH_SECONDS = 0.05  # how long a transaction takes in further work: others ha
 _LOOK_SECONDS = 0.2  # between looks whether the files are still ours
 _LOG_PAGES = 1000  # of the log are copied into the database at a time
 _BLOCK_RECORDS, _BLOCK_BYTES = 10_000, 2**20  # about so many records, and so much of their text, are made at a time
+_AHEAD = 3  # blocks
 _BLOCK_LIMIT = 2**22  # bytes that the text of several records never exceeds, as a block or a page
 _LONGEST, _NO_LIMIT = 2**31 - 1, 2**62  # bytes of a text; records
 _RUN_IDS = 20_000  # ranges of ids are put together until they have about so many
@@ -2409,11 +2410,15 @@ def _value_sql(column: str, kind: Kind, as_json: bool) -> str:
     return form.format(c=column)
 
 
+# Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
+# made of; x'fe' around floats.
+_MARK = "CAST(x'ff' AS TEXT)"
 _PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
 
 
 class TypedCells(NamedTuple):
-    """The text of a record whose cells are of one kind in a column: SQL by kinds, what stands around them, a null."""
+    """The text of a record whose cells are of one kind in a column: SQL by kinds (none: the text in quotes), what is
+    around a record, and a null."""
 
     forms: Mapping[Kind, str]
     row: str = "%s"
@@ -2421,14 +2426,17 @@ class TypedCells(NamedTuple):
 
     def sql(self, cells: Sequence[tuple[str, Kind, Kind]], delimiter: str) -> str:
         """Of (column, its kind here, its kind on the whole)."""
-        values = []
+        made = []
         for column, kind, whole in cells:
-            value = _value_sql(column, kind, whole == "json")
-            values.append(f"coalesce({self.forms[whole].format(c=value)}, {_literal(self.null)})" if kind != "none" else
-                          _literal(self.null))
-        pieces = [f"printf({_literal(delimiter.join(['%s'] * len(some)))}, {', '.join(some)})" for some in
-                  (values[start:start + _PIECE_FIELDS] for start in range(0, len(values), _PIECE_FIELDS))]
-        return f"printf({_literal(self.row)}, {f' || {_literal(delimiter)} || '.join(pieces)})"
+            value, form = _value_sql(column, kind, whole == "json"), self.forms[whole]
+            made.append(("%s", f"coalesce({form.format(c=value)}, {_literal(self.null)})") if form else
+                        ('"%w"', f"coalesce({value}, {_MARK})"))
+        pieces = []
+        for start in range(0, len(made), _PIECE_FIELDS):
+            marks, values = zip(*made[start:start + _PIECE_FIELDS], strict=True)
+            pieces.append(f"printf({_literal(delimiter.join(marks))}, {', '.join(values)})")
+        line = f" || {_literal(delimiter)} || ".join(pieces)
+        return line if self.row == "%s" else f"printf({_literal(self.row)}, {line})"
 
 
 class Table(NamedTuple):
@@ -2453,9 +2461,6 @@ class RecordText(NamedTuple):
     cells: TypedCells | None = None  # where they are not those of CSV
 
 
-# Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
-# made of; x'fe' around floats.
-_MARK = "CAST(x'ff' AS TEXT)"
 FORMULA_STARTS = "=@+-\uff1d\uff20\uff0b\uff0d"  # for a spreadsheet; the last four are full-width
 # Only what a spreadsheet would run as a formula: not a plain signed number.
 _SAFE_TEXT = ("iif({c} GLOB '[=@\uff1d\uff20\uff0b\uff0d ' || char(9, 10, 13) || ']*' OR ({c} GLOB '[+-]*' "
@@ -2563,11 +2568,11 @@ def only_type(connection: sqlite3.Connection, filters: Filters) -> str | None:
 
 
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The items, of which the next one is made on a thread of its own meanwhile: SQLite does not need Python's lock."""
+    """The items, of which the next are made on a thread of its own meanwhile: SQLite does not need Python's lock."""
     with ThreadPoolExecutor(1, "taskapi-reader") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
+        coming = deque(pool.submit(next, items, None) for _ in range(_AHEAD))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, items, None))
             yield item
 
 
@@ -7743,7 +7748,7 @@ def _write_sql(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writ
         yield Progress(done=done, total=done)
 
 
-def _copied(file: AtomicFile, sink: ExportSink, progress: Progress) -> Writing:
+def _copied(file: AtomicFile, sink: Any, progress: Progress) -> Writing:
     with file.open() as stream:
         while block := stream.read(_BLOCK):
             sink.write(block)
@@ -7782,11 +7787,10 @@ def _package(name: str) -> Any:
         raise JobFailed(f"{name} cannot be imported ({error}); pip install \"taskapi[formats]\"") from None
 
 
-_GROUP_ROWS, _GROUP_BYTES = 100_000, 2**25  # of the parts of a Parquet file that are written one by one
-_CSV_TEXT = "'\"' || replace({c}, '\"', '\"\"') || '\"'"
+_GROUP_ROWS, _GROUP_BYTES = 50_000, 2**25  # of the parts of a Parquet file that are written one by one
 _ARROW_CELLS = TypedCells({
     "none": "NULL", "int": "{c}", "float": _FLOAT_CELL, "decimal": "{c}", "bool": _BOOL, "date": "{c}",
-    "datetime": f"coalesce({_MOMENT}, {{c}})", "text": _CSV_TEXT, "json": _CSV_TEXT})
+    "datetime": f"coalesce({_MOMENT}, {{c}})", "text": "", "json": ""})
 
 
 def _arrow_type(arrow: Any, query: Query, table: Table, field: str, kind: Kind) -> Any:
@@ -7795,27 +7799,6 @@ def _arrow_type(arrow: Any, query: Query, table: Table, field: str, kind: Kind) 
         return arrow.decimal128(max(1, whole + places), places) if whole + places <= 38 else arrow.string()
     return {"int": arrow.int64(), "float": arrow.float64(), "bool": arrow.bool_(), "date": arrow.date32(),
             "datetime": arrow.timestamp("us")}.get(kind, arrow.string())
-
-
-class _Counted(io.RawIOBase):
-    """What Arrow writes to."""
-
-    def __init__(self, part: Any):
-        self._part, self._size = part, 0
-
-    def writable(self) -> bool:
-        """Yes."""
-        return True
-
-    def write(self, block: Any) -> int:
-        """Appends."""
-        self._part.write(bytes(block))
-        self._size += len(block)
-        return len(block)
-
-    def tell(self) -> int:
-        """How much was written."""
-        return self._size
 
 
 def _arrow_reader(schema: Any, types: Mapping[str, Any]) -> Callable[[bytes], Any]:
@@ -7845,16 +7828,18 @@ def _write_parquet(sink: ExportSink, records: RecordStore, wanted: Selected) -> 
             types = {field: _arrow_type(arrow, query, table, field, kind) for field, kind in table.columns.items()}
             schema = arrow.schema([(field, stored.get(kind, types[field])) for field, kind in table.columns.items()])
             read, group = _arrow_reader(schema, types), []
-            with sink.part(table.name) as part, query.blocks(text, table.name) as blocks, parquet.ParquetWriter(
-                    _Counted(part), schema, compression="zstd") as file:
-                for block, count, _ in chain(blocks, [(b"", 0, 0)]):
-                    group += [read(block)] if count else []
-                    rows, size = sum(made.num_rows for made in group), sum(made.nbytes for made in group)
-                    if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or not count):
-                        file.write_table(arrow.concat_tables(group), row_group_size=rows)
-                        group = []
-                    done += count
-                    yield (progress := Progress(done=done, total=query.total))
+            with sink.file.beside() as copy:
+                with query.blocks(text, table.name) as blocks, parquet.ParquetWriter(copy.path, schema) as file:
+                    for block, count, _ in chain(blocks, [(b"", 0, 0)]):
+                        group += [read(block)] if count else []
+                        rows, size = sum(made.num_rows for made in group), sum(made.nbytes for made in group)
+                        if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or not count):
+                            file.write_table(arrow.concat_tables(group), row_group_size=rows)
+                            group = []
+                        done += count
+                        yield (progress := Progress(done=done, total=query.total))
+                with sink.part(table.name) as part:
+                    yield from _copied(copy, part, progress)
         yield progress.model_copy(update={"total": done})
 
 
