@@ -10518,6 +10518,28 @@ def test_bench_reading_records(tmp_path: Path) -> None:
         peer.terminate()
 
 
+@pytest.mark.bench
+def test_bench_formats(tmp_path: Path) -> None:
+    """300,000 records of nine fields to Parquet and xlsx against pandas, to TSV against the sqlite3 shell."""
+    pandas, shell = pytest.importorskip("pandas"), shutil.which("sqlite3")
+    query = f"SELECT {', '.join(NINE)} FROM nine"
+    print()
+    with taskapi.open_service(tmp_path / "data") as service:
+        run_job(service, "generate", recordType="nine", count=300_000, schema=NINE, seed=1)
+        with closing(sqlite3.connect(tmp_path / "data" / "taskapi.db")) as db:
+            peers: dict[str, tuple[int, float, Callable[[], object]]] = {
+                "parquet": (3, 2, lambda: pandas.read_sql(query, db).to_parquet(tmp_path / "p.parquet")),
+                "tsv": (3, 1 / 1.3, lambda: subprocess.run(
+                    [shell, "-csv", "-header", "-separator", "\t", tmp_path / "data" / "taskapi.db", query],
+                    stdout=subprocess.DEVNULL, check=True)),
+                "xlsx": (1, 2, lambda: pandas.read_sql(query, db).to_excel(tmp_path / "p.xlsx", index=False))}
+            for export_format, (times, goal, peer) in peers.items():
+                request = {"format": export_format, "filters": {"recordType": "nine"}}
+                theirs, ours = map(min, zip(*((seconds(peer), seconds(partial(run_job, service, "export", **request)))
+                                              for _ in range(times)), strict=True))
+                print(f"export {export_format}: {theirs / ours:.2f} times (goal {goal:.2f}; {ours:.2f} s)", flush=True)
+
+
 def multipart_of(path: Path, *text: str) -> Iterator[bytes]:
     """A multipart body with one file and perhaps a text part, a piece at a time."""
     if text:
