@@ -786,15 +786,15 @@ class Condition(ApiModel):
     lte: Scalar = None
     gt: Scalar = None
     gte: Scalar = None
-    in_: list[Scalar] | None = Field(None, alias="in", max_length=1000)
-    not_in: list[Scalar] | None = Field(None, max_length=1000)
-    like: str | None = Field(None, description="SQL pattern: % is any text, _ any character.", max_length=1000)
-    not_like: str | None = Field(None, max_length=1000)
-    contains: str | None = Field(None, description="The very text; case counts no more than with like.",
-                                 max_length=1000)
-    starts_with: str | None = Field(None, max_length=1000)
-    ends_with: str | None = Field(None, max_length=1000)
-    null: bool | None = Field(None, strict=True)
+    in_: list[Scalar] = Field(default_factory=list, alias="in", max_length=1000)  # null is a value, and no list of them
+    not_in: list[Scalar] = Field(default_factory=list, max_length=1000)
+    like: str = Field(default_factory=str, description="SQL pattern: % is any text, _ any character.", max_length=1000)
+    not_like: str = Field(default_factory=str, max_length=1000)
+    contains: str = Field(default_factory=str, description="The very text; case counts no more than with like.",
+                          max_length=1000)
+    starts_with: str = Field(default_factory=str, max_length=1000)
+    ends_with: str = Field(default_factory=str, max_length=1000)
+    null: bool = Field(default_factory=bool, strict=True)
 
     @classmethod
     def operators(cls) -> dict[str, str]:
@@ -2197,10 +2197,12 @@ def _number(value: Json) -> int | float | None:
             return _number(int(text))
         return float(text) if re.fullmatch(
             r"[+-]?(inf|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", text, re.ASCII) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, bool) or not isinstance(value, int):
         return None
     # Beyond what SQLite can hold is beyond every value there is.
-    return value if abs(value) < 2**63 or isinstance(value, float) else math.copysign(math.inf, value)
+    return value if abs(value) < 2**63 else math.inf if value > 0 else -math.inf
 
 
 def _meaning(kind: Kind, value: Json) -> tuple[Any, Any] | None:
@@ -2245,7 +2247,7 @@ def _compare(kind: Kind, column: str, relation: str, keys: Sequence[tuple[Any, A
     if kind == "decimal":
         decimals = [(_decimal_key(str(item)),) * 2 for item in values]
         exact, of_exact = _meets(f"decimal_key({column})", relation, decimals)
-        if max(len(Decimal(str(item)).normalize().as_tuple().digits) for item in values) > 15:
+        if max(len(Decimal(str(item)).as_tuple().digits) for item in values) > 15:
             return exact, of_exact
         # A float tells those of up to 15 digits apart, inside SQLite, which need not wait for Python then.
         return f"CASE WHEN length({column}) <= 15 THEN {sql} ELSE {exact} END", [*bound, *of_exact]
