@@ -772,7 +772,7 @@ def _date_text(text: str) -> str:
 DateText = Annotated[str, AfterValidator(_date_text), WithJsonSchema(
     {"anyOf": [{"type": "string", "format": "date"}, {"type": "string", "format": "date-time"}]})]
 Scalar = str | int | float | bool | None
-_MOST_TESTS, _MOST_VALUES = 100, 10_000  # of a filter
+_MOST_TESTS, _MOST_VALUES, _DEEPEST = 100, 10_000, 5  # of a filter
 
 
 class Condition(ApiModel):
@@ -829,6 +829,11 @@ def each_test(tests: Iterable[Test]) -> Iterator[Test]:
         yield from chain.from_iterable(map(each_test, test[2])) if test[1] == "or" else [test]
 
 
+def _nesting(tests: Iterable[Test]) -> int:
+    """How deep alternatives are within alternatives."""
+    return max((1 + max(map(_nesting, value)) for _, operator, value in tests if operator == "or"), default=0)
+
+
 def _alternatives(given: Json, validate: Callable[[Json], Json]) -> Json:
     """Conditions of which one has to hold; or one on a field of the name `or`."""
     return validate(given) if isinstance(given, list) else Condition.model_validate(given)
@@ -847,19 +852,21 @@ class Where(ApiModel):
         values = [len(value) if isinstance(value, list) else 1 for *_, value in each_test(self.tests)]
         if len(values) > _MOST_TESTS or sum(values) > _MOST_VALUES:
             raise ValueError(f"more than {_MOST_TESTS} conditions, or {_MOST_VALUES} values in them")
+        if _nesting(self.tests) > _DEEPEST:
+            raise ValueError(f"alternatives within alternatives, more than {_DEEPEST} deep")
         return self
 
     @property
     def tests(self) -> list[Test]:
         """What a record has to pass."""
         by_field: dict[str, Condition] = {**(self.model_extra or {})}
-        sides = self.or_ if isinstance(self.or_, list) else []
+        sides = [side.tests for side in self.or_] if isinstance(self.or_, list) else []
         by_field |= {"or": self.or_} if isinstance(self.or_, Condition) else {}
         own: list[Test] = [(field, operator, getattr(condition, operator)) for field, condition in by_field.items()
                            for operator in sorted(condition.model_fields_set)]
-        if not all(side.tests for side in sides):
+        if not all(sides):
             raise ValueError("an alternative under `or` names no field")
-        return [*own, ("", "or", [side.tests for side in sides])] if sides else own
+        return [*own, ("", "or", sides)] if sides else own
 
     @model_serializer
     def _given(self) -> dict[str, Json]:
@@ -944,6 +951,7 @@ _AHEAD = 3  # blocks
 _BLOCK_LIMIT = 2**22  # bytes that the text of several records never exceeds, as a block or a page
 _LONGEST, _NO_LIMIT = 2**31 - 1, 2**62  # bytes of a text; records
 _RUN_IDS = 20_000  # ranges of ids are put together until they have about so many
+_MOST_KEYS = 16  # that records are ordered by
 _MOST_SELECTS = 400  # SQLite joins up to 500 to one statement
 _MOST_COLUMNS = 1_993  # of a record table; SQLite gives up to 2,000
 _KEPT_TOTALS = 100  # how many records fitted the latest filters
@@ -2636,6 +2644,8 @@ class Query:
         names = [*known, *RESERVED_COLUMNS]
         signed = names_in(wanted.order_by, [*names, *(f"-{name}" for name in names)]) if wanted.order_by else []
         self._order = [(name, False) if name in names else (name.removeprefix("-"), name[:1] == "-") for name in signed]
+        if len(self._order) > _MOST_KEYS:
+            raise BadRequest.of("orderBy", f"should be up to {_MOST_KEYS} fields")
         asked_for = {"fields": wanted.fields or (), "orderBy": [field for field, _ in self._order], "dateField": [
             wanted.filters.date_field or names[0]], "where": [field for field, *_ in each_test(self._tests)]}
         for part, field in ((part, field) for part, fields in asked_for.items() for field in fields):
@@ -2752,14 +2762,18 @@ class Query:
 
     def _beyond(self, layout: int, anchor: Sequence[Any]) -> tuple[str, list[Any]]:
         """Whether a record comes after one with these keys: of equal keys the ids decide, and null is the least."""
-        sql, bound = "r._id > ?", [self._wanted.after]
-        for key, value, (_, descending) in reversed([*zip(self._keys(layout), anchor, self._order, strict=True)]):
+        same, values, terms, bound = list[str](), list[Any](), list[str](), list[Any]()
+        for key, value, (_, descending) in zip(self._keys(layout), anchor, self._order, strict=True):
             if value is None:
-                sql = f"({key} IS NULL AND {sql})" if descending else f"({key} IS NOT NULL OR {sql})"
+                farther = "FALSE" if descending else f"{key} IS NOT NULL"
             else:
                 farther = f"coalesce({key} < ?, TRUE)" if descending else f"{key} > ?"
-                sql, bound = f"({farther} OR ({key} IS ? AND {sql}))", [value, value, *bound]
-        return sql, bound
+            terms.append(" AND ".join([*same, farther]))
+            bound += [*values, *([] if value is None else [value])]
+            same.append(f"{key} IS ?")
+            values.append(value)
+        terms.append(" AND ".join([*same, "r._id > ?"]))
+        return f"({' OR '.join(terms)})", [*bound, *values, self._wanted.after]
 
     def _select(self) -> int:
         """Notes the selected records in a temporary table that counts them in order from 1; returns how many.
@@ -11227,6 +11241,7 @@ class Engine:
         self._closed = False
         self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": instant(clock()), "url": None}
         self._polls = threading.Semaphore(settings.threads // 2)
+        self.readings = threading.Semaphore(max(1, settings.threads // 4))  # of a whole record type at a time
         self._stuck: list[JobContext] = []
         self._said: dict[str, str] = {}  # by task of housekeeping, so that what lasts is logged once
         with ExitStack() as undo:
@@ -12056,14 +12071,17 @@ def _page(call: Request, wanted: Selected) -> bottle.HTTPResponse:
 
 def _whole(call: Request, wanted: Selected, name: str) -> bottle.HTTPResponse:
     """The records in a format, as an export has them. They go by way of a file: to send that takes no thread."""
-    draft = AtomicFile(call.engine.folder.root)
+    if not call.engine.readings.acquire(blocking=False):
+        raise Unavailable("a quarter of the threads write records already: the others are for other requests")
     try:
-        for _ in FORMATS[name].write(ExportSink(draft, gzip=False), call.engine.queue.records, wanted):
-            pass
-        file = draft.open_last()
-    except BaseException:
-        draft.close()
-        raise
+        with ExitStack() as undone:
+            draft = undone.enter_context(AtomicFile(call.engine.folder.root))
+            for _ in FORMATS[name].write(ExportSink(draft, gzip=False), call.engine.queue.records, wanted):
+                pass
+            file = draft.open_last()
+            undone.pop_all()
+    finally:
+        call.engine.readings.release()
     if draft.bytes > _BLOCK:
         return _sent(call, file, draft.bytes, 200, {"Content-Type": FORMATS[name].content_type})
     with file:

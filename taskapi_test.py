@@ -498,6 +498,9 @@ WRONG_REQUESTS = {
            ({"recordtype": "a"}, "filters.recordtype: is not known here; did you mean 'recordType'"),
            ({"type": "a"}, "filters.type: is not known here; did you mean 'recordType'"),
            ({"where": {"a": {"gtt": 1}}}, "filters.where.a: no such operator 'gtt'; did you mean 'gt'"),
+           ({"where": json.loads('{"or": [' * 40 + '{"a": {"eq": 1}}' + "]}" * 40)}, "more than 5 deep"),
+           ({"where": {"or": []}}, "filters.where.or: "), ({"where": {"or": [{}]}}, "an alternative under `or` names"),
+           ({"where": {"or": [{"a": 1}]}}, r'filters.where.or.0.a: say {\"eq\": 1}'),
            ({"where": {"a": {"between": [1, 2]}}}, "there are: eq, ne, lt, lte, gt, gte, in, notIn, like, notLike"),
            ({"where": {"a": 18}}, r'filters.where.a: say {\"eq\": 18}'),
            ({"where": {"a": ["b"]}}, r'{\"eq\": [\"b\"]}'))},
@@ -1522,12 +1525,15 @@ def test_a_query_selects_what_python_selects_and_an_export_the_same(
         return of
 
     either = {"or": [*map(where, sides)]} if sides else {}
+    for _ in range(3):
+        either = either and {"or": [either]}
     for name in ("csv", "ndjson"):
         assert app.get(query(pairs, format=name)).body == exported(service, name, where=where(tests) | either)
 
 
 @pytest.mark.parametrize(("order", "pages"), [
-    ("-a,b", None), ("b,-a", {"a.null": "false"}), ("a", None), ("-b,-a,a", None), (None, {"b.ne": "1"})])
+    ("-a,b", None), ("b,-a", {"a.null": "false"}), ("a", None), ("-b,-a,a" + ",-b" * 13, None),
+    (None, {"b.ne": "1"})])
 def test_pages_in_order_have_each_record_once(
         service: taskapi.Service, order: str | None, pages: dict[str, str] | None) -> None:
     """Also equal ones, nulls, and those of jobs that wrote other kinds."""
@@ -1574,7 +1580,8 @@ MISSPELLED = [
     ("or=age", "FIELD.OPERATOR=VALUE"), ("or=agee=1", "'age'"), ("or=", "FIELD=VALUE"),
     ("name.like=" + "x" * 1001, "name"),
     ("orderBy=age&after=99", "after: is not the `next` of a page"), ("age.in=" + "1," * 1000, "age.in: "),
-    ("&".join(f"or=age={number}" for number in range(101)), "100 conditions")]
+    ("&".join(f"or=age={number}" for number in range(101)), "100 conditions"),
+    (f"orderBy={'age,' * 16}age", "orderBy: should be up to 16 fields")]
 
 
 def test_a_query_of_records_says_what_was_meant(service: taskapi.Service) -> None:
@@ -1623,6 +1630,14 @@ def test_records_come_whole_as_csv_or_ndjson_as_an_export_has_them(service: task
     assert ask(url, "GET", query(format="ndjson", n=-1)).body == b""
     assert ask(url, "GET", query(format="csv", n=-1)).body == b'"n","t"\r\n'
     until(lambda: not [*service.folder.tmp.iterdir()])
+    with contextlib.ExitStack() as others:
+        for _ in range(service.settings.threads // 4):
+            others.enter_context(service.readings)
+        refusal = ask(url, "GET", query(format="csv"))
+        refused(refusal, 503, "a quarter of the threads")
+        assert refusal.headers["Retry-After"] == "1"
+        assert ask(url, "GET", query(limit=1)).status == 200
+    assert ask(url, "GET", query(format="csv", limit=1)).status == 200
 
 
 def test_one_record_has_a_path_of_its_own(service: taskapi.Service, url: str) -> None:
