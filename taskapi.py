@@ -11116,11 +11116,8 @@ class JobQueue(Workers):
         `keep` puts the job's file in place under the job's id; it is removed again if no job comes of it.
         """
         self._refuse_when_closed()
-        try:
-            request = request.with_defaults(self._settings, self._clock)
-            body, makes, weight = request.model_dump(mode="json", exclude_none=True), request.makes, request.weight
-        except (SystemExit, GeneratorExit) as error:  # would end the thread that serves the request
-            raise RuntimeError(f"a request of job type {job_type_name!r} raised {type(error).__name__}") from error
+        request = request.with_defaults(self._settings, self._clock)
+        body, makes, weight = request.model_dump(mode="json", exclude_none=True), request.makes, request.weight
         if not isinstance(makes, str | None) or type(weight) is not int or not 0 <= weight < 2**63:
             raise TypeError(f"a request of job type {job_type_name!r} makes {makes!r} and weighs {weight!r}")
         job_id = self.jobs.new_id()
@@ -14252,7 +14249,6 @@ _CONNECTIONS = 1000  # at most; those that ask nothing make room for new ones
 _LINGER_SECONDS = 5.0  # how long a refused client may go on sending before its connection is cut
 _PATIENCE_SECONDS = 20.0  # how long the head of a request may take, and a body or an answer besides what follows
 _SLOWEST = 16 * 1024  # bytes a second: the least at which a body has to come, and an answer to be taken
-_IN_MEMORY = 2**19  # bytes of a body that wait in memory, beyond in a file
 
 
 class _Refusal:
@@ -14266,32 +14262,6 @@ class _Refusal:
         status = self._error.http_status
         headers = {"Content-Type": _JSON_TYPE, "Cache-Control": "no-store", **SAFE_HEADERS, **self._error.headers}
         return f"{status} {HTTPStatus(status).phrase}", [*headers.items()], json.dumps(self._error.body()).encode()
-
-
-class _Body:
-    """A body on its way in, as Waitress wants one: beyond some size it waits in a nameless file in the data folder,
-    so that nothing is left of it, however it ends."""
-
-    def __init__(self, folder: Path):
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(folder))  # noqa: SIM115 - Waitress closes it
-        self._length = 0
-
-    def append(self, data: bytes) -> None:
-        """Takes bytes in."""
-        self._file.write(data)
-        self._length += len(data)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def getfile(self) -> Any:
-        """The whole of it, for the application."""
-        self._file.seek(0)
-        return self._file
-
-    def close(self) -> None:
-        """Lets go of it."""
-        self._file.close()
 
 
 class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitress has no types
@@ -14322,8 +14292,6 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
             raise waitress.parser.ParsingError("there is no Host header")
         if self.proxy_netloc:  # it is what counts, if the request line has one (RFC 9112, 3.2.2)
             self.headers["HOST"] = self.proxy_netloc
-        if self.body_rcv is not None and (self.chunked or self.content_length > _IN_MEMORY):
-            self.body_rcv.buf = _Body(self._engine.folder.tmp)
 
     def received(self, data: bytes) -> int:
         """Takes bytes in; whatever is refused is complete at once."""
