@@ -5888,9 +5888,9 @@ _METHODS_BY_NAME = {
 class Impossible(Exception):
     """No value can be made for a place; `optional` where that is no fault if the place may as well be missing."""
 
-    def __init__(self, pointer: str, message: str, optional: bool = False) -> None:
+    def __init__(self, pointer: str, message: str, *others: str, optional: bool = False) -> None:
         super().__init__(message)
-        self.pointer, self.optional = pointer, optional
+        self.pointers, self.optional = dict.fromkeys(filter(None, [pointer, *others])) or {"": None}, optional
 
 
 class NotHonoured(Impossible):
@@ -5935,7 +5935,8 @@ class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
         """The bounds of a number of things, such as Length; Impossible if they exclude each other."""
         low, high = max([0, *self.said(f"min{what}")]), min(self.said(f"max{what}"), default=None)
         if high is not None and low > high:
-            raise Impossible(self.pointer(f"min{what}"), f"min{what} {low} is more than max{what} {high}")
+            raise Impossible(self.pointer(f"min{what}"), f"min{what} {low} is more than max{what} {high}",
+                             self.pointer(f"max{what}"))
         return math.ceil(low), None if high is None else math.floor(high)
 
 
@@ -6224,8 +6225,8 @@ class Translation:
 
     @staticmethod
     def _exclude(place: Place, message: str) -> NoReturn:
-        at = place.pointer("minimum", "exclusiveMinimum", "multipleOf", "maximum", "exclusiveMaximum")
-        raise Impossible(at, f"these bounds exclude each other: {message}")
+        raise Impossible(place.pointer("minimum", "exclusiveMinimum"), f"these bounds exclude each other: {message}",
+                         place.pointer("maximum", "exclusiveMaximum"), place.pointer("multipleOf"))
 
     def _number(self, place: Place) -> dict[str, Any]:
         step = self._step(place)
@@ -6259,8 +6260,14 @@ class Translation:
             except ValueError as error:
                 raise NotHonoured(at, str(error)) from None
         regexes = [*(regex for _, regex in formats), *place.said("pattern")]
-        fields = [field for field, _ in formats if field] + [
-            {"type": "pattern", "regex": regex, **bounds} for regex in dict.fromkeys(regexes)]
+        fields = [field for field, _ in formats if field]
+        for regex in dict.fromkeys(regexes):
+            with suppress(ValueError):
+                self.schema.regex(regex).draw(random.Random(0), low, MAX_TEXT if high is None else high)
+                fields.append({"type": "pattern", "regex": regex, **bounds})
+        if regexes and not any(field["type"] == "pattern" for field in fields):
+            raise Impossible(place.pointer("pattern", "format"), f"no text of {low} to {high or MAX_TEXT} characters is so",
+                             place.pointer("maxLength"), place.pointer("minLength"))
         if len(regexes) == 1 and not (formats and bounds):
             return fields[0]
         if regexes:
@@ -6382,7 +6389,7 @@ def translated(schema: dict[str, Any], path: str) -> dict[str, Any]:
                     return fields
                 raise Impossible("/properties", "there is none")
             except Impossible as refusal:
-                raise BadRequest.of(f"{path}#{refusal.pointer}", str(refusal)) from None
+                raise _refusal([FieldProblem(f"{path}#{at}", str(refusal)) for at in refusal.pointers]) from None
             except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
                 raise BadRequest.of(path, f"is no JSON Schema: {error}") from None
             except TooRich:

@@ -3650,7 +3650,8 @@ def test_names_of_properties_tell_values_where_these_fit() -> None:
         ({"pattern": r"\d{1000000}"}, "/pattern"), ({"pattern": r"((a{99}){99}){99}"}, "/pattern"),
         ({"items": {"properties": {"a/b~": {"not": {}}}}}, "/items/properties/a~1b~0/not"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "/allOf/1/type"), ({"enum": 5}, "/enum"), (5, ""),
-        ({"$ref": "#/$defs/loop"}, ""), ({"type": "string", "enum": [1]}, "/enum"), ({"multipleOf": 0}, "/multipleOf"),
+        ({"$ref": "#/$defs/loop"}, ""), ({"pattern": "^a{9}$", "maxLength": 5}, "/pattern"),
+        ({"type": "string", "enum": [1]}, "/enum"), ({"multipleOf": 0}, "/multipleOf"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_with_its_pointer(keywords: Any, pointer: str) -> None:
@@ -3658,9 +3659,9 @@ def test_what_cannot_be_honoured_is_refused_with_its_pointer(keywords: Any, poin
     loop = {"type": "object", "properties": {"it": {"$ref": "#/$defs/loop"}}, "required": ["it"]}
     schema = {**shaped(it=keywords), "required": ["it"], "$defs": {"loop": loop}}
     pointer = "/$defs/loop/properties/it/$ref" if keywords == {"$ref": "#/$defs/loop"} else f"/properties/it{pointer}"
-    assert [*problems(lambda: schema_records(schema))] == [f"schema#{pointer}"]
+    assert next(iter(problems(lambda: schema_records(schema)))) == f"schema#{pointer}"
     related = taskapi.GenerateRequest.model_validate({"records": {"thing": {"count": 1, "schema": schema}}})
-    assert [*problems(related.recipe)] == [f"records.thing.schema#{pointer}"]
+    assert next(iter(problems(related.recipe))) == f"records.thing.schema#{pointer}"
 
 
 def hostile_schemas() -> Iterator[tuple[str, dict[str, Any]]]:
