@@ -6266,8 +6266,8 @@ class Translation:
                 self.schema.regex(regex).draw(random.Random(0), low, MAX_TEXT if high is None else high)
                 fields.append({"type": "pattern", "regex": regex, **bounds})
         if regexes and not any(field["type"] == "pattern" for field in fields):
-            raise Impossible(place.pointer("pattern", "format"), f"no text of {low} to {high or MAX_TEXT} characters is so",
-                             place.pointer("maxLength"), place.pointer("minLength"))
+            message = f"no text of {low} to {MAX_TEXT if high is None else high} characters is like that"
+            raise Impossible(place.pointer("pattern", "format"), message, place.pointer("maxLength", "minLength"))
         if len(regexes) == 1 and not (formats and bounds):
             return fields[0]
         if regexes:
