@@ -7870,7 +7870,7 @@ _SHEET_ROWS, _CELL_TEXT = 2**20 - 1, 32_767  # beside the header; UTF-16 units
 _SHEET_STEP = 50  # records that are written between two yields
 _FIRST_DAY = "'1900-03-01'"  # before it Excel counts a day that there never was
 _EXACT = ("iif({c} IS NULL OR (length(replace(replace({c}, '-', ''), '.', '')) <= 15 AND NOT {c} GLOB '*[eE]*') OR "
-          " exact_float(CAST({c} AS REAL)) = {c}, {c}, '\"' || {c} || '\"')")
+          "decimal_key(exact_float(CAST({c} AS REAL))) = decimal_key({c}), {c}, '\"' || {c} || '\"')")
 _SECONDS = "(strftime('%s', substr(m, 1, 19)) + 2209161600 + substr(m, 21, 3) / 1000.0) / 86400.0"
 _SHEET_CELLS = TypedCells({
     "none": "NULL", "bool": _BOOL, "text": "json_quote({c})",

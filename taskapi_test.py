@@ -4382,7 +4382,7 @@ def as_in_a_sheet(value: Any) -> Any:
         return (value[:-1] if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value) else value) or None
     if value in (math.inf, -math.inf):
         return str(value).replace("inf", "Infinity")
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15 else value
+    return str(int(value)) if isinstance(value, (int, float)) and abs(value) >= 10**15 and value % 1 == 0 else value
 
 
 KEPT = {"parquet": typed, "xlsx": as_in_a_sheet}  # how, in formats that are not compared byte by byte
