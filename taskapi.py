@@ -11073,7 +11073,7 @@ class Workers:
                 try:
                     ended, claim = write_down()
                     self._ended(ended)
-                    if ended.status is JobStatus.COMPLETED:
+                    if claim:
                         return claim
                     break
                 except StorageError as error:
@@ -11081,7 +11081,7 @@ class Workers:
                 if self.stopping.wait(_RETRY_SECONDS):
                     break  # it is still in progress in the table, so the next start takes it up
         with self._state:
-            self._due = True  # others may have had to wait for this one
+            self._due = True  # others may have had to wait for this one, or for one that failed before
         return None
 
     def _ended(self, job: Job) -> None:
