@@ -9595,7 +9595,7 @@ class _Makers:
                 raise (StorageError if told[0] else JobFailed)(told[1])
             with self._path(number).open("rb") as file:
                 file.seek(told)
-                batch = Batch(*pickle.load(file))  # noqa: S301 - our own
+                batch = Batch(*pickle.load(file))  # what a child of ours has written
             self._state = batch.state
             yield batch
 
