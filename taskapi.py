@@ -4546,50 +4546,51 @@ class Regex:
     @functools.cached_property
     def _edges(self) -> list[list[tuple[Letters | str, int]]]:
         """From each state: what it takes, a character or ^ or $ or nothing, and where that leads; 0 is the first."""
-        edges: list[list[tuple[Letters | str, int]]] = [[]]
-
-        def link(start: int, by: Letters | str = "", end: int = -1) -> int:
-            if end < 0:
-                edges.append([])
-                end = len(edges) - 1
-            edges[start].append((by, end))
-            return end
-
-        def add(tree: Any, at: int) -> int:
-            for op, arg in tree:
-                if op.name == "SUBPATTERN":
-                    at = add(arg[3], at)
-                elif op.name == "AT":
-                    at = link(at, "^" if "BEGINNING" in arg.name else "$")
-                elif op.name == "BRANCH":
-                    ends = [add(branch, link(at)) for branch in arg[1]]
-                    at = link(ends[0])
-                    for end in ends[1:]:
-                        link(end, "", at)
-                elif op.name in ("MAX_REPEAT", "MIN_REPEAT"):
-                    at = repeat(at, *arg)
-                else:
-                    at = link(at, Letters(op.name, arg))
-            return at
-
-        def repeat(at: int, low: int, high: Any, inner: Any) -> int:
-            for _ in range(low):
-                at = add(inner, at)
-            if str(high) == "MAXREPEAT":
-                at = link(at)
-                link(add(inner, at), "", at)
-                return link(at)
-            starts = [at]
-            for _ in range(high - low):
-                starts.append(at := add(inner, link(at)))
-            end = link(at)
-            for start in starts[:-1]:
-                link(start, "", end)
-            return end
-
-        self.end = link(add(self._tree, link(0)))
+        self._built: list[list[tuple[Letters | str, int]]] = [[]]
+        self.end = self._link(self._add(self._tree, self._link(0)))
         self.padding = Letters("ANY", None)
-        return edges
+        return self._built
+
+    def _link(self, start: int, by: Letters | str = "", end: int = -1) -> int:
+        """Let a state lead to another, by default a new one, which is returned."""
+        if end < 0:
+            self._built.append([])
+            end = len(self._built) - 1
+        self._built[start].append((by, end))
+        return end
+
+    def _add(self, tree: Any, at: int) -> int:
+        """Let a state lead on as a part of the expression says; where that ends."""
+        for op, arg in tree:
+            if op.name == "SUBPATTERN":
+                at = self._add(arg[3], at)
+            elif op.name == "AT":
+                at = self._link(at, "^" if "BEGINNING" in arg.name else "$")
+            elif op.name == "BRANCH":
+                ends = [self._add(branch, self._link(at)) for branch in arg[1]]
+                at = self._link(ends[0])
+                for end in ends[1:]:
+                    self._link(end, "", at)
+            elif op.name in ("MAX_REPEAT", "MIN_REPEAT"):
+                at = self._repeat(at, *arg)
+            else:
+                at = self._link(at, Letters(op.name, arg))
+        return at
+
+    def _repeat(self, at: int, low: int, high: Any, inner: Any) -> int:
+        for _ in range(low):
+            at = self._add(inner, at)
+        if str(high) == "MAXREPEAT":
+            at = self._link(at)
+            self._link(self._add(inner, at), "", at)
+            return self._link(at)
+        starts = [at]
+        for _ in range(high - low):
+            starts.append(at := self._add(inner, self._link(at)))
+        end = self._link(at)
+        for start in starts[:-1]:
+            self._link(start, "", end)
+        return end
 
     def _from(self, state: int, begin: bool, end: bool, padded: bool) -> tuple[list[tuple[Letters, int]], bool]:
         """What a state may take, and where to; and whether it is the last: at the text's begin or end, or inside."""
@@ -10247,9 +10248,9 @@ def _part_of(document: dict[str, Json], node: dict[str, Json]) -> dict[str, Json
             *steps, last = ref.split("/")[1:]
             inner = found
             for step in steps:
-                inner = inner.setdefault(step, {})
-            if last not in inner:
-                with suppress(LookupError, TypeError):  # which is told where it is used
+                inner = inner.setdefault(step, {}) if isinstance(inner, dict) else {}
+            if isinstance(inner, dict) and last not in inner:
+                with suppress(LookupError, TypeError, ValueError):  # which is told where it is used
                     inner[last] = schema.resolve(f"#{ref}")[0]
                     todo.append(inner[last])
     return found
@@ -10257,9 +10258,11 @@ def _part_of(document: dict[str, Json], node: dict[str, Json]) -> dict[str, Json
 
 def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] | None:
     """A /generate request for the objects that an OpenAPI or JSON Schema document describes; None for other ones."""
-    parts = document.get("components", {}).get("schemas") if "openapi" in document else document.get(
-        "definitions") if "swagger" in document else document.get("$defs", document.get("definitions")) if (
-        "$schema" in document and "properties" not in document) else None
+    parts = None
+    if document.keys() & {"openapi", "swagger", "$schema"}:
+        components = document.get("components")
+        inner = components.get("schemas") if isinstance(components, dict) else None
+        parts = inner or document.get("$defs") or document.get("definitions")
     if is_json_schema(document):
         parts = {str(document.get("title") or filename.rpartition(".")[0]): document}
     if not isinstance(parts, dict):
@@ -10268,7 +10271,7 @@ def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] 
     objects = {name: node for name, node in parts.items() if isinstance(node, dict) and (
         "properties" in node or "allOf" in node or "$ref" in node)}
     for name, record_type in _types_of_parts(map(to_snake, objects), filename).items():
-        if len(specs) == MAX_TABLES:
+        if len(specs) + len(notes) >= MAX_TABLES:
             notes.append(f"{name} is left out")
             continue
         node = next(node for key, node in objects.items() if to_snake(key) == name)
