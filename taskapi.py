@@ -4182,9 +4182,10 @@ def escaped(step: str) -> str:
 class RecipeType:
     """One record type of a recipe, checked."""
 
-    def __init__(self, name: str, spec: RecordSpec, path: str, schema: Mapping[str, Any]) -> None:
-        self.name, self.spec, self.path, self.schema = name, spec, path, schema
-        self.index = {column: slot for slot, column in enumerate(schema)}
+    def __init__(self, name: str, spec: RecordSpec, path: str, schema: Mapping[str, Any] | None = None) -> None:
+        self.name, self.spec, self.path = name, spec, path
+        self.schema = spec.schema_ if schema is None else schema  # field by field
+        self.index = {column: slot for slot, column in enumerate(self.schema)}
         self.fields: dict[str, Any] = {}  # the checked description of each, in the order in which they are made
         self.deferred: set[str] = set()  # fields that wait for the children: sums, and what reads them
         self.parent: RecipeType | None = None
@@ -6029,8 +6030,7 @@ class Translation:
 
     def _fits(self, field: dict[str, Any], place: Place) -> bool:
         """Whether what this field makes is valid."""
-        generator = RecordGenerator(RecipeType("sample", RecordSpec(count=1, schema={"": field}), "", {}), {}, False,
-                                    EPOCH)
+        generator = RecordGenerator(RecipeType("sample", RecordSpec(count=1, schema={"": field}), ""), {}, False, EPOCH)
         try:
             draw, _ = parse_field(field, "").draw(Scope(generator, "en_US", ""))
             return all(self.schema.allows(draw(), place.nodes) for _ in range(TRIALS))
