@@ -1291,12 +1291,15 @@ class Database:
             raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 or later is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._storage_errors(), ExitStack() as undo:
-            self._writer = undo.enter_context(closing(_connected(self.path, "rwc")))
+            self._writer = undo.enter_context(closing(self._connect("rwc")))
             self._set_up()
-            self._readers.append(undo.enter_context(closing(_connected(self.path, "ro"))))
+            self._readers.append(undo.enter_context(closing(self._connect("ro"))))
             self._readers[0].execute("PRAGMA schema_version").fetchone()  # really opens the files
             self._files = _OpenFiles(path)
             undo.pop_all()
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        return _connected(self.path, mode)
 
     def _set_up(self) -> None:
         version = _schema_version(self._writer, self.path)
@@ -1499,7 +1502,7 @@ class Database:
 
     def _open_reader(self) -> sqlite3.Connection:
         """A connection to our file, and to none that has come to its path meanwhile."""
-        connection = _connected(self.path, "ro")  # SQLite itself keeps it from writing
+        connection = self._connect("ro")  # SQLite itself keeps it from writing
         try:
             connection.execute("PRAGMA schema_version").fetchone()  # really opens the files
             if what := self._files.moved():
