@@ -4755,6 +4755,7 @@ class JsonSchema:
 
     def __init__(self, root: dict[str, Json]) -> None:
         self.root, self.regexes, self.steps, self.formats = root, dict[str, Regex](), 0, True
+        self.lengths: dict[tuple[str, int, int], bool] = {}
         self.ref_alone = bool(re.search(r"draft-0[3-7]", str(root.get("$schema"))))
 
     def parts(self, node: dict[str, Json]) -> dict[str, Json]:
@@ -4766,6 +4767,16 @@ class JsonSchema:
         if source not in self.regexes:
             self.regexes[source] = Regex(source)
         return self.regexes[source]
+
+    def has_text(self, source: str, low: int, high: int) -> bool:
+        """Whether a pattern is found in texts of such a length."""
+        if (source, low, high) not in self.lengths:
+            try:
+                self.regex(source).draw(random.Random(0), low, high)
+                self.lengths[source, low, high] = True
+            except ValueError:
+                self.lengths[source, low, high] = False
+        return self.lengths[source, low, high]
 
     @functools.cached_property
     def named(self) -> dict[str, tuple[Json, str]]:
@@ -6266,8 +6277,7 @@ class Translation:
         regexes = [*(regex for _, regex in formats), *place.said("pattern")]
         fields = [field for field, _ in formats if field]
         for regex in dict.fromkeys(regexes):
-            with suppress(ValueError):
-                self.schema.regex(regex).draw(random.Random(0), low, MAX_TEXT if high is None else high)
+            if not bounds or self.schema.has_text(regex, low, MAX_TEXT if high is None else high):
                 fields.append({"type": "pattern", "regex": regex, **bounds})
         if regexes and not any(field["type"] == "pattern" for field in fields):
             message = f"no text of {low} to {MAX_TEXT if high is None else high} characters is like that"
@@ -6386,10 +6396,11 @@ def translated(schema: dict[str, Any], path: str) -> dict[str, Any]:
     """A schema field by field, as it is or made of a JSON Schema; BadRequest has the JSON Pointer of what is amiss."""
     if not is_json_schema(schema):
         return schema
+    document = JsonSchema(schema)
     with suppress(RecursionError):
         for rich in (6, 4, 3, 2, 1, 0):
             try:
-                if fields := Translation(JsonSchema(schema), rich).fields():
+                if fields := Translation(document, rich).fields():
                     return fields
                 raise Impossible("/properties", "there is none")
             except Impossible as refusal:
