@@ -5931,14 +5931,15 @@ class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
         self.refs: frozenset[str] = above if within is None else within.refs
         self.above = self.refs
         self.lean = lean
+        self.where: str = "" if within is None else within.where
 
     def said(self, *keywords: str) -> list[Any]:
         """What is said under these keywords."""
         return [value for keyword in keywords for value, _, _ in self.get(keyword, ())]
 
     def pointer(self, *keywords: str) -> str:
-        """Where the first of these keywords is."""
-        return next((at for keyword in keywords for _, at, _ in self.get(keyword, ())), "")
+        """Where the first of these keywords is, or else the last part of the schema that says something of it."""
+        return next((at for keyword in keywords for _, at, _ in self.get(keyword, ())), self.where)
 
     def limit(self, side: str) -> tuple[float, bool] | None:
         """The narrowest bound, and whether it is excluded; `side` is Minimum or Maximum."""
@@ -6059,6 +6060,7 @@ class Translation:
     def _include(self, place: Place, node: Json, pointer: str) -> None:
         """Let a place be what a part of the schema says, besides what it is already."""
         place.nodes.append(node)
+        place.where = pointer
         self._add(place, node, pointer, ())
 
     def _add(self, place: Place, node: Json, pointer: str, path: tuple[str, ...]) -> None:
@@ -6240,8 +6242,9 @@ class Translation:
 
     @staticmethod
     def _exclude(place: Place, message: str) -> NoReturn:
-        raise Impossible(place.pointer("minimum", "exclusiveMinimum"), f"these bounds exclude each other: {message}",
-                         place.pointer("maximum", "exclusiveMaximum"), place.pointer("multipleOf"))
+        bounds = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
+        first, *others = [at for keyword in bounds for _, at, _ in place.get(keyword, ())] or [place.where]
+        raise Impossible(first, f"these bounds exclude each other: {message}", *others)
 
     def _number(self, place: Place) -> dict[str, Any]:
         step = self._step(place)
