@@ -15284,7 +15284,7 @@ def _snapshots(client: Client) -> tuple[Snapshots, str]:
 
 @command(lambda: [_ARCHIVE], "data")
 def do_backup(client: Client) -> None:
-    """Writes all jobs, records and files, as they are at one moment, to a .tar.gz file."""
+    """Writes all jobs, records and files of one moment to a .tar.gz file."""
     snapshots, name = _snapshots(client)
     target = Path(str(client.flags["file"]))
     draft = target.with_name(f".{target.name}.{name}.part")
