@@ -9437,7 +9437,7 @@ class GenerateRequest(JobRequest):
 _CHUNK_ROWS = 40  # made between two pauses: a millisecond or two, which is how long a request may have to wait
 _SAVE_ROWS = 1000  # committed together
 _SAVE_BYTES = 2**22  # of memory, that rows may take until they are
-_AHEAD = 4  # parts that a child process may have made, or be making, that are not all loaded
+_PARTS_AHEAD = 4  # parts that a child process may have made, or be making, that are not all loaded
 _MAKER_FAILURES = 3  # how often a child process may be ended while it makes one part
 
 
@@ -9562,7 +9562,7 @@ class _Makers:
                         self._end(number)
                         self._start(number)
                 self._path(number).unlink(missing_ok=True)
-                self._tell(number + _AHEAD * self._count)
+                self._tell(number + _PARTS_AHEAD * self._count)
         finally:
             for number in [*self._makers]:
                 self._end(number)
@@ -9585,7 +9585,7 @@ class _Makers:
         mask(getattr(signal, "SIG_SETMASK", 0), before)
         theirs.close()
         self._makers[number % self._count] = process, pipe
-        for ahead in range(_AHEAD):
+        for ahead in range(_PARTS_AHEAD):
             self._tell(number + ahead * self._count)
 
     def _end(self, number: int) -> None:
