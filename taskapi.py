@@ -10524,35 +10524,43 @@ class MovableClock:
     """A clock that goes on from where it was put forward, and stands still where it was set."""
 
     def __init__(self, clock: Clock, on_move: Callable[[], object] = lambda: None):
-        self._clock, self._shift, self._set = clock, timedelta(), cast("datetime | None", None)
-        self._on_move = on_move  # after each
+        self._clock, self._on_move = clock, on_move  # after each
+        self.reset()
 
     def __call__(self) -> datetime:
-        return (self._set or self._clock()) + self._shift
+        stands, shift = self._moved
+        return (stands or self._clock()) + shift
+
+    def _move(self, stands: datetime | None, shift: timedelta, now: datetime) -> None:
+        """Takes both in one step; OverflowError where ids could not tell the time, or no year is left to go on."""
+        if not EPOCH.year <= now.year < datetime.max.year:
+            raise OverflowError(now)
+        self._moved = stands, shift
 
     def set(self, now: str | datetime) -> None:
         """Stands still at this instant, from now on."""
         try:
-            self._set, self._shift = _moment(str(now), last=False), timedelta()
+            at = _moment(str(now), last=False)
+            self._move(at, timedelta(), at)
         except (ValueError, OverflowError):
-            raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z") from None
+            raise BadRequest.of("now", "must be an instant such as 2026-01-31T12:00:00Z, from 1970 to 9998") from None
         self._on_move()
 
     def advance(self, span: str) -> None:
         """Is so much later, as in "3d" or "1h30m" (units y M w d h m s)."""
-        now = self()
+        (stands, shift), now = self._moved, self()
         try:
             if not re.fullmatch(r"(-?\d{1,6}[yMwdhms])+", span, re.ASCII):
                 raise ValueError(span)
             moved = EPOCH + timedelta(milliseconds=_shifted(now, re.sub(r"(?<![-\d])(?=\d)", "+", span)))
+            self._move(stands, shift + (moved - now), moved)
         except (ValueError, OverflowError):
             raise BadRequest.of("advance", 'must be a span such as "3d" or "1h30m" (units y M w d h m s)') from None
-        self._shift += moved - now
         self._on_move()
 
     def reset(self) -> None:
         """Is the real one again."""
-        self._set, self._shift = None, timedelta()
+        self._moved = None, timedelta()
 
 
 class FaultOn(ApiModel):
@@ -11403,7 +11411,7 @@ class Engine:
     def requests(self, method: str | None = None, path: str | None = None,
                  status: int | None = None) -> list[dict[str, Json]]:
         """What the service was asked lately, as GET /test/requests tells it; `path` may have *."""
-        return [entry for entry in [*self.seen] if method in (None, entry["method"]) and (
+        return [entry for entry in [*self.seen] if (method or entry["method"]).upper() == entry["method"] and (
             path is None or fits(entry["path"], path)) and status in (None, entry["status"])]
 
     def reset(self) -> None:
@@ -11747,8 +11755,11 @@ class Request:
     def note(self, status: int, seconds: float) -> None:
         """Keeps for a test what this request was; the token is not shown."""
         body, cut = None, self.fault is not None and self.fault.then.close and self.fault.then.after is None
-        with suppress(Exception):  # what cannot be read was refused for that
-            body = json.loads(self.json_body) if len(self.json_body) <= _MOST_LOGGED else None
+        with suppress(Exception):  # what cannot be read, or written again, was refused for that
+            if len(self.json_body) <= _MOST_LOGGED:
+                read = _EXACT_JSON.decode(self.json_body.decode())
+                to_json(read)
+                body = read
         token, headers = self.engine.settings.token, {}
         for key, value in self.environ.items():
             if key.startswith("HTTP_") or key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -11852,6 +11863,17 @@ def reply(body: Any, status: int = 200, content_type: str = _JSON_TYPE, **header
 
 
 BROWSER_PAGES: dict[str, Callable[[Request], bottle.HTTPResponse]] = {}  # by path: what a browser gets there, not JSON
+
+
+def plain_route(method: str, path: str, answers: Mapping[int, Any], about: str, act: Callable[..., object],
+                body: type[ApiModel] | None = None) -> None:
+    """Registers a call that only hands on: `act` gets the engine, a JSON `body`, and the parts of the path."""
+    def handler(call: Request, *models: ApiModel, **parts: str) -> bottle.HTTPResponse:
+        made, status = act(call.engine, *models, **parts), next(iter(answers))
+        return bottle.HTTPResponse(status=status) if made is None else reply(made, status)
+
+    handler.__doc__ = about
+    route(method, path, answers, body=body)(handler)
 
 
 @route("GET", "/health", {200: Health, 503: Health})
@@ -11984,23 +12006,15 @@ def get_jobs(call: Request, query: JobsQuery) -> bottle.HTTPResponse:
     return reply(JobPage(items=jobs, next=jobs[-1].job_id if more else None))
 
 
-@route("POST", "/jobs/{jobId}/cancel", {200: Job, 404: ErrorBody, 409: ErrorBody})
-def post_cancel(call: Request, job_id: str) -> bottle.HTTPResponse:
-    """Cancels a job: at once if it is pending, within a second if it runs."""
-    return reply(call.engine.queue.cancel(job_id))
+plain_route("POST", "/jobs/{jobId}/cancel", {200: Job, 404: ErrorBody, 409: ErrorBody},
+            "Cancels a job: at once if it is pending, within a second if it runs.",
+            lambda engine, job_id: engine.queue.cancel(job_id))
 
 
 @route("POST", "/jobs/{jobId}/retry", {202: Job, 404: ErrorBody, 409: ErrorBody})
 def post_retry(call: Request, job_id: str) -> bottle.HTTPResponse:
     """Makes a failed or canceled job pending again."""
     return _made(call, (call.engine.queue.retry(job_id), True), 202)
-
-
-@route("DELETE", "/jobs/{jobId}", {204: None, 404: ErrorBody, 409: ErrorBody})
-def delete_job(call: Request, job_id: str) -> bottle.HTTPResponse:
-    """Deletes a finished job, its file and its records."""
-    call.engine.queue.remove(job_id)
-    return bottle.HTTPResponse(b"", 204)
 
 
 class RecordTypes(ApiModel):
@@ -12010,10 +12024,10 @@ class RecordTypes(ApiModel):
     next: str | None = None
 
 
-@route("GET", "/records", {200: RecordTypes})
-def get_record_types(call: Request) -> bottle.HTTPResponse:
-    """The record types, with counts and fields."""
-    return reply(RecordTypes(items=call.engine.queue.records.types()))
+plain_route("DELETE", "/jobs/{jobId}", {204: None, 404: ErrorBody, 409: ErrorBody},
+            "Deletes a finished job, its file and its records.", lambda engine, job_id: engine.queue.remove(job_id))
+plain_route("GET", "/records", {200: RecordTypes}, "The record types, with counts and fields.",
+            lambda engine: RecordTypes(items=engine.queue.records.types()))
 
 
 def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
@@ -12148,11 +12162,9 @@ def get_record(call: Request, query: RecordQuery, record_type: str, key: str) ->
     return reply(found)
 
 
-@route("DELETE", "/records/{recordType}", {204: None, 404: ErrorBody, 409: ErrorBody})
-def delete_records(call: Request, record_type: str) -> bottle.HTTPResponse:
-    """Deletes all records of one type; the jobs that made them stay. 409 while a job is writing some."""
-    call.engine.queue.records.delete_type(record_type)
-    return bottle.HTTPResponse(status=204)
+plain_route("DELETE", "/records/{recordType}", {204: None, 404: ErrorBody, 409: ErrorBody},
+            "Deletes all records of one type; the jobs that made them stay. 409 while a job is writing some.",
+            lambda engine, record_type: engine.queue.records.delete_type(record_type))
 
 
 def _matches(header: str, etag: str, *, weak: bool) -> bool:
@@ -12488,55 +12500,22 @@ def middleware(engine: Engine, entry: Route, **arguments: Any) -> bottle.HTTPRes
     return response
 
 
-@route("POST", "/snapshots", {201: Snapshot, 409: ErrorBody}, body=SnapshotRequest)
-def post_snapshot(call: Request, request: SnapshotRequest) -> bottle.HTTPResponse:
-    """Copies everything, as it is at one moment, while jobs go on."""
-    return reply(call.engine.snapshot(request.name), 201)
-
-
 class SnapshotList(ApiModel):
     """All snapshots, by name."""
 
     items: list[Snapshot]
 
 
-@route("GET", "/snapshots", {200: SnapshotList})
-def get_snapshots(call: Request) -> bottle.HTTPResponse:
-    """The snapshots."""
-    return reply(SnapshotList(items=call.engine.snapshots.all()))
-
-
-@route("POST", "/snapshots/{name}/restore", {200: Snapshot, 404: ErrorBody, 409: ErrorBody})
-def post_restore(call: Request, name: str) -> bottle.HTTPResponse:
-    """Makes all as it is in a snapshot: its jobs go on, whatever is not in it is gone."""
-    return reply(call.engine.restore(name))
-
-
-@route("DELETE", "/snapshots/{name}", {204: None, 404: ErrorBody})
-def delete_snapshot(call: Request, name: str) -> bottle.HTTPResponse:
-    """Deletes a snapshot."""
-    call.engine.snapshots.remove(name)
-    return bottle.HTTPResponse(status=204)
-
-
-@route("POST", "/test/faults", {201: dict, 409: ErrorBody}, body=FaultRequest)
-def post_fault(call: Request, request: FaultRequest) -> bottle.HTTPResponse:
-    """Makes the next requests, or jobs, of a kind go wrong."""
-    return reply(call.engine.faults.add(request), 201)
-
-
-@route("GET", "/test/faults", {200: dict})
-def get_faults(call: Request) -> bottle.HTTPResponse:
-    """The faults, what is left of each, and how often it has struck."""
-    return reply({"items": call.engine.faults.list()})
-
-
-@route("DELETE", "/test/faults", {204: None})
-@route("DELETE", "/test/faults/{id}", {204: None, 404: ErrorBody})
-def delete_faults(call: Request, id: str | None = None) -> bottle.HTTPResponse:
-    """Removes one fault, or all; a job that it holds goes on."""
-    call.engine.faults.clear(id)
-    return bottle.HTTPResponse(status=204)
+plain_route("POST", "/snapshots", {201: Snapshot, 409: ErrorBody},
+            "Copies everything, as it is at one moment, while jobs go on.",
+            lambda engine, request: engine.snapshot(request.name), SnapshotRequest)
+plain_route("GET", "/snapshots", {200: SnapshotList}, "The snapshots.",
+            lambda engine: SnapshotList(items=engine.snapshots.all()))
+plain_route("POST", "/snapshots/{name}/restore", {200: Snapshot, 404: ErrorBody, 409: ErrorBody},
+            "Makes all as it is in a snapshot: its jobs go on, whatever is not in it is gone.",
+            lambda engine, name: engine.restore(name))
+plain_route("DELETE", "/snapshots/{name}", {204: None, 404: ErrorBody}, "Deletes a snapshot.",
+            lambda engine, name: engine.snapshots.remove(name))
 
 
 class SeenQuery(NoQuery):
@@ -12545,19 +12524,6 @@ class SeenQuery(NoQuery):
     method: str | None = None
     path: str | None = Field(None, description="`*` is any text.")
     status: int | None = None
-
-
-@route("GET", "/test/requests", {200: dict}, query=SeenQuery)
-def get_requests(call: Request, query: SeenQuery) -> bottle.HTTPResponse:
-    """The last 1,000 requests, in the order in which they were answered."""
-    return reply({"items": call.engine.requests(query.method, query.path, query.status)})
-
-
-@route("DELETE", "/test/requests", {204: None})
-def delete_requests(call: Request) -> bottle.HTTPResponse:
-    """Forgets them."""
-    call.engine.seen.clear()
-    return bottle.HTTPResponse(status=204)
 
 
 class ClockRequest(ApiModel):
@@ -12569,36 +12535,44 @@ class ClockRequest(ApiModel):
     advance: str | None = Field(None, description="A span such as 3d or 1h30m.")
 
 
-@route("GET", "/test/clock", {200: dict})
-def get_clock(call: Request) -> bottle.HTTPResponse:
-    """What the service takes for now."""
-    return reply({"now": instant(call.engine.clock())})
-
-
-@route("PUT", "/test/clock", {200: dict}, body=ClockRequest)
-def put_clock(call: Request, request: ClockRequest) -> bottle.HTTPResponse:
-    """Sets the clock, which then stands still, or puts it forward; what is past its retention goes at once."""
-    if (request.now is None) == (request.advance is None):
+def _clock(engine: Engine, request: ClockRequest | None = None) -> dict[str, Json]:
+    """What it shows, after it was moved."""
+    if request and (request.now is None) == (request.advance is None):
         raise BadRequest.of("now", "name either now or advance")
-    if request.now is not None:
-        call.engine.clock.set(request.now)
-    else:
-        call.engine.clock.advance(str(request.advance))
-    return get_clock(call)
+    if request and request.now is not None:
+        engine.clock.set(request.now)
+    elif request:
+        engine.clock.advance(str(request.advance))
+    return {"now": instant(engine.clock())}
 
 
-@route("DELETE", "/test/clock", {204: None})
-def delete_clock(call: Request) -> bottle.HTTPResponse:
-    """Makes the clock the real one again."""
-    call.engine.clock.reset()
-    return bottle.HTTPResponse(status=204)
+plain_route("POST", "/test/faults", {201: dict, 409: ErrorBody},
+            "Makes the next requests, or jobs, of a kind go wrong.",
+            lambda engine, request: engine.faults.add(request), FaultRequest)
+plain_route("GET", "/test/faults", {200: dict}, "The faults, what is left of each, and how often it has struck.",
+            lambda engine: {"items": engine.faults.list()})
+plain_route("DELETE", "/test/faults", {204: None}, "Removes all faults; jobs that they hold go on.",
+            lambda engine: engine.faults.clear())
+plain_route("DELETE", "/test/faults/{id}", {204: None, 404: ErrorBody}, "Removes a fault; a job that it holds goes on.",
+            lambda engine, id: engine.faults.clear(id))
 
 
-@route("POST", "/test/reset", {204: None})
-def post_reset(call: Request) -> bottle.HTTPResponse:
-    """Makes all as new: no jobs, records, files, faults or requests, and the real clock."""
-    call.engine.reset()
-    return bottle.HTTPResponse(status=204)
+@route("GET", "/test/requests", {200: dict}, query=SeenQuery)
+def get_requests(call: Request, query: SeenQuery) -> bottle.HTTPResponse:
+    """The last 1,000 requests, in the order in which they were answered."""
+    return reply({"items": call.engine.requests(query.method, query.path, query.status)})
+
+
+plain_route("DELETE", "/test/requests", {204: None}, "Forgets them.", lambda engine: engine.seen.clear())
+plain_route("GET", "/test/clock", {200: dict}, "What the service takes for now.", _clock)
+plain_route("PUT", "/test/clock", {200: dict},
+            "Sets the clock, which then stands still, or puts it forward; what is past its retention goes at once.",
+            _clock, ClockRequest)
+plain_route("DELETE", "/test/clock", {204: None}, "Makes the clock the real one again.",
+            lambda engine: engine.clock.reset())
+plain_route("POST", "/test/reset", {204: None},
+            "Makes all as new: no jobs, records, files, faults or requests, and the real clock.",
+            lambda engine: engine.reset())
 
 
 def all_routes(test_controls: bool = False) -> list[Route]:
@@ -12751,10 +12725,8 @@ def described(settings: Settings) -> dict[str, Json]:
     return openapi(all_routes(settings.test_controls), secured=settings.token is not None)
 
 
-@route("GET", "/openapi.json", {200: dict})
-def get_openapi(call: Request) -> bottle.HTTPResponse:
-    """This description, for programs."""
-    return reply(described(call.engine.settings))
+plain_route("GET", "/openapi.json", {200: dict}, "This description, for programs.",
+            lambda engine: described(engine.settings))
 
 
 def build_app(engine: Engine) -> bottle.Bottle:

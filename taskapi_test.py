@@ -6438,6 +6438,10 @@ def test_what_was_asked_is_remembered(tmp_path: Path) -> None:
         assert len(ask(url, "GET", "/test/requests", None, BEARER).json["items"]) == 1000
         assert ask(url, "DELETE", "/test/requests", None, BEARER).status == 204
         assert service.requests() == []
+        for odd in (b'{"count": NaN}', b'{"count": 1e999}', rb'{"recordType": "\ud800"}', b"[" * 300 + b"]" * 300):
+            ask(url, "POST", "/generate", odd, JSON | BEARER)
+        items = ask(url, "GET", "/test/requests?method=post", None, BEARER).json["items"]
+        assert [(entry["status"], entry["body"]) for entry in items] == [(400, None)] * 4
 
 
 def test_a_delay_holds_no_more_than_half_of_the_threads_and_ends_with_its_fault(tmp_path: Path) -> None:
@@ -6507,7 +6511,9 @@ def test_the_clock_is_the_tests(testing: taskapi.ServedUrl) -> None:
     refused(ask(testing, "GET", f"/status/{job.job_id}"), 404)
     assert ask(testing, "GET", "/records").json["items"] == []
     for wrong, word in (({"now": "soon"}, "now"), ({"advance": "3 days"}, "advance"), ({}, "now"),
-                        ({"now": "2026-01-01", "advance": "1d"}, "now"), ({"advance": "999999y"}, "advance")):
+                        ({"now": "2026-01-01", "advance": "1d"}, "now"), ({"advance": "999999y"}, "advance"),
+                        ({"now": "0001-01-01"}, "now"), ({"now": "1969-12-31T23:59:59Z"}, "now"),
+                        ({"now": "9999-12-31"}, "now"), ({"advance": "-57y"}, "advance")):
         refused(ask(testing, "PUT", "/test/clock", wrong), 400, word)
     assert ask(testing, "DELETE", "/test/clock").status == 204
     now = datetime.fromisoformat(ask(testing, "GET", "/test/clock").json["now"])
