@@ -10343,6 +10343,10 @@ def test_the_readmes_commands_print_what_it_says(tmp_path: Path, run: Callable[.
     """Ours are run in this process, the others in a shell; ... stands for anything, and a million for a thousand."""
     (tmp_path / "signup.json").write_text('{"id": "sequence", "plan": {"type": "choice", "values": ["free"]}}')
     (tmp_path / "customers.csv").write_text("name,age\nAda,41\nGrace,45\nAlan,39\n")
+    for name in ("app.db", "copy.db"):
+        with closing(sqlite3.connect(tmp_path / name)) as database:
+            database.execute("CREATE TABLE author(id INTEGER PRIMARY KEY)")
+            database.execute("CREATE TABLE book(author REFERENCES author)")
     told = "\n".join(re.findall(r"<!-- command -->\n```console\n(.*?)```", README, re.S))
     commands = re.findall(r"^\$ (.*)\n((?:[^$\n].*\n)*)", told, re.M)
     assert len(commands) >= 7
@@ -10350,14 +10354,18 @@ def test_the_readmes_commands_print_what_it_says(tmp_path: Path, run: Callable[.
         first, own, rest = command.partition(".venv/bin/python taskapi.py ")
         if own:
             assert not first
-            ran = run(*shlex.split(rest.replace("1000000", "1000")))
+            words, _, target = rest.replace("1000000", "1000").partition(" > ")
+            ran = run(*shlex.split(words))
             assert ran[::2] == (0, ""), (command, ran)
+            if target:
+                (tmp_path / target).write_text(ran.out)
+                continue
         else:
             ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
             ran = Ran(0, ended.stdout, "")
         pattern = ".*".join(map(re.escape, re.sub(r"[0-9a-f-]{36}", "...", expected).strip().split("...")))
         assert re.fullmatch(pattern, ran.out.strip().replace("\r", ""), re.S), (command, ran.out)
-    assert {"orders.parquet", "shop.xlsx", "customers.sql"} <= {file.name for file in tmp_path.iterdir()}
+    assert {"orders.parquet", "shop.xlsx", "customers.sql", "3.ndjson"} <= {file.name for file in tmp_path.iterdir()}
 
 
 def test_the_readmes_recipe_for_a_front_end_lets_its_page_in(tmp_path: Path) -> None:
