@@ -2429,29 +2429,6 @@ _MARK = "CAST(x'ff' AS TEXT)"
 _PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
 
 
-class TypedCells(NamedTuple):
-    """The text of a record whose cells are of one kind in a column: SQL by kinds (none: the text in quotes), what is
-    around a record, and a null."""
-
-    forms: Mapping[Kind, str]
-    row: str = "%s"
-    null: str = ""
-
-    def sql(self, cells: Sequence[tuple[str, Kind, Kind]], delimiter: str) -> str:
-        """Of (column, its kind here, its kind on the whole)."""
-        made = []
-        for column, kind, whole in cells:
-            value, form = _value_sql(column, kind, whole == "json"), self.forms[whole]
-            made.append(("%s", f"coalesce({form.format(c=value)}, {_literal(self.null)})") if form else
-                        ('"%w"', f"coalesce({value}, {_MARK})"))
-        pieces = []
-        for start in range(0, len(made), _PIECE_FIELDS):
-            marks, values = zip(*made[start:start + _PIECE_FIELDS], strict=True)
-            pieces.append(f"printf({_literal(delimiter.join(marks))}, {', '.join(values)})")
-        line = f" || {_literal(delimiter)} || ".join(pieces)
-        return line if self.row == "%s" else f"printf({_literal(self.row)}, {line})"
-
-
 class Table(NamedTuple):
     """What a file of typed columns has of a record type, or of all of them together, if it is ""."""
 
@@ -2471,7 +2448,8 @@ class RecordText(NamedTuple):
     before: str = ""
     after: str = ""
     empty: str = ""
-    cells: TypedCells | None = None  # where they are not those of CSV
+    forms: Mapping[Kind, str] | None = None  # SQL of cells by the column's kind (none: its text in quotes); else of CSV
+    null: str = ""  # among typed cells
 
 
 FORMULA_STARTS = "=@+-\uff1d\uff20\uff0b\uff0d"  # for a spreadsheet; the last four are full-width
@@ -2485,20 +2463,8 @@ def _column(field: str) -> str:
     return f"r.{_quote(field)}"
 
 
-def _sparse_object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None) -> str:
-    """The JSON text of a record without its nulls."""
-    members = [_literal(f",{json.dumps(label[0])}:{json.dumps(label[1])}")] if label else []
-    for field, kind in fields:
-        value = {"float": _FLOAT_CELL, "json": "iif({c} GLOB '{{*', json_patch('{{}}', {c}), {c})"}.get(
-            kind, _value_sql("{c}", kind, True)).format(c=_column(field))
-        members.append(f"coalesce({_literal(f',{json.dumps(field, ensure_ascii=False)}:')} || {value}, '')")
-    pieces = [f"printf({_literal('%s' * len(some))}, {', '.join(some)})" for some in
-              (members[start:start + _PIECE_FIELDS] for start in range(0, len(members), _PIECE_FIELDS))]
-    return f"printf('{{%s}}', substr({' || '.join(pieces) or repr('')}, 2))"
-
-
-def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None) -> str:
-    """The JSON text of a record: objects, of which `}x'ff'{` makes one."""
+def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None, omit_null: bool) -> str:
+    """The JSON text of a record: objects, of which `}x'ff'{` makes one; or one without nulls."""
     members = [(False, ", ".join(map(_literal, label)))] if label else []
     for field, kind in fields:
         value = KIND_SQL[kind].json.format(c=_column(field))
@@ -2510,24 +2476,31 @@ def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | Non
         texts = [text for _, text in group]
         pieces += texts if raw else [f"json_object({', '.join(texts[start:start + _PIECE_FIELDS])})"
                                      for start in range(0, len(texts), _PIECE_FIELDS)]
-    return f" || {_MARK} || ".join(pieces) or "json_object()"
+    objects = f" || {_MARK} || ".join(pieces) or "json_object()"
+    return f"json_patch('{{}}', replace({objects}, '}}' || {_MARK} || '{{', ','))" if omit_null else objects
 
 
-def _cells_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None, delimiter: str,
+def _cells_sql(fields: Sequence[tuple[str, Kind, Kind]], label: tuple[str, str] | None, text: RecordText,
                excel_safe: bool) -> str:
-    """The line of a record: texts quoted, others bare, nothing where there is null."""
+    """The line of a record, of fields, their kinds in it, and those of their columns."""
     cells = [('"%w"', _literal(label[1]))] if label else []
-    null, no_text = ("'\"\"'", "''") if len(fields) + len(cells) == 1 else ("''", _MARK)  # many skip an empty line
-    for field, name in fields:
-        kind, column = KIND_SQL[name], _column(field)
-        safe = (_SAFE_TEXT if excel_safe else "{c}").format(c=kind.text.format(c=column))
-        cells.append(("%s", f"coalesce({kind.csv.format(c=column, safe=safe)}, {null})") if kind.csv else
+    null, no_text = _literal(text.null), _MARK
+    if not text.forms and len(fields) + len(cells) == 1:
+        null, no_text = "'\"\"'", "''"  # many skip an empty line
+    for field, kind, whole in fields:
+        if text.forms:
+            form, value = text.forms[whole], _value_sql(_column(field), kind, whole == "json")
+            safe = value
+        else:
+            form, value = KIND_SQL[kind].csv, _column(field)
+            safe = (_SAFE_TEXT if excel_safe else "{c}").format(c=KIND_SQL[kind].text.format(c=value))
+        cells.append(("%s", f"coalesce({form.format(c=value, safe=safe)}, {null})") if form else
                      ('"%w"', f"coalesce({safe}, {no_text})"))
     pieces = []
     for start in range(0, len(cells), _PIECE_FIELDS):
-        forms, values = zip(*cells[start:start + _PIECE_FIELDS], strict=True)
-        pieces.append(f"printf({_literal(delimiter.replace('%', '%%').join(forms))}, {', '.join(values)})")
-    return f" || {_literal(delimiter)} || ".join(pieces) or "''"
+        places, values = zip(*cells[start:start + _PIECE_FIELDS], strict=True)
+        pieces.append(f"printf({_literal(str(text.delimiter).join(places))}, {', '.join(values)})")
+    return f" || {_literal(str(text.delimiter))} || ".join(pieces) or "''"
 
 
 def _floats(text: bytes) -> bytes:
@@ -2627,9 +2600,9 @@ class Query:
             return [Table("", {self._label: "text", **{field: column_kind(of_all, field) for field in self.fields}})]
         tables = []
         for name, layouts in self._of_type.items():
-            own = {**self._kinds[name], **_RESERVED} if self._wanted.split else self.fields
-            fields = self._wanted.fields or (self._kinds[name] if self._wanted.split else self.fields)
-            tables.append(Table(name, {field: column_kind(layouts, field) for field in fields if field in own}))
+            own = {**self._kinds[name], **_RESERVED}
+            tables.append(Table(name, {field: column_kind(layouts, field) for field in self._wanted.fields or
+                                       self._kinds[name] if field in own or not self._wanted.split}))
         return [table for table in tables if {*table.columns} - {*_RESERVED} or not self._wanted.split]
 
     # Checks
@@ -2821,18 +2794,14 @@ class Query:
                    f"AND s.layout = {layout}" for layout in layouts]
         return f"{' UNION ALL '.join(selects)} ORDER BY n", [first, last] * len(layouts)
 
-    def _spans(self, columns: Callable[[int], str], record_types: Collection[str],
-               ) -> Iterator[tuple[str, int, int, _Select]]:
-        """What is to be read: the type, the first and the last number, and the SQL for those of any part of them.
-
-        In order these are places, of each of the types, or of all together if it is ""; else `_id`s of one layout.
-        """
+    def _spans(self, columns: Callable[[int], str], record_type: str) -> Iterator[tuple[int, int, _Select]]:
+        """What is to be read of a type, or of all if it is "": the first and the last number, and the SQL for those of
+        any part of them. In order these are places, of all types; else `_id`s of one layout."""
         if self._order:
-            for name in record_types:
-                yield name, 1, self.total or 0, partial(self._in_order, columns, name)
+            yield 1, self.total or 0, partial(self._in_order, columns, record_type)
             return
         for layout, start, end in self._runs(self._wanted.after):
-            if {"", self._layouts[layout][0]}.isdisjoint(record_types):
+            if record_type not in ("", self._layouts[layout][0]):
                 continue
             source, bound = self._source(layout)
             rows = f"SELECT {columns(layout)}, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
@@ -2841,7 +2810,7 @@ class Query:
                        bound: Sequence[Any] = bound) -> tuple[str, list[Any]]:
                 return rows, [first, last, *bound, most]
 
-            yield self._layouts[layout][0], start, end, select
+            yield start, end, select
 
     def _most(self, wanted: int) -> int:
         """So many at a time, or fewer where each may need a SELECT of its own."""
@@ -2882,7 +2851,7 @@ class Query:
         """
         line = lru_cache(maxsize=None)(partial(self._line, text))
         step, longest = 100, self._most(_BLOCK_RECORDS)
-        for _, first, last, select in self._spans(line, [table]):
+        for first, last, select in self._spans(line, table):
             while first <= last and self._left:
                 end = min(last, first + step - 1)
                 looked_at = end - first + 1  # however many of them fit the filters
@@ -2910,13 +2879,10 @@ class Query:
         columns = next(table.columns for table in self.tables if table.name in ("", name))
         shown = [(field, kinds.get(field, "none")) for field in (columns if self._wanted.split else self.fields)
                  if delimiter or field in known]
-        if text.cells and delimiter:
-            cells: list[tuple[str, Kind, Kind]] = [(_literal(name), "text", "text")] if label else []
-            cells += [(_column(field), kind, columns[field]) for field, kind in shown]
-            return f"{text.cells.sql(cells, delimiter)} AS line"
-        objects = _sparse_object_sql if self._wanted.omit_null else _object_sql
-        sql = _cells_sql(shown, label, delimiter, self._wanted.excel_safe) if delimiter else objects(shown, label)
-        return f"{sql} AS line"
+        if not delimiter:
+            return f"{_object_sql(shown, label, self._wanted.omit_null)} AS line"
+        cells = [(field, kind, columns[field]) for field, kind in shown]
+        return f"{_cells_sql(cells, label, text, self._wanted.excel_safe)} AS line"
 
     def _fetch(self, text: RecordText, rows: str, bound: Sequence[Any], most: int) -> tuple[bytes, int, int]:
         """The text of all rows of a query for (line, n), how many there are, and the last n.
@@ -3002,7 +2968,7 @@ class Query:
 
     def _pieces(self, columns: Callable[[int], str], record_type: str, step: int) -> Iterator[tuple[str, list[Any]]]:
         """SQL for the selected records of a type, and what it binds, so many records at a time."""
-        for _, start, last, select in self._spans(columns, [record_type]):
+        for start, last, select in self._spans(columns, record_type):
             for first in range(start, last + 1, self._most(step)):
                 rows, bound = select(first, min(last, first + self._most(step) - 1), self._limit)
                 if bound:
@@ -3094,7 +3060,7 @@ class Dialect(NamedTuple):
 
     def insert(self, table: Table) -> str:
         """What stands before the records of a statement."""
-        return f"INSERT INTO {self.name(table.name)} ({', '.join(map(self.name, table.columns))}) VALUES\n"
+        return f"INSERT INTO {self.name(table.name)} ({', '.join(map(self.name, table.columns))}) VALUES\n("
 
 
 def _types(sql: str, text: str) -> dict[Kind, str]:
@@ -7775,14 +7741,14 @@ def _write_text(text: RecordText, sink: ExportSink, records: RecordStore, wanted
 
 def _write_sql(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
     dialect, done = DIALECTS[wanted.dialect], 0
-    text = RecordText(",\n", ", ", cells=TypedCells(dialect.forms, "(%s)", "NULL"))
+    text = RecordText("),\n(", ", ", forms=dialect.forms, null="NULL")
     with records.query(wanted._replace(split=True)) as query:
         creating = "".join(dialect.create(query, table) for table in query.tables)
         sink.write(f"{dialect.begin}{creating}{dialect.loading}".encode())
         for table in query.tables:
             with query.blocks(text, table.name) as blocks:
                 for block, count, _ in blocks:
-                    sink.write(dialect.insert(table).encode() + block + b";\n")
+                    sink.write(dialect.insert(table).encode() + block + b");\n")
                     done += count
                     yield Progress(done=done, total=query.total)
         sink.write(dialect.end.encode())
@@ -7829,9 +7795,9 @@ def _package(name: str) -> Any:
 
 
 _GROUP_ROWS, _GROUP_BYTES = 50_000, 2**25  # of the parts of a Parquet file that are written one by one
-_ARROW_CELLS = TypedCells({
+_ARROW_CELLS: Mapping[Kind, str] = {
     "none": "NULL", "int": "{c}", "float": _FLOAT_CELL, "decimal": "{c}", "bool": _BOOL, "date": "{c}",
-    "datetime": f"coalesce({_MOMENT}, {{c}})", "text": "", "json": ""})
+    "datetime": f"coalesce({_MOMENT}, {{c}})", "text": "", "json": ""}
 
 
 def _arrow_type(arrow: Any, query: Query, table: Table, field: str, kind: Kind) -> Any:
@@ -7863,7 +7829,7 @@ def _write_parquet(sink: ExportSink, records: RecordStore, wanted: Selected) -> 
     """SQLite makes lines, and Arrow columns of them: neither makes Python objects of records, or needs its lock."""
     arrow, parquet = map(_package, ("pyarrow", "pyarrow.parquet"))
     stored = {"datetime": arrow.timestamp("us", "UTC"), "json": arrow.json_()}
-    text, done, progress = RecordText("\r\n", ",", cells=_ARROW_CELLS), 0, Progress(done=0)
+    text, done, progress = RecordText("\r\n", ",", forms=_ARROW_CELLS), 0, Progress(done=0)
     with records.query(wanted) as query:
         for table in query.tables:
             types = {field: _arrow_type(arrow, query, table, field, kind) for field, kind in table.columns.items()}
@@ -7890,7 +7856,7 @@ _FIRST_DAY = "'1900-03-01'"  # before it Excel counts a day that there never was
 _EXACT = ("iif({c} IS NULL OR (length(replace(replace({c}, '-', ''), '.', '')) <= 15 AND NOT {c} GLOB '*[eE]*') OR "
           "decimal_key(exact_float(CAST({c} AS REAL))) = decimal_key({c}), {c}, '\"' || {c} || '\"')")
 _SECONDS = "(strftime('%s', substr(m, 1, 19)) + 2209161600 + substr(m, 21, 3) / 1000.0) / 86400.0"
-_SHEET_CELLS = TypedCells({
+_SHEET_CELLS: Mapping[Kind, str] = {
     "none": "NULL", "bool": _BOOL, "text": "json_quote({c})",
     "int": f"iif({{c}} BETWEEN {-2**53} AND {2**53}, {{c}}, '\"' || {{c}} || '\"')",
     "float": _FLOAT_CELL, "decimal": _EXACT,
@@ -7898,7 +7864,7 @@ _SHEET_CELLS = TypedCells({
     "datetime": f"(SELECT iif(m >= {_FIRST_DAY} AND substr(m, 24) = '000', {_SECONDS}, '\"' || {{c}} || '\"') "
                 f"FROM (SELECT {_MOMENT} AS m))",
     "json": "CASE WHEN {c} GLOB '[[{{]*' THEN json_quote({c}) WHEN {c} GLOB '[-0-9]*' THEN "
-            f"{_EXACT} ELSE {{c}} END"}, "[%s]", "null")
+            f"{_EXACT} ELSE {{c}} END"}
 
 
 class _Digits(float):
@@ -7948,9 +7914,9 @@ def _write_sheet(book: Any, sheet: Any, query: Query, table: Table) -> Iterator[
     for column, field in enumerate(table.columns):
         sheet.write_string(0, column, field, head)
     number, formats = 0, [look for look, _ in shown]
-    with query.blocks(RecordText(",", ",", cells=_SHEET_CELLS), table.name) as blocks:
+    with query.blocks(RecordText("],[", ",", forms=_SHEET_CELLS, null="null"), table.name) as blocks:
         for block, _, _ in blocks:
-            for row in from_json(b"[%b]" % block):
+            for row in from_json(b"[[%b]]" % block):
                 number += 1
                 _write_row(sheet, number, row, formats, table)
                 if number % _SHEET_STEP == 0:
