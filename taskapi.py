@@ -10766,7 +10766,7 @@ class Workers:
         self.jobs, self.records = JobStore(database, clock, make_id), RecordStore(database)
         self.metrics, self.gate = Metrics(), CpuGate()
         self.faults = Faults(settings, isinstance(runner, InlineRunner))
-        self.stopping = threading.Event()  # no more work is begun, and nobody waits for any
+        self.stopping = threading.Event()  # no work is begun, jobs that run go back to pending; a signal may set it
         self.processes = 1  # that may make the parts of a request, where a command asks for more
         self._closed = False  # no more jobs are taken in; requests in flight may still bring some after `stopping`
         self.fault: str | None = None  # what is wrong with the storage: until it is well nothing is claimed
@@ -10862,10 +10862,6 @@ class Workers:
             self._canceled.clear()
         self.release_waiters()
 
-    def interrupt(self) -> None:
-        """Running jobs go back to pending at their next check, and no more begin; a signal handler may call this."""
-        self.stopping.set()
-
     def release_waiters(self) -> None:
         """Answers everybody who waits for a job, as it is now."""
         with self._state:
@@ -10873,8 +10869,8 @@ class Workers:
                 finished.set()
 
     def halt(self) -> None:
-        """Like `interrupt`, and answers everybody who waits for a job."""
-        self.interrupt()
+        """Ends the work, and answers everybody who waits for a job."""
+        self.stopping.set()
         self.release_waiters()
 
     def stop(self, seconds: float) -> bool:
@@ -11099,6 +11095,13 @@ class Workers:
             self.metrics.add("file_bytes_total", job.file.bytes)
 
 
+def await_event(event: threading.Event, seconds: float, gone: Callable[[], bool]) -> None:
+    """Waits until an event is set, at most so long, and only until `gone` says that nobody asks any more."""
+    until = monotonic() + seconds
+    while not event.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))) and monotonic() < until and not gone():
+        pass
+
+
 class JobQueue(Workers):
     """What others may do with jobs: add, await, cancel, try again and delete them."""
 
@@ -11171,10 +11174,7 @@ class JobQueue(Workers):
         job = self.jobs.get(job_id)
         if job.status.finished or seconds == 0 or self.stopping.is_set():
             return job
-        until = math.inf if seconds is None else monotonic() + seconds
-        while not finished.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))) and monotonic() < until:
-            if gone():
-                break
+        await_event(finished, math.inf if seconds is None else seconds, gone)
         return self.jobs.get(job_id)
 
     def cancel(self, job_id: str) -> Job:
@@ -11489,24 +11489,14 @@ class Engine:
         """The job once it has finished, or as it is after `seconds`."""
         return self.queue.wait(job_id, seconds)
 
-    def wait_politely(self, job_id: str, seconds: float, gone: Callable[[], bool] = lambda: False) -> Job:
-        """Like `wait`, but answers at once when half of the threads wait already: the others are for other requests."""
-        if not seconds or not self._polls.acquire(blocking=False):
-            return self.queue.jobs.get(job_id)
+    @contextmanager
+    def poll(self) -> Iterator[bool]:
+        """Whether a request may wait here: not when half of the threads do already, the others are for others."""
+        free = self._polls.acquire(blocking=False)
         try:
-            return self.queue.wait(job_id, seconds, gone)
+            yield free
         finally:
-            self._polls.release()
-
-    def hold(self, seconds: float, over: threading.Event, gone: Callable[[], bool]) -> None:
-        """Lets a request wait until it is `over`; not when half of the threads wait already."""
-        if self._polls.acquire(blocking=False):
-            try:
-                until = monotonic() + seconds
-                while not over.wait(max(0.0, min(_GONE_SECONDS, until - monotonic()))):
-                    if monotonic() >= until or self.queue.stopping.is_set() or gone():
-                        break
-            finally:
+            if free:
                 self._polls.release()
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -11666,6 +11656,7 @@ class Request:
         self.environ: dict[str, Any] = bottle.request.environ
         self.method: str = bottle.request.method
         self.path: str = bottle.request.path
+        self.gone: Callable[[], bool] = self.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
 
     def header(self, name: str) -> str | None:
         """A request header by its HTTP name."""
@@ -11759,8 +11750,8 @@ class Request:
         if job.status.finished or not seconds:
             return job
         self.flight.close()
-        gone = self.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
-        return self.engine.wait_politely(job.job_id, seconds, gone)
+        with self.engine.poll() as free:
+            return self.engine.queue.wait(job.job_id, seconds if free else 0, self.gone)
 
 
 def _weight(header: str | None, *names: str) -> float:
@@ -12049,7 +12040,7 @@ def _selected(call: Request, query: RecordQuery, record_type: str) -> Selected:
         conditions = validated(Where, lambda: Where.model_validate(where, by_alias=True, by_name=False))
     return Selected(Filters.model_construct(record_type=record_type, job_id=query.job_id, where=conditions),
                     names_in(query.fields, kinds) if query.fields is not None else None,
-                    interrupted=call.environ.get("taskapi.gone", lambda: False))
+                    interrupted=call.gone)
 
 
 class RecordPage(ApiModel):
@@ -12405,7 +12396,9 @@ def _with_faults(call: Request, answer: Callable[[], bottle.HTTPResponse]) -> bo
     then = call.fault.then
     if then.delay:
         call.flight.close()
-        call.engine.hold(then.delay, call.fault.removed, call.environ.get("taskapi.gone", lambda: False))
+        with call.engine.poll() as free:
+            await_event(call.fault.removed, then.delay if free else 0,
+                        lambda: call.gone() or call.engine.queue.stopping.is_set())
     given, status = "body" in then.model_fields_set, then.status or 200
     if given or then.status is not None:
         error = {"error": f"fault {call.fault.id} was asked for", "status": status} if status >= 400 else {}
@@ -12547,10 +12540,9 @@ def all_routes(test_controls: bool = False) -> list[Route]:
         def post_job(call: Request, query: WaitQuery, request: JobRequest) -> bottle.HTTPResponse:
             key = _idempotency_key(call)
             digest = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest() if key else ""
-            engine = call.engine
             if request.heavy:
                 with call.computing():
-                    request.with_defaults(engine.settings, engine.clock)  # and is light from now on
+                    request.with_defaults(call.engine.settings, call.engine.clock)  # and is light from now on
             return _made(call, call.engine.queue.enqueue(kind.name, request, key, f"{kind.name} {digest}"), 202,
                          query.wait)
 
@@ -14354,21 +14346,6 @@ class _ErrorTask(_Answer, waitress.task.ErrorTask):  # type: ignore[misc]  # Wai
         super().execute()
 
 
-class _Loop:
-    """Waitress's server as one channel sees it: its loop is woken up only where it has something to do there."""
-
-    def __init__(self, server: Any, channel: Any):
-        self._server, self._channel = server, channel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._server, name)
-
-    def pull_trigger(self) -> None:
-        """Asked for after each answer."""
-        if self._channel.needs_loop():
-            self._server.pull_trigger()
-
-
 class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress has no types
     """Promise: a client is answered at its own pace, within bounds, and no thread waits for one.
 
@@ -14386,19 +14363,16 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
     _ended = False  # the client sends no more; it may still read, though
     answering = False  # a thread makes an answer
     _held_back = False  # the next request on this connection: what was answered before has not been taken
-    _polled = False  # the loop waits for the client to send
 
-    def __init__(self, engine: Engine, server: Any, *args: Any, **kwargs: Any):
-        super().__init__(_Loop(server, self), *args, **kwargs)
+    def __init__(self, engine: Engine, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.parser_class = partial(_Parser, engine)
 
     # On the loop
 
     def readable(self) -> bool:
         """While lingering, always; while a request is answered too, to see the client go away."""
-        self._polled = False  # before what it depends on is looked at: who changes that meanwhile wakes the loop
-        self._polled = self._lingers_until is not None or (not self._ended and bool(super().readable()))
-        return self._polled
+        return self._lingers_until is not None or (not self._ended and bool(super().readable()))
 
     def writable(self) -> bool:
         """While there is something to send, to begin, or to close; a thread that makes an answer sends it itself."""
@@ -14463,10 +14437,6 @@ class _Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]  # Waitress 
             self.server.add_task(self)
 
     # On a thread
-
-    def needs_loop(self) -> bool:
-        """True if there is something to send or to close, or the loop does not wait for the client to send."""
-        return bool(super().writable() or self._held_back or self._ended or not self._polled)
 
     def service(self) -> None:
         """Answers a request, once the client has taken the answers before."""
@@ -15377,14 +15347,11 @@ def all_commands() -> dict[str, Command]:
 # ---- The program: a command, or without one the server ----
 
 
-class _NoWork:
-    """A runner for commands that only look: jobs stay as they are."""
+class _NoWork(InlineRunner):
+    """For commands that only look: jobs stay as they are."""
 
     def submit(self, call: Callable[[], None], /) -> None:
         """Leaves it undone."""
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Nothing runs."""
 
 
 _LOCK_SECONDS = 3.0  # for a server that has the folder and is about to say where it serves, or is just leaving
@@ -15428,7 +15395,7 @@ def _client(needs: Needs, settings: Settings, flags: Mapping[str, Json], ended: 
         if stopped.is_set():  # asked twice
             raise KeyboardInterrupt
         stopped.set()  # raising here could leave a lock taken, so the client raises at its next request
-        service.queue.interrupt()
+        service.queue.stopping.set()
 
     with ExitStack() as stack:
         # The limit, and the token, are for clients from elsewhere.

@@ -5861,7 +5861,7 @@ def test_an_interrupted_job_makes_no_further_chunk(tmp_path: Path, script: Any, 
                     threading.Thread(target=service.queue.cancel, args=[context.job.job_id]).start()
                     until(context.interrupted)
                 else:
-                    {"stop": service.queue.halt, "signal": service.queue.interrupt}[how]()
+                    {"stop": service.queue.halt, "signal": service.queue.stopping.set}[how]()
             if at == "save":
                 context.save(taskapi.Progress(done=number), number)
             else:
@@ -6495,7 +6495,7 @@ def test_a_job_fails_or_stands_still_where_a_test_wants_it(testing: taskapi.Serv
         elif end == "canceled":
             assert ask(testing, "POST", f"/jobs/{job_id}/cancel").json["status"] == "canceled"
         else:
-            testing.queue.interrupt()
+            testing.queue.stopping.set()
             until(lambda paused=job_id: testing.wait(paused, 0).status == "pending")
 
 
