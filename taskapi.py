@@ -2584,7 +2584,7 @@ class Query:
             self._of_type[name].append(kinds)
         self._kinds = {name: joined_kinds(of) for name, of in self._of_type.items()}
         self._check_tests()
-        self._left = self._limit
+        self._left, self.done = self._limit, 0  # how many `blocks`, or `copy`, have brought so far
         self.fields = list(wanted.fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
         self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
         while self._label.lower() in map(str.lower, self.fields):
@@ -2649,6 +2649,11 @@ class Query:
                 what = f"is not a date: {kind}" if relation in ("from", "to") else (
                     f"cannot be compared with {json.dumps(value, ensure_ascii=False)}: its kind is {kind}")
                 raise WrongValue(f"filter on {field!r}: {what}", [FieldProblem(field, what)])
+
+    @property
+    def progress(self) -> Progress:
+        """How far the reading is."""
+        return Progress(done=self.done, total=self.total)
 
     # Which records
 
@@ -2838,10 +2843,14 @@ class Query:
         return (whole, places) if whole < 1000 else None
 
     @contextmanager
-    def blocks(self, text: RecordText, table: str = "") -> Iterator[Iterator[tuple[bytes, int, int]]]:
+    def blocks(self, text: RecordText, table: str = "") -> Iterator[Iterator[bytes]]:
         """The `text_blocks` of a table, made ahead."""
+        def counted(block: bytes, count: int, _: int) -> bytes:
+            self.done += count
+            return block
+
         with closing(_ahead(self.text_blocks(text, table))) as blocks:
-            yield blocks
+            yield itertools.starmap(counted, blocks)
 
     def text_blocks(self, text: RecordText, table: str = "") -> Iterator[tuple[bytes, int, int]]:
         """Texts of many records, how many each is of, and the number of the last one.
@@ -2939,7 +2948,7 @@ class Query:
         """Fills the attached database `copy`, one table a type; rows come in order, so that pages are full."""
         tables = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
         tables = {name: fields for name, fields in tables.items() if fields}  # a table has one column at least
-        refs, keys, done, left = self._refs(tables), set[tuple[str, str]](), 0, [*tables]
+        refs, keys, left = self._refs(tables), set[tuple[str, str]](), [*tables]
         while left:  # parents first; but a limit means the first records in the order of the types
             name = left[0] if self._wanted.limit is not None else next(
                 (name for name in left if {parent for parent, _ in refs[name].values()}.isdisjoint(left)), left[0])
@@ -2950,8 +2959,9 @@ class Query:
             values = partial(self._values, fields, {field for field, clause in clauses if clause == "NUMERIC"})
             into = f"INSERT INTO copy.{_quote(name)} SELECT {', '.join(f'c{n}' for n in range(len(fields)))}"
             for rows, bound in self._pieces(values, name, _COPY_STEP):
-                done += self._connection.execute(f"{into} FROM ({rows}) LIMIT ?", [*bound, self._limit - done]).rowcount
-                yield Progress(done=done, total=self.total)
+                some = f"{into} FROM ({rows}) LIMIT ?"
+                self.done += self._connection.execute(some, [*bound, self._limit - self.done]).rowcount
+                yield self.progress
             for field in (field for field, clause in clauses if clause.startswith("REFERENCES")):
                 self._connection.execute(f"CREATE INDEX copy.{_quote(f'_{name}.{field}')} ON "  # no record type's name
                                          f"{_quote(name)}({_quote(field)})")
@@ -7722,37 +7732,32 @@ def _cell(field: str, excel_safe: bool) -> str:
 
 
 def _write_text(text: RecordText, sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    done, progress = 0, Progress(done=0)
     with records.query(wanted) as query:
         for table in query.tables:
-            before, empty = text.before, text.empty
+            before, after = text.before, text.empty
             if text.delimiter is not None:
                 header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in table.columns)
-                before = empty = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
+                before = after = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
             with sink.part(table.name) as part, query.blocks(text, table.name) as blocks:
-                first = True
-                for block, count, _ in blocks:
-                    part.write((before if first else text.between).encode() + block)
-                    done, first = done + count, False
-                    yield (progress := Progress(done=done, total=query.total))
-                part.write((empty if first else text.after).encode())
-        yield progress.model_copy(update={"total": done})
+                for block in blocks:
+                    part.write(before.encode() + block)
+                    before, after = text.between, text.after
+                    yield query.progress
+                part.write(after.encode())
 
 
 def _write_sql(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    dialect, done = DIALECTS[wanted.dialect], 0
+    dialect = DIALECTS[wanted.dialect]
     text = RecordText("),\n(", ", ", forms=dialect.forms, null="NULL")
     with records.query(wanted._replace(split=True)) as query:
         creating = "".join(dialect.create(query, table) for table in query.tables)
         sink.write(f"{dialect.begin}{creating}{dialect.loading}".encode())
         for table in query.tables:
             with query.blocks(text, table.name) as blocks:
-                for block, count, _ in blocks:
+                for block in blocks:
                     sink.write(dialect.insert(table).encode() + block + b");\n")
-                    done += count
-                    yield Progress(done=done, total=query.total)
+                    yield query.progress
         sink.write(dialect.end.encode())
-        yield Progress(done=done, total=done)
 
 
 def _copied(file: AtomicFile, sink: Any, progress: Progress) -> Writing:
@@ -7760,11 +7765,10 @@ def _copied(file: AtomicFile, sink: Any, progress: Progress) -> Writing:
         while block := stream.read(_BLOCK):
             sink.write(block)
             yield progress
-    yield progress
 
 
 def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    progress = Progress(done=0, total=0)
+    progress = Progress()
     with sink.file.beside() as copy:
         for progress in records.copy_to(copy.path, wanted):
             yield progress
@@ -7829,7 +7833,7 @@ def _write_parquet(sink: ExportSink, records: RecordStore, wanted: Selected) -> 
     """SQLite makes lines, and Arrow columns of them: neither makes Python objects of records, or needs its lock."""
     arrow, parquet = map(_package, ("pyarrow", "pyarrow.parquet"))
     stored = {"datetime": arrow.timestamp("us", "UTC"), "json": arrow.json_()}
-    text, done, progress = RecordText("\r\n", ",", forms=_ARROW_CELLS), 0, Progress(done=0)
+    text = RecordText("\r\n", ",", forms=_ARROW_CELLS)
     with records.query(wanted) as query:
         for table in query.tables:
             types = {field: _arrow_type(arrow, query, table, field, kind) for field, kind in table.columns.items()}
@@ -7837,17 +7841,15 @@ def _write_parquet(sink: ExportSink, records: RecordStore, wanted: Selected) -> 
             read, group = _arrow_reader(schema, types), []
             with sink.file.beside() as copy:
                 with query.blocks(text, table.name) as blocks, parquet.ParquetWriter(copy.path, schema) as file:
-                    for block, count, _ in chain(blocks, [(b"", 0, 0)]):
-                        group += [read(block)] if count else []
+                    for block in chain(blocks, [None]):
+                        group += [] if block is None else [read(block)]
                         rows, size = sum(made.num_rows for made in group), sum(made.nbytes for made in group)
-                        if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or not count):
+                        if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or block is None):
                             file.write_table(arrow.concat_tables(group), row_group_size=rows)
                             group = []
-                        done += count
-                        yield (progress := Progress(done=done, total=query.total))
+                        yield query.progress
                 with sink.part(table.name) as part:
-                    yield from _copied(copy, part, progress)
-        yield progress.model_copy(update={"total": done})
+                    yield from _copied(copy, part, query.progress)
 
 
 _SHEET_ROWS, _CELL_TEXT = 2**20 - 1, 32_767  # beside the header; UTF-16 units
@@ -7901,27 +7903,23 @@ def _write_row(sheet: Any, number: int, row: Sequence[Json], formats: Sequence[A
             sheet.write_number(number, column, _Digits(value) if type(value) is float else value, formats[column])
 
 
-def _write_sheet(book: Any, sheet: Any, query: Query, table: Table) -> Iterator[int]:
-    """Says after each few records how many there are so far."""
+def _write_sheet(book: Any, sheet: Any, query: Query, table: Table) -> Writing:
     head, sheet.plain = book.add_format({"bold": True}), book.add_format()
-    looks = {"date": (book.add_format({"num_format": "yyyy-mm-dd"}), 11),
-             "datetime": (book.add_format({"num_format": "yyyy-mm-dd hh:mm:ss.000"}), 23)}
-    shown = [looks.get(kind, (None, None)) for kind in table.columns.values()]
-    for column, (look, width) in enumerate(shown):
-        if look:
-            sheet.set_column(column, column, width, look)
-    sheet.freeze_panes(1, 0)
-    for column, field in enumerate(table.columns):
+    looks = {"date": (11, book.add_format({"num_format": "yyyy-mm-dd"})),
+             "datetime": (23, book.add_format({"num_format": "yyyy-mm-dd hh:mm:ss.000"}))}
+    number, formats = 0, [looks.get(kind, (0, None))[1] for kind in table.columns.values()]
+    for column, (field, kind) in enumerate(table.columns.items()):
+        if look := looks.get(kind):
+            sheet.set_column(column, column, *look)
         sheet.write_string(0, column, field, head)
-    number, formats = 0, [look for look, _ in shown]
+    sheet.freeze_panes(1, 0)
     with query.blocks(RecordText("],[", ",", forms=_SHEET_CELLS, null="null"), table.name) as blocks:
-        for block, _, _ in blocks:
+        for block in blocks:
             for row in from_json(b"[[%b]]" % block):
                 number += 1
                 _write_row(sheet, number, row, formats, table)
                 if number % _SHEET_STEP == 0:
-                    yield number
-    yield number
+                    yield query.progress
 
 
 class _Interruptible(io.FileIO):
@@ -7937,7 +7935,7 @@ class _Interruptible(io.FileIO):
 
 
 def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
-    xlsxwriter, done, taken = _package("xlsxwriter"), 0, {"history"}
+    xlsxwriter, taken = _package("xlsxwriter"), {"history"}
     with ExitStack() as stack:
         query = stack.enter_context(records.query(wanted._replace(split=True)))
         for table in query.tables:
@@ -7951,13 +7949,11 @@ def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Wri
         book = xlsxwriter.Workbook(file, {"constant_memory": True, "tmpdir": folder})
         book.set_properties({"created": datetime(2000, 1, 1)})  # equal in, equal out
         for table in query.tables:
-            sheet, count = book.add_worksheet(_sheet_name(table.name, taken)), 0
+            sheet = book.add_worksheet(_sheet_name(table.name, taken))
             stack.callback(sheet.row_data_fh.close)  # where it comes to no end
-            for count in _write_sheet(book, sheet, query, table):
-                yield Progress(done=done + count, total=query.total)
-            done += count
+            yield from _write_sheet(book, sheet, query, table)
         book.close()
-        yield from _copied(copy, sink, Progress(done=done, total=done))
+        yield from _copied(copy, sink, query.progress)
 
 
 # Readers: an uploaded# Readers: an uploaded file in, batches of its records out, in bounded memory
@@ -9732,7 +9728,7 @@ def run_export(context: JobContext, request: ExportRequest) -> JobSteps:
                     context.save(progress)
                 yield
         sink.close()
-        context.save(progress)
+        context.save(progress.model_copy(update={"total": progress.done}))
         packed = suffix.rpartition(".")[2] if request.split or request.gzip else ""
         content_type = FILE_TYPES[packed].content_type if packed else export_format.content_type
         file = draft.keep(f"exports/{context.job.job_id}.{suffix}", label, content_type)
@@ -12113,7 +12109,7 @@ def get_record(call: Request, query: RecordQuery, record_type: str, key: str) ->
     wanted = wanted._replace(filters=wanted.filters.model_copy(update={
         "where": Where.model_validate(where_of([pair], fields=kinds))}))
     with suppress(WrongValue), records.query(wanted) as chosen, chosen.blocks(RecordText()) as blocks:
-        found, *_ = next(blocks, (found,))
+        found = next(blocks, b"")
     if not found:
         raise NotFound(f"there is no record {key!r} of type {record_type!r}")
     return reply(found)

@@ -1277,7 +1277,7 @@ def test_records_are_seen_once_their_job_is_completed_and_not_before(
         raise taskapi.JobFailed("half way is not enough")
 
     assert service.enqueue("script", {}).error == "half way is not enough"
-    assert shown == [[{"n": 1}], [1], 404, [(b"1", 1, 1)]]
+    assert shown == [[{"n": 1}], [1], 404, [b"1"]]
     assert plain(service.folder.root, "SELECT n FROM thing") == [1]
 
 
@@ -1286,10 +1286,10 @@ def test_an_export_is_one_snapshot_whatever_happens_meanwhile(service: taskapi.S
     job = store(service, {"n": "int"}, [[n] for n in range(5000)])
     with service.queue.records.query(taskapi.Selected(taskapi.Filters(record_type="thing"))) as query, query.blocks(
             CSV) as blocks:
-        texts = [next(blocks)[0]]
+        texts = [next(blocks)]
         service.queue.remove(job.job_id)
         store(service, {"n": "int"}, [[n] for n in range(3)])
-        texts += [text for text, *_ in blocks]
+        texts += blocks
     assert [int(line) for text in texts for line in text.split()] == [*range(5000)]
     assert json.loads(exported(service, "json")) == [{"n": n} for n in range(3)]
 
@@ -4786,8 +4786,8 @@ def test_the_text_that_is_made_at_a_time_is_bounded_in_bytes(
     sizes = [1] * 3000 + [3000] * 40 + [50_000] + [1] * 500
     store(service, {"n": "int", "t": "text"}, [[n, "x" * size] for n, size in enumerate(sizes)])
     wanted = taskapi.Selected(taskapi.Filters(record_type="thing"), order_by=order_by)
-    with service.queue.records.query(wanted) as query, query.blocks(taskapi.RecordText(",")) as made:
-        blocks = [*made]
+    with service.queue.records.query(wanted) as query:
+        blocks = [*query.text_blocks(taskapi.RecordText(","))]
     assert all(len(text) <= 20_000 or count == 1 for text, count, _ in blocks)
     records = [record for text, *_ in blocks for record in json.loads(b"[%b]" % text)]
     assert records[::-1 if order_by else 1] == [{"n": n, "t": "x" * size} for n, size in enumerate(sizes)]
