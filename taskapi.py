@@ -3448,14 +3448,14 @@ def _checks(sql: str) -> Iterator[list[str]]:
             yield tokens[at + 2:end]
 
 
-def _read_table(connection: sqlite3.Connection, name: str, sql: str, sample: int, notes: list[str]) -> OtherTable:
+def _read_table(connection: sqlite3.Connection, name: str, sql: str, notes: list[str]) -> OtherTable:
     table = _quote(name)
     columns = connection.execute(f"PRAGMA table_xinfo({table})").fetchall()
     notes += [f"{name}.{column[1]} is generated, and left out" for column in columns if column[6]]
     columns = [column for column in columns if not column[6]]
     names = [column[1] for column in columns]
     (rows,), listed = connection.execute(f"SELECT count(*) FROM {table}").fetchone(), ", ".join(map(_quote, names))
-    first = connection.execute(f"SELECT {listed} FROM {table} LIMIT {sample}").fetchall()
+    first = connection.execute(f"SELECT {listed} FROM {table} LIMIT 1000").fetchall()
     unique = []
     for _, index, is_unique, _, partial_ in connection.execute(f"PRAGMA index_list({table})").fetchall():
         within = tuple(row[2] for row in connection.execute(f"PRAGMA index_info({_quote(index)})"))
@@ -3475,36 +3475,7 @@ def _read_table(connection: sqlite3.Connection, name: str, sql: str, sample: int
     return OtherTable(name, rows, kept, key, [*([key] if key else []), *unique], foreign[::-1], [*_checks(sql)])
 
 
-def read_tables(connection: sqlite3.Connection, sample: int) -> tuple[list[OtherTable], list[str]]:
-    """The tables of somebody else's database, with so many rows of each, and what is left out of that.
-
-    It may have been made to do harm: nothing of it is run, and what takes too many steps is given up. ValueError.
-    """
-    steps = itertools.count()
-    connection.set_progress_handler(lambda: next(steps) > 2_000, 10_000)
-    connection.text_factory = lambda text: text.decode(errors="replace")
-    tables, notes = list[OtherTable](), list[str]()
-    try:
-        connection.execute("PRAGMA trusted_schema = OFF")
-        other = {row[1] for row in connection.execute("PRAGMA table_list") if row[2] in ("virtual", "shadow")}
-        for kind, name, sql in connection.execute(
-                "SELECT type, name, sql FROM sqlite_master WHERE type <> 'index' AND name NOT LIKE 'sqlite!_%' "
-                "ESCAPE '!' ORDER BY rowid").fetchall():
-            if kind != "table" or name in other or len(tables) == MAX_TABLES:
-                notes.append(f"the {kind} {name} is left out")
-            else:
-                tables.append(_read_table(connection, name, sql, sample, notes))
-    except sqlite3.Error as error:
-        raise ValueError(f"is no database that can be read: {error}") from None
-    return tables, notes
-
-
-def open_foreign(path: Path) -> sqlite3.Connection:
-    """Somebody else's database, to be read."""
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-
-
-def created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
+def _created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
     """A database in memory with the tables and indexes that a script creates, and what of the script is left out.
 
     Nothing else of it is run. ValueError tells what SQLite does not take.
@@ -3538,6 +3509,33 @@ def created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
         words.clear()
     connection.set_authorizer(None)
     return connection, [*notes, *([f"{others} statements are no CREATE, and were not run"] if others else [])]
+
+
+def read_tables(source: Path | str) -> tuple[list[OtherTable], list[str]]:
+    """The tables of somebody else's database, or of a script that creates one, and what is left out of that.
+
+    It may have been made to do harm: nothing of it is run, and what takes too many steps is given up. ValueError.
+    """
+    connection, notes = _created_by(source) if isinstance(source, str) else (
+        sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro&immutable=1", uri=True), [])
+    steps, tables = itertools.count(), list[OtherTable]()
+    connection.set_progress_handler(lambda: next(steps) > 2_000, 10_000)
+    connection.text_factory = lambda text: text.decode(errors="replace")
+    try:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        other = {row[1] for row in connection.execute("PRAGMA table_list") if row[2] in ("virtual", "shadow")}
+        for kind, name, sql in connection.execute(
+                "SELECT type, name, sql FROM sqlite_master WHERE type <> 'index' AND name NOT LIKE 'sqlite!_%' "
+                "ESCAPE '!' ORDER BY rowid").fetchall():
+            if kind != "table" or name in other or len(tables) == MAX_TABLES:
+                notes.append(f"the {kind} {name} is left out")
+            else:
+                tables.append(_read_table(connection, name, sql, notes))
+    except sqlite3.Error as error:
+        raise ValueError(f"is no database that can be read: {error}") from None
+    finally:
+        connection.close()
+    return tables, notes
 
 
 def write_into(path: Path, source: Path, table_of: Callable[[str], str]) -> dict[str, int]:
@@ -4629,9 +4627,18 @@ class Regex:
 
     def _lengths(self, low: int, high: int, padded: bool) -> tuple[list[set[int]], list[int]]:
         """By number of characters, the states that are so many from the last; and the first lengths that do."""
-        before, work = self._backwards(padded)
-        alive = [{state for state in before if self._from(state, False, True, padded)[1]}]
         first = self._from(0, True, False, padded)[0]
+        work, todo = 0, [*{0, *(target for _, target in first)}]
+        before: dict[int, set[int]] = {state: set() for state in todo}  # inside of a text, each from where
+        while todo:
+            state = todo.pop()
+            for by, target in self._from(state, False, False, padded)[0]:
+                work += 1
+                if by.choices and target not in before:
+                    todo.append(target)
+                if by.choices:
+                    before.setdefault(target, set()).add(state)
+        alive = [{state for state in before if self._from(state, False, True, padded)[1]}]
         lengths = [0] if not low and self._from(0, True, True, padded)[1] else []
         while alive[-1] and len(alive) <= min(high, lengths[0] + 16 if lengths else high):
             if len(alive) >= low and any(target in alive[-1] and by.choices for by, target in first):
@@ -4641,25 +4648,6 @@ class Regex:
             if work > 2**18:
                 raise ValueError("takes too many steps for texts of that length")
         return alive, lengths
-
-    def _backwards(self, padded: bool) -> tuple[dict[int, set[int]], int]:
-        """From where one character leads to each state inside of a text; and how many ways there are."""
-        before, todo, work = dict[int, set[int]](), [0], 0
-        before[0] = set()
-        for _, target in self._from(0, True, False, padded)[0]:
-            if target not in before:
-                before[target] = set()
-                todo.append(target)
-        while todo:
-            state = todo.pop()
-            for by, target in self._from(state, False, False, padded)[0]:
-                work += 1
-                if by.choices:
-                    if target not in before:
-                        before[target] = set()
-                        todo.append(target)
-                    before[target].add(state)
-        return before, work
 
 
 # ---- JSON Schema: what a value has to be like ----
@@ -4712,11 +4700,6 @@ _TYPE_TESTS: dict[str, Callable[[Json], bool]] = {
     "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
 
 
-def _multiple(value: float, step: float) -> bool:
-    """As validators reckon it: by the quotient, where one is no whole number."""
-    return not value % step if isinstance(value, int) and isinstance(step, int) else _is_whole(value / step)
-
-
 def is_json_schema(schema: Mapping[str, Json]) -> bool:
     """Whether it is no schema of ours, field by field, but a JSON Schema."""
     named = isinstance(schema.get("$schema"), str) or schema.get("type") == "object"
@@ -4730,29 +4713,19 @@ class JsonSchema:
     """
 
     def __init__(self, root: dict[str, Json]) -> None:
-        self.root, self.regexes, self.steps, self.formats = root, dict[str, Regex](), 0, True
-        self.lengths: dict[tuple[str, int, int], bool] = {}
+        self.root, self.steps, self.formats = root, 0, True
+        self.regex, self.has_text = functools.cache(Regex), functools.cache(self._has_text)
         self.ref_alone = bool(re.search(r"draft-0[3-7]", str(root.get("$schema"))))
 
     def parts(self, node: dict[str, Json]) -> dict[str, Json]:
         """What counts of an object: up to draft 7, of one with a `$ref` nothing else."""
         return {"$ref": node["$ref"]} if self.ref_alone and "$ref" in node else node
 
-    def regex(self, source: str) -> Regex:
-        """A pattern; ValueError if it can not be used."""
-        if source not in self.regexes:
-            self.regexes[source] = Regex(source)
-        return self.regexes[source]
-
-    def has_text(self, source: str, low: int, high: int) -> bool:
+    def _has_text(self, source: str, low: int, high: int) -> bool:
         """Whether a pattern is found in texts of such a length."""
-        if (source, low, high) not in self.lengths:
-            try:
-                self.regex(source).draw(random.Random(0), low, high)
-                self.lengths[source, low, high] = True
-            except ValueError:
-                self.lengths[source, low, high] = False
-        return self.lengths[source, low, high]
+        with suppress(ValueError):
+            return bool(self.regex(source).draw(random.Random(0), low, high))
+        return False
 
     @functools.cached_property
     def named(self) -> dict[str, tuple[Json, str]]:
@@ -4784,14 +4757,13 @@ class JsonSchema:
     def allows(self, value: Json, nodes: Iterable[Json], formats: bool = True) -> bool:
         """Whether a value is valid against each of these parts of the document."""
         try:
-            return all(self._told(value, node, told) for node in nodes for told in {formats, False})
+            for node, self.formats in product(nodes, {formats, False}):  # some validators check formats, others do not
+                self.steps = 0
+                if not self._meets(value, node):
+                    return False
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             return False
-
-    def _told(self, value: Json, node: Json, formats: bool) -> bool:
-        """With `format`, which some validators check, and without."""
-        self.steps, self.formats = 0, formats
-        return self._meets(value, node)
+        return True
 
     def _meets(self, value: Json, node: Json) -> bool:
         if isinstance(node, bool):
@@ -4815,11 +4787,12 @@ class JsonSchema:
             "anyOf" not in node or any(self._meets(value, part) for part in node["anyOf"]))
 
     def _number(self, value: float, node: Json) -> bool:
-        low, high = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
+        low, high, step = node.get("exclusiveMinimum"), node.get("exclusiveMaximum"), node.get("multipleOf")
         return (node.get("minimum", value) <= value <= node.get("maximum", value)
                 and (low is None or low is False or value > (node["minimum"] if low is True else low))
                 and (high is None or high is False or value < (node["maximum"] if high is True else high))
-                and ("multipleOf" not in node or _multiple(value, node["multipleOf"])))
+                and (step is None or (not value % step if isinstance(value, int) and isinstance(step, int)
+                                      else _is_whole(value / step))))  # as validators reckon it
 
     def _text(self, value: str, node: Json) -> bool:
         form = _FORMATS.get(node.get("format", "")) if self.formats else None
@@ -5905,9 +5878,8 @@ class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
         super().__init__({keyword: [*facts] for keyword, facts in (within or {}).items()})
         self.nodes: list[Json] = [] if within is None else [*within.nodes]
         self.refs: frozenset[str] = above if within is None else within.refs
-        self.above = self.refs
-        self.lean = lean
         self.where: str = "" if within is None else within.where
+        self.above, self.lean = self.refs, lean
 
     def said(self, *keywords: str) -> list[Any]:
         """What is said under these keywords."""
@@ -5917,12 +5889,27 @@ class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
         """Where the first of these keywords is, or else the last part of the schema that says something of it."""
         return next((at for keyword in keywords for _, at, _ in self.get(keyword, ())), self.where)
 
-    def limit(self, side: str) -> tuple[float, bool] | None:
-        """The narrowest bound, and whether it is excluded; `side` is Minimum or Maximum."""
-        found = [(value, node.get(f"exclusive{side}") is True) for value, _, node in self.get(side.lower(), ())]
-        found += [(value, True) for value in self.said(f"exclusive{side}") if not isinstance(value, bool)]
-        lowest = side == "Minimum"
-        return (max if lowest else min)(found, key=lambda bound: (bound[0], bound[1] is lowest), default=None)
+    def bound(self, side: str, whole: bool) -> float | None:
+        """The last number that all bounds admit; `side` is Minimum or Maximum."""
+        sign = 1 if side == "Minimum" else -1
+        found = [(sign * value, node.get(f"exclusive{side}") is True) for value, _, node in self.get(side.lower(), ())]
+        found += [(sign * value, True) for value in self.said(f"exclusive{side}") if not isinstance(value, bool)]
+        if not found:
+            return None
+        value: float
+        value, excluded = max(found)
+        if whole:
+            return sign * (math.floor(value) + 1 if excluded else math.ceil(value))
+        number = float(value)
+        beyond = number < value or (excluded and number == value)
+        return sign * (math.nextafter(number, math.inf) if beyond else number)
+
+    def bounds(self, room: float, whole: bool = False) -> tuple[float, float | None]:
+        """The least number, by default 0 or so much below the most, and the most."""
+        least, most = self.bound("Minimum", whole), self.bound("Maximum", whole)
+        if least is None:
+            least = most - room if most is not None and most <= 0 else 0.0
+        return least, most
 
     def range(self, what: str) -> tuple[int, int | None]:
         """The bounds of a number of things, such as Length; Impossible if they exclude each other."""
@@ -5964,14 +5951,6 @@ _FAKER_JS: dict[str, Any] = {
         ("past", "-1y", "now"), ("recent", "-1d", "now"), ("future", "now", "+1y"), ("soon", "now", "+1d"))}}
 
 
-def _within(bound: tuple[float, bool], towards: float) -> float:
-    """The float next to a bound on its right side."""
-    value, excluded = bound
-    number = float(value)
-    outside = number < value if towards > 0 else number > value
-    return math.nextafter(number, towards) if outside or (excluded and number == value) else number
-
-
 def _faker_fields(hint: Json, pointer: str) -> list[dict[str, Any]]:
     """The fields that a Faker method means, named as Faker or as faker-js does; of instants also their dates."""
     pairs = [(hint, {})] if isinstance(hint, str) else [*hint.items()] if isinstance(hint, dict) else []
@@ -6008,11 +5987,10 @@ class Translation:
         if not (keyword := next((key for key in ("oneOf", "anyOf") if key in place), "")):
             return self._properties(place, 0, 1)
         refused = Impossible(place.pointer(keyword), "no branch fits records that all have the same fields")
-        for branch, lean in product(self._branches(place, keyword), (False, True)):
+        for number, lean in product(range(len(place.said(keyword)[0])), (False, True)):
             try:
-                if isinstance(branch, Impossible):
-                    raise branch
-                fields = self._record(Place(within=branch, lean=lean))
+                branch = self._branch(place, keyword, number, lean)
+                fields = self._record(branch)
                 if self._fits({"type": "object", "fields": fields}, branch):
                     return fields
             except Impossible as error:
@@ -6130,20 +6108,15 @@ class Translation:
         field = {"type": "const", "value": some[0]} if len(some) == 1 else {"type": "choice", "values": some}
         return field | (_SOMETIMES if len(some) < len(found) else {})
 
-    def _branches(self, place: Place, keyword: str) -> Iterator[Place | Impossible]:
-        """What the branches of the first of these say of a place, besides the rest; or why there is none."""
-        branches, at, _ = place[keyword][0]
-        rest = Place(within=place)
-        rest[keyword] = rest[keyword][1:]
-        if not rest[keyword]:
-            del rest[keyword]
-        for number, branch in enumerate(branches):
-            inner = Place(within=rest)
-            try:
-                self._include(inner, branch, f"{at}/{number}")
-                yield inner
-            except Impossible as refusal:
-                yield refusal
+    def _branch(self, place: Place, keyword: str, number: int, lean: bool = False) -> Place:
+        """What a branch of the first of these says of a place, besides the rest."""
+        (branches, at, _), *others = place[keyword]
+        branch = Place(within=place, lean=lean)
+        del branch[keyword]
+        if others:
+            branch[keyword] = others
+        self._include(branch, branches[number], f"{at}/{number}")
+        return branch
 
     def _union(self, place: Place, keyword: str, name: str, depth: int, times: float) -> dict[str, Any]:
         branches = place.said(keyword)[0]
@@ -6152,15 +6125,14 @@ class Translation:
         if keyword == "oneOf":
             self._spend(len(branches) ** 2 / 5)  # each value is checked against each
         found, refused = list[dict[str, Any]](), Impossible(place.pointer(keyword), "has no branch")
-        for branch in self._branches(place, keyword):
+        for number in range(len(branches)):
             try:
-                if isinstance(branch, Impossible):
-                    raise branch
+                branch = self._branch(place, keyword, number)
                 if keyword == "anyOf" and depth > self.rich and any(field != _NOTHING for field in found):
                     continue
                 found.append(self._field(branch, name, depth + 1, times))
                 if keyword == "oneOf" and found[-1]["type"] == "object":
-                    found.append(self._field(Place(within=branch, lean=True), name, depth + 1, times))
+                    found.append(self._field(self._branch(place, keyword, number, True), name, depth + 1, times))
             except Impossible as refusal:
                 if keyword == "oneOf" and isinstance(refusal, NotHonoured):
                     raise
@@ -6186,8 +6158,11 @@ class Translation:
     def _of_type(self, kind: str, place: Place, name: str, depth: int, times: float) -> dict[str, Any]:
         if kind in ("null", "boolean"):
             return {"type": "bool"} if kind == "boolean" else _NOTHING
-        if kind in ("array", "object"):
-            return (self._array if kind == "array" else self._object)(place, depth, times)
+        if kind == "object":
+            fields = self._properties(place, depth, times)
+            return {"type": "object", "fields": fields} if fields else {"type": "const", "value": {}}
+        if kind == "array":
+            return self._array(place, depth, times)
         if kind == "integer":
             return self._integer(place, name if depth == 1 else "")
         return self._string(place, name) if kind == "string" else self._number(place)
@@ -6201,15 +6176,14 @@ class Translation:
         return Fraction(math.lcm(*(int(step * common) for step in steps)), common) if steps else None
 
     def _integer(self, place: Place, name: str) -> dict[str, Any]:
-        exact = self._step(place)
-        low, high, step = place.limit("Minimum"), place.limit("Maximum"), exact.numerator if exact else 1
-        most = 2**31 - 1 if "int32" in place.said("format") else MAX_INT
-        least = max(-most, (math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])) if low else min(
-            0, -most if high is None else math.floor(high[0]) - 10 * max(step, 1000)) if high and high[0] <= 0 else 0)
-        if name.lower() == "id" and step == 1 and not high and least <= 2**31:
+        exact, most = self._step(place), 2**31 - 1 if "int32" in place.said("format") else MAX_INT
+        step = exact.numerator if exact else 1
+        room = 10 * max(step, 1000)
+        low, high = place.bounds(room, whole=True)
+        least = max(-most, int(low))
+        if name.lower() == "id" and step == 1 and high is None and least <= 2**31:
             return {"type": "sequence", "start": max(1, least)}
-        most = min(most, (math.ceil(high[0]) - 1 if high[1] else math.floor(high[0])) if high else max(
-            9999, least + 10 * max(step, 1000)))
+        most = min(most, max(9999, least + room) if high is None else int(high))
         if -(-least // step) > most // step:
             self._exclude(place, f"no whole number{f' that is a multiple of {step}' if step > 1 else ''} lies "
                                  f"between {least} and {most}")
@@ -6226,11 +6200,9 @@ class Translation:
         step = self._step(place)
         if step and step.denominator == 1:
             return self._integer(place, "")
-        low, high = place.limit("Minimum"), place.limit("Maximum")
         room = max(1000.0, 10 * float(step or 0))
-        least = _within(low, math.inf) if low else min(0.0, _within(high, -math.inf) - room) if (
-            high and high[0] <= 0) else 0.0
-        most = _within(high, -math.inf) if high else least + max(room, abs(least))
+        least, high = place.bounds(room)
+        most = least + max(room, abs(least)) if high is None else high
         least, most = max(least, -1e300), min(most, 1e300)
         if least > most:
             self._exclude(place, f"no number lies between {least} and {most}")
@@ -6303,10 +6275,6 @@ class Translation:
             elif at >= len(node.get("prefixItems", ())):
                 self._include(item, items, pointer)
         return item
-
-    def _object(self, place: Place, depth: int, times: float) -> dict[str, Any]:
-        fields = self._properties(place, depth, times)
-        return {"type": "object", "fields": fields} if fields else {"type": "const", "value": {}}
 
     def _properties(self, place: Place, depth: int, times: float) -> dict[str, Any]:
         """The fields of an object: in the order of its properties, then those that are only required."""
@@ -9766,11 +9734,11 @@ def _type_named_like(filename: str) -> str:
     return name if re.match("[a-z]", name) and name != "jobs" and not name.startswith("sqlite") else "record"
 
 
-def _types_of_parts(parts: Iterable[str], filename: str) -> dict[str, str]:
+def _types_of_parts(parts: Iterable[str], filename: str = "", spell: Callable[[str], str] = str) -> dict[str, str]:
     """A record type for each list in a file, by its name; that of the file where the file is the list."""
     types: dict[str, str] = {}
     for part in parts:
-        base = _type_named_like(part or filename)
+        base = _type_named_like(spell(part) or filename)
         names = chain([base], (f"{base[:58]}_{number}" for number in itertools.count(2)))
         types[part] = next(name for name in names if name not in types.values())
     return types
@@ -9979,22 +9947,23 @@ _FIELDS_BY_KIND: Mapping[Kind, Callable[[str, Sequence[Any]], dict[str, Json]]] 
 }
 
 
-def inferred_field(name: str, kind: Kind, values: Sequence[Json], depth: int = 1) -> Json:
-    """The field of a schema that makes values like these, which are as the tables store them; nulls too.
+def inferred_field(name: str, values: Sequence[Json], kind: Kind | None, depth: int = 1) -> Json:
+    """The field of a schema that makes values like these; nulls too.
 
-    `depth` tells in how many lists and objects they are, of which a schema takes MAX_DEPTH.
+    They are as the tables store those of this kind; without one, as they are in JSON. `depth` tells in how many lists
+    and objects they are, of which a schema takes MAX_DEPTH.
     """
-    def nested(key: str, cells: Sequence[Json]) -> Json:
-        reader, column = RecordReader("sample.json"), ColumnBatch({"": _json_cells(cells)}, len(cells))
+    if kind is None:
+        reader, column = RecordReader("sample.json"), ColumnBatch({"": _json_cells(values)}, len(values))
         reader.learn(column)
-        inner = reader.kinds()[""]
-        return inferred_field(key, inner, [row[0] for row in reader.rows(column, {"": inner})], depth + 1)
-
+        kind = reader.kinds()[""]
+        values = [row[0] for row in reader.rows(column, {"": kind})]
     present = [value for value in values if value is not None]
     if not present:
         return {"type": "const", "value": None}
     try:
         if kind == "json":
+            nested = partial(inferred_field, kind=None, depth=depth + 1)
             field = _json_field(present, nested if depth < MAX_DEPTH else None)
         else:
             field = _FIELDS_BY_KIND[kind](name, present)
@@ -10021,14 +9990,13 @@ def _demands(check: Sequence[str]) -> Iterator[tuple[str, str, Json]]:
             values = [*itertools.takewhile(")".__ne__, tokens)]
             yield column, "enum", [literal(value) for value in values if value != ","]
         elif operator == "BETWEEN":
-            for keyword in ("minimum", "maximum"):
-                yield column, f"{keyword[:3]}Length" if long else keyword, literal(next(tokens))
-                if keyword == "minimum":
-                    next(tokens)
+            low, _, high = itertools.islice(tokens, 3)
+            yield column, "minLength" if long else "minimum", literal(low)
+            yield column, "maxLength" if long else "maximum", literal(high)
         elif long:
-            shift = {"<": -1, ">": 1}.get(operator, 0)
-            sides = {"<": "max", ">": "min"}.get(operator[0], "min max").split()
-            yield from ((column, f"{side}Length", literal(token) + shift) for token in [next(tokens)] for side in sides)
+            size = literal(next(tokens)) + {"<": -1, ">": 1}.get(operator, 0)
+            for side in {"<": "max", "<=": "max", ">": "min", ">=": "min", "=": "min max"}[operator].split():
+                yield column, f"{side}Length", size
         else:
             yield column, keywords[operator], literal(next(tokens))
         if next(tokens).upper() != "AND":
@@ -10064,17 +10032,14 @@ def _table_fields(table: OtherTable, notes: list[str]) -> dict[str, dict[str, Js
                 demands[{column.lower(): column for column in table.columns}[name.lower()]][keyword] = value
         except (ValueError, LookupError, TypeError, RuntimeError):
             notes.append(f"{table.name}: CHECK ({' '.join(check)}) is not understood")
-    rows = zip(*(column.values for column in table.columns.values()), strict=True)
-    texts = [json.dumps({name: None if isinstance(value, bytes) else value for name, value in zip(
-        table.columns, row, strict=True)}) for row in rows]
-    told = inferred_field("", "json", texts)["fields"] if texts else {}
     fields = {}
     for name, column in table.columns.items():
-        valid, field = demands[name], told.get(name) or _declared_field(name, column, demands[name])
+        valid, values = demands[name], [None if isinstance(value, bytes) else value for value in column.values]
+        field = inferred_field(name, values, None) if values else _declared_field(name, column, valid)
         fields[name] = {"type": field} if isinstance(field, str) else field
         if "enum" in valid and fields[name]["type"] not in ("choice", "const"):
             fields[name] = {"type": "choice", "values": valid["enum"]}
-        elif texts and valid.keys() & {"minLength", "maxLength"} and fields[name]["type"] not in ("pattern", "choice"):
+        elif values and valid.keys() & {"minLength", "maxLength"} and fields[name]["type"] not in ("pattern", "choice"):
             unique = {"unique": True} if fields[name].pop("unique", False) else {}
             field = {"type": "phrase", **valid}
             fields[name] = {"type": "first_of", "of": [fields[name], field], "valid": valid, **unique}
@@ -10101,8 +10066,7 @@ class _Tables:
     def __init__(self, tables: Sequence[OtherTable], notes: list[str]) -> None:
         self.notes, self.specs = notes, dict[str, dict[str, Json]]()
         self.tables = {table.name.lower(): table for table in tables}
-        self.types = _types_of_parts([table.name for table in tables], "")
-        self.live = any(table.rows for table in tables)
+        self.types = _types_of_parts(table.name for table in tables)
         left = dict(self.tables)
         while left:
             # of those that need each other first one that can do without
@@ -10187,7 +10151,6 @@ class _Tables:
         else:
             self.notes.append(f"{table.name}: that {', '.join(columns)} are unique is not understood")
 
-
     def _other(self, columns: tuple[str, ...], linked: Mapping[str, ForeignKey], spec: Mapping[str, Json]) -> str:
         """The column of these whose row may be another one each time, of as many as there are at least."""
         for column in reversed(columns):
@@ -10206,8 +10169,12 @@ def _noted(notes: list[str]) -> dict[str, Json]:
     return {"notes": notes[:100] + more} if notes else {}
 
 
-def infer_tables(tables: Sequence[OtherTable], notes: list[str]) -> dict[str, Json]:
-    """A /generate request whose records fit into these tables; `notes` tells what does not."""
+def infer_tables(source: Path | str) -> dict[str, Json]:
+    """A /generate request whose records fit into the tables of a database, or of a script that creates one."""
+    try:
+        tables, notes = read_tables(source)
+    except ValueError as error:
+        raise BadRequest.of("file", str(error)) from None
     if not tables:
         raise BadRequest("there are no tables to infer a schema from", [FieldProblem("file", "has no tables")])
     specs = _Tables(tables, notes).specs
@@ -10248,12 +10215,12 @@ def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] 
         return None
     specs, notes = dict[str, Json](), list[str]()
     objects = {name: node for name, node in parts.items() if isinstance(node, dict) and (
-        "properties" in node or "allOf" in node or "$ref" in node)}
-    for name, record_type in _types_of_parts(map(to_snake, objects), filename).items():
+        node.keys() & {"properties", "allOf", "$ref"})}
+    for name, record_type in _types_of_parts(objects, filename, to_snake).items():
         if len(specs) + len(notes) >= MAX_TABLES:
             notes.append(f"{name} is left out")
             continue
-        node = next(node for key, node in objects.items() if to_snake(key) == name)
+        node = objects[name]
         spec = {"count": 10, "schema": node if node is document else _part_of(document, node)}
         try:
             Recipe(_specs({record_type: spec}), now=EPOCH, locale="en_US", where="records")
@@ -10268,25 +10235,19 @@ def infer_document(document: dict[str, Json], filename: str) -> dict[str, Json] 
 
 def _infer_schema(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json] | None:
     """The same for what tells of records without being some: a database, a script that creates one, a JSON Schema."""
-    head, suffix = stream.read(2**22), filename.rpartition(".")[2].lower()
+    head, document = stream.read(2**22), None
     stream.seek(0)
-    if suffix != "sql" and not head.startswith(b"SQLite format 3\0"):
-        document = None
-        if head.lstrip()[:1] == b"{" and len(head) < 2**22 and not options.path and not options.split:
-            with suppress(ValueError, RecursionError):
-                document = json.loads(head)
-        return infer_document(document, filename) if isinstance(document, dict) else None
-    try:
-        notes = list[str]()
-        if suffix == "sql":
-            connection, notes = created_by(head.decode(options.encoding or "utf-8-sig"))
-        else:
-            connection = open_foreign(Path(stream.name))
-        with closing(connection):
-            tables, more = read_tables(connection, 1000)
-    except ValueError as error:
-        raise BadRequest.of("file", str(error)) from None
-    return infer_tables(tables, notes + more)
+    if filename.lower().endswith(".sql"):
+        try:
+            return infer_tables(head.decode(options.encoding or "utf-8-sig"))
+        except ValueError as error:
+            raise BadRequest.of("file", str(error)) from None
+    if head.startswith(b"SQLite format 3\0"):
+        return infer_tables(Path(stream.name))
+    if head.lstrip()[:1] == b"{" and len(head) < 2**22 and not options.path and not options.split:
+        with suppress(ValueError, RecursionError):
+            document = json.loads(head)
+    return infer_document(document, filename) if isinstance(document, dict) else None
 
 
 def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, Json]:
@@ -10309,7 +10270,7 @@ def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, 
         if kinds:
             columns = zip(kinds.items(), zip(*rows, strict=True), strict=True)
             specs[part] = {"count": len(rows), "schema": {
-                field: inferred_field(field, kind, column) for (field, kind), column in columns}}
+                field: inferred_field(field, column, kind) for (field, kind), column in columns}}
     if not specs:
         raise BadRequest("there are no records to infer a schema from", [FieldProblem("file", "has no records")])
     if options.split:

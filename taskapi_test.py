@@ -5419,6 +5419,24 @@ def test_what_a_script_may_hold_is_left_out_by_name(tmp_path: Path) -> None:
     assert {"the trigger r is left out", "the view v is left out"} <= {*made["notes"]}
 
 
+@pytest.mark.parametrize(
+    ("check", "field"),
+    [("= 3", {"minLength": 3, "maxLength": 3}), ("> 3", {"minLength": 4}), ("<= 3", {"minLength": 1, "maxLength": 3}),
+     ("< 3", {"minLength": 1, "maxLength": 2}), ("BETWEEN 2 AND 3", {"minLength": 2, "maxLength": 3})])
+def test_a_check_of_a_length_is_kept(check: str, field: Any) -> None:
+    """As bounds of the text."""
+    made = inferred(f"CREATE TABLE t (a TEXT CHECK (length(a) {check}))".encode(), "x.sql")
+    assert made == {"records": {"t": {"count": 10, "schema": {"a": {"type": "phrase", **field}}}}}
+
+
+@pytest.mark.parametrize("operator", ["<>", "!="])
+def test_a_length_that_is_excluded_is_not_understood(operator: str) -> None:
+    """Rather than taken for the length that a text has to have, or for the longest."""
+    made = inferred(f"CREATE TABLE t (a TEXT CHECK (length(a) {operator} 5))".encode(), "x.sql")
+    assert made["records"]["t"]["schema"] == {"a": "word"}
+    assert made["notes"] == [f"t: CHECK (length ( a ) {operator} 5) is not understood"]
+
+
 def test_a_broken_or_hostile_database_is_refused_or_bounded(tmp_path: Path) -> None:
     """Nothing in it is run; what takes too many steps is given up."""
     with pytest.raises(BadRequest, match="no database"):
@@ -5451,10 +5469,11 @@ def test_infer_takes_databases_scripts_and_documents_over_http(service: taskapi.
     document = {"openapi": "3.1.0", "components": {"schemas": {
         "PetOrder": shaped(pets={"type": "array", "items": {"$ref": "#/components/schemas/Pet"}}),
         "Pet": {**shaped(tag={"$ref": "#/components/schemas/Tag"}), "required": ["tag"]},
-        "Tag": {"allOf": [shaped(label={"type": "string"})]}, "Kind": {"enum": ["a"]}, "Bad": shaped(it={"not": {}})}}}
+        "Tag": {"allOf": [shaped(label={"type": "string"})]}, "Kind": {"enum": ["a"]}, "Bad": shaped(it={"not": {}}),
+        "TAG": shaped(other={"type": "string"})}}}
     made = app.post("/infer", upload_files=[("file", "api.json", json.dumps(document).encode())]).json
-    assert made["records"].keys() == {"pet_order", "pet", "tag"}
-    assert made["notes"] == ["bad is left out: records.bad.schema#/properties/it/not: not cannot be honoured"]
+    assert made["records"].keys() == {"pet_order", "pet", "tag", "tag_2"}, "also two names that are spelled alike"
+    assert made["notes"] == ["Bad is left out: records.bad.schema#/properties/it/not: not cannot be honoured"]
     assert app.post_json("/preview", made).json["records"]["pet"][0]["tag"]["label"]
     one = json.dumps({"$schema": DRAFT_7, **shaped(a={"type": "integer"}), "title": "My Thing"}).encode()
     assert app.post("/infer", upload_files=[("file", "s.json", one)]).json["records"].keys() == {"my_thing"}
