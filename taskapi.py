@@ -7271,7 +7271,7 @@ class Snapshots:
         """Those there are, by name."""
         found = []
         for path in sorted(self.root.glob(f"*/{_ABOUT}")):
-            with suppress(ValueError, KeyError):  # a folder of somebody else's
+            with suppress(ValueError, KeyError, TypeError, FileNotFoundError):  # somebody else's, or gone meanwhile
                 told = json.loads(path.read_bytes())
                 made = Snapshot.model_validate({key: told[key] for key in map(to_camel, Snapshot.model_fields)})
                 found += [made] if made.name == path.parent.name else []
@@ -7291,8 +7291,12 @@ class Snapshots:
 
     def remove(self, name: str) -> None:
         """Deletes a snapshot, at once for all who look; NotFound."""
+        place = self.place(name)
         with self.draft() as draft:
-            os.replace(self.place(name), draft / name)
+            try:
+                os.replace(place, draft / name)
+            except FileNotFoundError:
+                raise NotFound(f"there is no snapshot {name!r} any more") from None
             _sync_folder(self.root)
 
     def pack(self, name: str, out: BinaryIO) -> None:
@@ -11462,29 +11466,24 @@ class Engine:
 
     def health(self) -> Health:
         """Really writes to the database and the disk, and asks the workers."""
-        errors, database, queue = [], "ok", "ok"
-        pending = in_progress = 0
-        try:
-            self.queue.probe()
-            pending, in_progress = self.queue.jobs.counts()
-        except StorageError as error:
-            database = "unavailable"
-            errors.append(str(error))
-        try:
-            self.queue.check()
-        except Unavailable as error:
-            queue = "unavailable"
-            errors.append(str(error))
+        states, errors, pending, in_progress = {"database": "ok", "queue": "ok"}, [], 0, 0
+        for part, look in (("database", self.queue.probe), ("queue", self.queue.check)):
+            try:
+                look()
+                if part == "database":
+                    pending, in_progress = self.queue.jobs.counts()
+            except (StorageError, Unavailable) as error:
+                states[part] = "unavailable"
+                errors.append(str(error))
         checks = dict(self.checks)
         if stuck := self.queue.stuck():
             checks["stuck"] = f"to cancel gives up: {', '.join(map(str, stuck))}"
         if self.queue.fault:
             checks["storage"] = f"jobs wait for it: {self.queue.fault}"
         return Health.model_validate({
-            "status": "unavailable" if errors else "ok", "database": database, "queue": queue, "pending": pending,
-            "in_progress": in_progress, "workers": self.settings.workers,
-            "uptime": round(monotonic() - self._started, 3), "errors": errors or None, "checks": checks,
-            "links": {name: MOUNT.get() + path for name, path in LINKS.items()}})
+            **states, "status": "unavailable" if errors else "ok", "pending": pending, "in_progress": in_progress,
+            "workers": self.settings.workers, "uptime": round(monotonic() - self._started, 3), "checks": checks,
+            "errors": errors or None, "links": {name: MOUNT.get() + path for name, path in LINKS.items()}})
 
     def close(self, seconds: float = 2.0) -> bool:
         """Puts running jobs back to pending and lets go of everything; False if a job did not pause in time.
@@ -12093,15 +12092,12 @@ def _byte_range(header: str, size: int) -> tuple[int, int, str]:
     A header that is no single byte range is ignored, as the RFC allows: the whole file, and no Content-Range.
     """
     match = re.fullmatch(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", header, re.ASCII)
-    if not match or not (match[1] or match[2]):
+    first, last = match.groups() if match else ("", "")
+    if not (first or last) or (first and last and int(last) < int(first)):
         return 0, size, ""
-    if match[1]:
-        start, end = int(match[1]), min(int(match[2]) + 1 if match[2] else size, size)
-        if match[2] and int(match[2]) < start:
-            return 0, size, ""
-    else:
-        start, end = max(0, size - int(match[2])), size
-    if start >= size or start >= end:
+    start = int(first) if first else max(0, size - int(last))
+    end = min(int(last) + 1, size) if first and last else size
+    if start >= end:
         raise RangeNotSatisfiable(f"the file has {size} bytes", headers={"Content-Range": f"bytes */{size}"})
     return start, end, f"bytes {start}-{end - 1}/{size}"
 
@@ -14814,7 +14810,6 @@ class _Setting(click.Option):
         super().__init__([name, flag_of(name)], type=click.UNPROCESSED, hidden=hidden, default=None, **form,
                          help=f"{field.description}{default}",
                          shell_complete=lambda _context, _option, text: [w for w in words if w.startswith(text)])
-
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         """The variable's text, also of a flag, which click would take for unset where it is nonsense."""

@@ -6633,6 +6633,14 @@ def test_snapshots_have_names_and_are_whole_or_refused(taskapi_service: taskapi.
     for call in (("POST", "/snapshots/onee/restore"), ("DELETE", "/snapshots/onee")):
         refused(ask(service.url, *call), 404, "did you mean 'one'")
     refused(ask(service.url, "POST", "/snapshots/..%2F..%2Fx/restore"), 404)
+    (root / "other").mkdir()
+    (root / "other" / "snapshot.json").write_text("[]", encoding="utf-8")
+    service.snapshot("gone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service.snapshots, "all", partial(list, service.snapshots.all()))  # as seen just before
+        assert ask(service.url, "DELETE", "/snapshots/gone").status == 204
+        refused(ask(service.url, "DELETE", "/snapshots/gone"), 404, "'gone'")
+        refused(ask(service.url, "POST", "/snapshots/gone/restore"), 409, "'gone'")
     good = (root / "one" / "taskapi.db").read_bytes()
     with closing(sqlite3.connect(root / "one" / "taskapi.db")) as copy:
         copy.execute("PRAGMA user_version = 99")
