@@ -3538,8 +3538,8 @@ def read_tables(source: Path | str) -> tuple[list[OtherTable], list[str]]:
     return tables, notes
 
 
-def write_into(path: Path, source: Path, table_of: Callable[[str], str]) -> dict[str, int]:
-    """Copy the tables of one database into those of another of which `table_of` gives the same name, all or nothing.
+def write_into(path: Path, source: Path, named: Callable[[Sequence[str]], Mapping[str, str]]) -> dict[str, int]:
+    """Copy the tables of one database into those of another for which `named` gives the same name, all or nothing.
 
     Foreign keys are checked once all is there. ValueError tells what does not fit. Returns how many rows went where.
     """
@@ -3548,11 +3548,13 @@ def write_into(path: Path, source: Path, table_of: Callable[[str], str]) -> dict
             connection.execute("ATTACH ? AS made", [str(source)])
             connection.execute("BEGIN IMMEDIATE")
             broken = {*connection.execute("PRAGMA main.foreign_key_check")}
-            names = [name for name, in connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")]
-            counts = {}
+            names = [name for name, in connection.execute(
+                "SELECT name FROM main.sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite!_%' ESCAPE '!' "
+                "ORDER BY rowid")]
+            tables, counts = {given: name for name, given in named(names).items()}, {}
             for made, in connection.execute("SELECT name FROM made.sqlite_master WHERE type = 'table' ORDER BY rowid"
                                             ).fetchall():
-                if not (into := next((name for name in names if table_of(name) == made), "")):
+                if not (into := tables.get(made)):
                     raise ValueError(f"there is no table {made!r}{did_you_mean(made, names)}")
                 listed = connection.execute(f"PRAGMA made.table_info({_quote(made)})")
                 columns = ", ".join(_quote(row[1]) for row in listed)
@@ -4156,6 +4158,11 @@ def escaped(step: str) -> str:
     return step.replace("~", "~0").replace("/", "~1")
 
 
+def _steps_of(fragment: str) -> list[str]:
+    """The steps of the JSON Pointer in a `$ref`."""
+    return [step.replace("~1", "/").replace("~0", "~") for step in unquote(fragment).split("/")[1:]]
+
+
 class RecipeType:
     """One record type of a recipe, checked."""
 
@@ -4748,10 +4755,9 @@ class JsonSchema:
         node, pointer = self.named[base] if base else (self.root, "")
         if fragment and not fragment.startswith("/"):
             return self.named[f"#{fragment}"]
-        for step in unquote(fragment).split("/")[1:]:
-            key = step.replace("~1", "/").replace("~0", "~")
-            node = node[int(key) if isinstance(node, list) and key.isdecimal() else key]
-            pointer += f"/{step}"
+        for step in _steps_of(fragment):
+            node = node[int(step) if isinstance(node, list) and step.isdecimal() else step]
+            pointer += f"/{escaped(step)}"
         return node, pointer
 
     def allows(self, value: Json, nodes: Iterable[Json], formats: bool = True) -> bool:
@@ -5911,13 +5917,13 @@ class Place(dict[str, list[tuple[Any, str, dict[str, Json]]]]):
             least = most - room if most is not None and most <= 0 else 0.0
         return least, most
 
-    def range(self, what: str) -> tuple[int, int | None]:
+    def range(self, what: str) -> tuple[int, float]:
         """The bounds of a number of things, such as Length; Impossible if they exclude each other."""
-        low, high = max([0, *self.said(f"min{what}")]), min(self.said(f"max{what}"), default=None)
-        if high is not None and low > high:
+        low, high = max([0, *self.said(f"min{what}")]), min([math.inf, *self.said(f"max{what}")])
+        if low > high:
             raise Impossible(self.pointer(f"min{what}"), f"min{what} {low} is more than max{what} {high}",
                              self.pointer(f"max{what}"))
-        return math.ceil(low), None if high is None else math.floor(high)
+        return math.ceil(low), high if high == math.inf else math.floor(high)
 
 
 _NOTHING: dict[str, Any] = {"type": "const", "value": None}
@@ -6216,9 +6222,9 @@ class Translation:
         low, high = place.range("Length")
         if low > MAX_TEXT:
             raise Impossible(place.pointer("minLength"), f"should be at most {MAX_TEXT}")
-        bounds = {"minLength": low} if low else {}
-        if high is not None:
-            bounds |= {"minLength": min(low or 1, high), "maxLength": min(high, MAX_TEXT)}
+        most, bounds = int(min(high, MAX_TEXT)), {"minLength": low} if low else {}
+        if high < math.inf:
+            bounds |= {"minLength": min(low or 1, most), "maxLength": most}
         formats = [_FORMATS[name] for name in place.said("format") if name in _FORMATS]
         for source, at, _ in place.get("pattern", ()):
             try:
@@ -6228,11 +6234,11 @@ class Translation:
         regexes = [*(regex for _, regex in formats), *place.said("pattern")]
         fields = [field for field, _ in formats if field]
         for regex in dict.fromkeys(regexes):
-            if not bounds or self.schema.has_text(regex, low, MAX_TEXT if high is None else high):
+            if not bounds or self.schema.has_text(regex, low, most):
                 fields.append({"type": "pattern", "regex": regex, **bounds})
         if regexes and not any(field["type"] == "pattern" for field in fields):
-            message = f"no text of {low} to {MAX_TEXT if high is None else high} characters is like that"
-            raise Impossible(place.pointer("pattern", "format"), message, place.pointer("maxLength", "minLength"))
+            raise Impossible(place.pointer("pattern", "format"), f"no text of {low} to {most} characters is like that",
+                             place.pointer("maxLength", "minLength"))
         if len(regexes) == 1 and not (formats and bounds):
             return fields[0]
         if regexes:
@@ -6244,10 +6250,10 @@ class Translation:
         return {"type": "first_of", "of": [{"type": method}, words]} if method else words
 
     def _array(self, place: Place, depth: int, times: float) -> dict[str, Any]:
-        low, high = place.range("Items")
+        low, most = place.range("Items")
         first = max([0, *map(len, place.said("prefixItems")), *(
             len(items) for items in place.said("items") if isinstance(items, list))])
-        fields, rest, most = list[dict[str, Any]](), None, math.inf if high is None else high
+        fields, rest = list[dict[str, Any]](), None
         more = max(low - first, min(most - first, max(low - first, 0) + (3 if depth <= self.rich else 1)))
         try:
             while len(fields) < min(first, most):
@@ -6284,13 +6290,13 @@ class Translation:
         low, high = place.range("Properties")
         required = self._required(place, known if rich else ())
         for name in dict.fromkeys([*known, *required]):
-            room = math.inf if high is None else high - len(fields) - len(required.keys() - fields.keys())
+            room = high - len(fields) - len(required.keys() - fields.keys())
             if name in required or (rich and room > 0):
                 self._property(place, name, fields, name in required, depth, times)
-        if high is not None and len(fields) > high:
+        if len(fields) > high:
             raise Impossible(place.pointer("maxProperties"), f"{len(fields)} are required")
         named = any(isinstance(others, dict) for others in place.said("additionalProperties")) and not known
-        wanted = max(low, min(2, 2 if high is None else high) if named and rich else 0)
+        wanted = max(low, int(min(2, high)) if named and rich else 0)
         more = (name for name in self._names(place) if name not in fields and name not in known)
         for name in itertools.islice(more, wanted - len(fields)) if wanted > len(fields) else ():
             self._property(place, name, fields, len(fields) < low, depth, times)
@@ -6332,7 +6338,7 @@ class Translation:
         for node, at, _ in place.get("propertyNames", ()):
             self._include(said, node, at)
         low, high = said.range("Length")
-        drawn = [self.schema.regex(source).draw(random.Random(0), low, min(high or 99, 99))
+        drawn = [self.schema.regex(source).draw(random.Random(0), low, int(min(high, 99)))
                  for source in said.said("pattern")]
         likely = chain(*said.said("enum"), (draw() for draw in drawn for _ in range(50)),
                        (f"key{number}" for number in range(1, 1000)))
@@ -10194,13 +10200,12 @@ def _part_of(document: dict[str, Json], node: dict[str, Json]) -> dict[str, Json
     found: dict[str, Json] = {"type": "object", "properties": {}, **node}
     todo, schema = [found], JsonSchema(document)
     while todo:
-        for ref in re.findall(r'"\$ref":\s*"#(/[^"]+)"', json.dumps(todo.pop())):
-            *steps, last = ref.split("/")[1:]
-            inner = found
-            for step in steps:
-                inner = inner.setdefault(step, {}) if isinstance(inner, dict) else {}
-            if isinstance(inner, dict) and last not in inner:
-                with suppress(LookupError, TypeError, ValueError):  # which is told where it is used
+        for ref in re.findall(r'"\$ref": "#(/[^"]+)"', json.dumps(todo.pop(), ensure_ascii=False)):
+            with suppress(LookupError, TypeError, ValueError, AttributeError):  # which is told where it is used
+                inner, (*steps, last) = found, _steps_of(ref)
+                for step in steps:
+                    inner = inner.setdefault(step, {})
+                if last not in inner:
                     inner[last] = schema.resolve(f"#{ref}")[0]
                     todo.append(inner[last])
     return found
@@ -15040,7 +15045,7 @@ def _insert(client: Client, job: Mapping[str, Json], path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         client.save(done, str(Path(folder) / "made.sqlite"))
         try:
-            counts = write_into(path, Path(folder) / "made.sqlite", _type_named_like)
+            counts = write_into(path, Path(folder) / "made.sqlite", _types_of_parts)
         except ValueError as error:
             raise StartupError(f"--into {path}: {error}; nothing was written") from None
         finally:

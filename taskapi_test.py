@@ -5382,6 +5382,19 @@ def test_records_of_an_inferred_script_fit_into_its_tables(tmp_path: Path, run: 
     assert counts == {name: asked(path, f'SELECT count(*) FROM "{name}"')[0][0] for name in records}, "all or nothing"
 
 
+def test_tables_whose_names_are_spelled_alike_get_their_own_records(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Those that SQLite keeps for itself are no tables."""
+    path = tmp_path / "x.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("""
+            CREATE TABLE counted (id INTEGER PRIMARY KEY AUTOINCREMENT); CREATE TABLE jobs (a TEXT);
+            CREATE TABLE "a b" (b TEXT); CREATE TABLE a_b (c TEXT); CREATE TABLE record (d TEXT);""")
+    (tmp_path / "x.json").write_text(json.dumps(inferred(path.read_bytes(), "x.db")))
+    assert run("generate", "--schema", "x.json", "--into", str(path)).code == 0
+    for table in ("counted", "jobs", "a b", "a_b", "record"):
+        assert asked(path, f'SELECT count(*) FROM "{table}"') == [(10,)]
+
+
 @pytest.mark.parametrize(
     ("script", "told"),
     [
@@ -5468,13 +5481,16 @@ def test_infer_takes_databases_scripts_and_documents_over_http(service: taskapi.
     assert app.post("/upload", upload_files=[("file", "x.sql", b"CREATE TABLE t (a)")], status=400)
     document = {"openapi": "3.1.0", "components": {"schemas": {
         "PetOrder": shaped(pets={"type": "array", "items": {"$ref": "#/components/schemas/Pet"}}),
-        "Pet": {**shaped(tag={"$ref": "#/components/schemas/Tag"}), "required": ["tag"]},
+        "Pet": {**shaped(tag={"$ref": "#/components/schemas/Tag"}, size={"$ref": "#/x~1y%20z/gr%C3%B6ße"}),
+                "required": ["tag", "size"]},
         "Tag": {"allOf": [shaped(label={"type": "string"})]}, "Kind": {"enum": ["a"]}, "Bad": shaped(it={"not": {}}),
-        "TAG": shaped(other={"type": "string"})}}}
+        "TAG": shaped(other={"type": "string"})}}, "x/y z": {"größe": {"const": 5}}}
     made = app.post("/infer", upload_files=[("file", "api.json", json.dumps(document).encode())]).json
     assert made["records"].keys() == {"pet_order", "pet", "tag", "tag_2"}, "also two names that are spelled alike"
     assert made["notes"] == ["Bad is left out: records.bad.schema#/properties/it/not: not cannot be honoured"]
-    assert app.post_json("/preview", made).json["records"]["pet"][0]["tag"]["label"]
+    pet = app.post_json("/preview", made).json["records"]["pet"][0]
+    assert pet["tag"]["label"]
+    assert pet["size"] == 5
     one = json.dumps({"$schema": DRAFT_7, **shaped(a={"type": "integer"}), "title": "My Thing"}).encode()
     assert app.post("/infer", upload_files=[("file", "s.json", one)]).json["records"].keys() == {"my_thing"}
 
