@@ -5660,9 +5660,10 @@ class ListField(_Container):
         if self.max * scope.longest(draw, "of") > MAX_TEXT:
             raise scope.refuse(f"could be longer than {MAX_TEXT} characters", "max")
         length = _pick(scope.rng, range(self.min, self.max + 1))
+        before = [each for each, _ in first]
         if self.unique_items:
-            return partial(self._different, [draw for draw, _ in first], draw, length), "json"
-        return lambda: [*[draw() for draw, _ in first], *[draw() for _ in range(length())]], "json"
+            return partial(self._different, before, draw, length), "json"
+        return lambda: [*[each() for each in before], *[draw() for _ in range(length())]], "json"
 
     def _different(self, first: list[Draw], draw: Draw, length: Draw) -> list[Any]:
         """Values of which no two are equal; fewer, where there are no more."""
@@ -7934,7 +7935,7 @@ def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Wri
         yield from _copied(copy, sink, query.progress)
 
 
-# Readers: an uploaded# Readers: an uploaded file in, batches of its records out, in bounded memory
+# Readers: an uploaded file in, batches of its records out, in bounded memory
 
 _PIECE = 128 * 1024  # bytes of unpacked text that are looked at together
 _RECORD_LIMIT = 8 * 2**20  # characters of one record: what no end is found for by then has none
