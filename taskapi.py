@@ -10997,7 +10997,7 @@ class Workers:
                 _LOG.error("job %s %s did not end as it was asked to", job.job_id, job.type, exc_info=error)
             if context.interruption:
                 return partial(self._end_without_trace, job, JobStatus.CANCELED, context.interruption)
-            return partial(self._put_back, job, _STOPPED, charged=False)
+            return lambda: (self.jobs.release(job, _STOPPED, charged=False), None)
         if isinstance(error, StorageError):
             with suppress(StorageError):
                 self.probe()
@@ -11006,13 +11006,10 @@ class Workers:
                 futile = self.jobs.futile_attempts(job)
             if not charged or futile < self._settings.max_attempts:
                 _LOG.warning("job %s %s interrupted: %s", job.job_id, job.type, message)
-                return partial(self._put_back, job, message, charged=charged)
+                return lambda: (self.jobs.release(job, message, charged=charged), None)
         elif not isinstance(error, TaskError):
             _LOG.error("job %s %s met a bug", job.job_id, job.type, exc_info=error)
         return partial(self._end_without_trace, job, JobStatus.FAILED, message)
-
-    def _put_back(self, job: Job, reason: str, *, charged: bool) -> tuple[Job, None]:
-        return self.jobs.release(job, reason, charged=charged), None
 
     def _end_without_trace(self, job: Job, status: JobStatus, error: str) -> tuple[Job, Claim | None]:
         with suppress(DiskFull):  # to delete takes room too: what is left goes when there is some
@@ -11618,6 +11615,7 @@ class Request:
         self.environ: dict[str, Any] = bottle.request.environ
         self.method: str = bottle.request.method
         self.path: str = bottle.request.path
+        self.query_string: str = self.environ.get("QUERY_STRING", "")
         self.gone: Callable[[], bool] = self.environ.get("taskapi.gone", lambda: False)  # of servers that can tell
 
     def header(self, name: str) -> str | None:
@@ -11631,14 +11629,9 @@ class Request:
         text = self.header("Content-Length") or ""
         return int(text) if text.isdecimal() else -1
 
-    @property
-    def given(self) -> dict[str, str]:
-        """The query string's names and values; BadRequest where a name is given twice."""
-        return _given(self.environ.get("QUERY_STRING", ""))
-
     def query(self, model: type[Q]) -> Q:
         """The query string as a model; BadRequest names an unknown or bad parameter."""
-        return cast(Q, _asked(model, self.environ.get("QUERY_STRING", "")))
+        return cast(Q, _asked(model, self.query_string))
 
     def _declared(self) -> Iterator[bytes]:
         stream, left = self.environ["wsgi.input"], self.length if self.length >= 0 else sys.maxsize
@@ -11687,15 +11680,16 @@ class Request:
                 headers[key.removeprefix("HTTP_").replace("_", "-").title()] = value
         self.engine.seen.append({
             "at": instant(self.engine.clock()), "method": self.method, "path": self.path,
-            "query": dict(parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)),
-            "headers": headers, "body": body, "status": None if cut else status, "ms": round(seconds * 1000, 3),
+            "query": dict(parse_qsl(self.query_string, keep_blank_values=True)), "headers": headers,
+            "body": body, "status": None if cut else status, "ms": round(seconds * 1000, 3),
             "fault": self.fault.id if self.fault else None})
 
     def upload(self, also: Sequence[str] = ()) -> AbstractContextManager[Upload]:
         """The file that the body brings, of a type in `also` or the settings; with the options in query and form."""
         settings = self.engine.settings
         return receive_upload(self.blocks(settings.max_upload_bytes + MULTIPART_OVERHEAD),
-                              self.header("Content-Type") or "", settings, self.engine.folder, self.given, also)
+                              self.header("Content-Type") or "", settings, self.engine.folder,
+                              _given(self.query_string), also)
 
     def computing(self) -> AbstractContextManager[None]:
         """While the request computes for long, in turn with the jobs; Unavailable if its turn does not come."""
@@ -12020,7 +12014,7 @@ def _page(call: Request, wanted: Selected) -> bottle.HTTPResponse:
     items, last, total = call.engine.queue.records.page(wanted._replace(limit=wanted.limit or _PAGE))
     links: dict[str, str] = {}
     if last is not None:
-        kept = [pair for pair in parse_qsl(call.environ.get("QUERY_STRING", ""), True) if pair[0] != "after"]
+        kept = [pair for pair in parse_qsl(call.query_string, True) if pair[0] != "after"]
         links["next"] = f"{MOUNT.get()}{call.path}?{urlencode([*kept, ('after', last)], safe=',:')}"
     return reply(b'{"items": [%b], "next": %b, "total": %d, "links": %b}' % (
         items, to_json(None if last is None else str(last)), total, to_json(links)))
@@ -14687,12 +14681,12 @@ def is_folder(out: str) -> bool:
     return out.endswith(("/", os.sep))
 
 
-def _replace(target: Path, mark: str, blocks: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all."""
+def _replace(target: Path, mark: str, write: Callable[[BinaryIO], object]) -> None:
+    """Has a file written whole or not at all."""
     draft = target.with_name(f".{target.name}.{mark}.part")
     try:
         with draft.open("wb") as file:
-            file.writelines(blocks)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, target)
@@ -14789,7 +14783,7 @@ class Client:
                 stream.flush()
             return
         if not is_folder(out):
-            _replace(target, job["jobId"], blocks)
+            _replace(target, job["jobId"], lambda file: file.writelines(blocks))
             return
         target.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=target) as file:
@@ -14797,7 +14791,7 @@ class Client:
             with zipfile.ZipFile(file) as packed:
                 for name in packed.namelist():
                     with packed.open(name) as member:
-                        _replace(target / name, job["jobId"], iter(lambda: member.read(_BLOCK), b""))
+                        _replace(target / name, job["jobId"], partial(shutil.copyfileobj, member))
 
 
 # ---- Flags: made from the settings and from the models of the requests ----
@@ -15152,17 +15146,10 @@ def _snapshots(client: Client) -> tuple[Snapshots, str]:
 def do_backup(client: Client) -> None:
     """Writes all jobs, records and files of one moment to a .tar.gz file."""
     snapshots, name = _snapshots(client)
-    target = Path(str(client.flags["file"]))
-    draft = target.with_name(f".{target.name}.{name}.part")
     client.ask("POST", "/snapshots", {"name": name})
     try:
-        with draft.open("xb") as file:
-            snapshots.pack(name, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
+        _replace(Path(str(client.flags["file"])), name, partial(snapshots.pack, name))
     finally:
-        draft.unlink(missing_ok=True)
         client.ask("DELETE", f"/snapshots/{name}")
 
 
