@@ -3475,14 +3475,14 @@ def _read_table(connection: sqlite3.Connection, name: str, sql: str, notes: list
     return OtherTable(name, rows, kept, key, [*([key] if key else []), *unique], foreign[::-1], [*_checks(sql)])
 
 
-def _created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
-    """A database in memory with the tables and indexes that a script creates, and what of the script is left out.
+def _create(connection: sqlite3.Connection, script: str) -> list[str]:
+    """Creates the tables and indexes that a script creates, and says what of it is left out.
 
     Nothing else of it is run. ValueError tells what SQLite does not take.
     """
     if len(script) > _MAX_DDL:
         raise ValueError(f"has more than {_MAX_DDL} characters")
-    connection, notes, words = sqlite3.connect(":memory:", isolation_level=None), list[str](), list[str]()
+    notes, words = list[str](), list[str]()
     others = created = first = 0
     connection.set_authorizer(lambda action, what, *_: sqlite3.SQLITE_OK if action in _CREATES or (
         action in (sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE) and what == "sqlite_master") else sqlite3.SQLITE_DENY)
@@ -3498,7 +3498,6 @@ def _created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
             try:
                 connection.execute(script[first:end])
             except sqlite3.Error as error:
-                connection.close()
                 raise ValueError(f"{statement}...: {error}") from None
         elif found := re.match(r"create .*?(view|trigger|virtual table) (?:if not exists )?(\S+)", " ".join(words[:8]),
                                re.IGNORECASE):
@@ -3508,7 +3507,7 @@ def _created_by(script: str) -> tuple[sqlite3.Connection, list[str]]:
         first = end
         words.clear()
     connection.set_authorizer(None)
-    return connection, [*notes, *([f"{others} statements are no CREATE, and were not run"] if others else [])]
+    return [*notes, *([f"{others} statements are no CREATE, and were not run"] if others else [])]
 
 
 def read_tables(source: Path | str) -> tuple[list[OtherTable], list[str]]:
@@ -3516,12 +3515,13 @@ def read_tables(source: Path | str) -> tuple[list[OtherTable], list[str]]:
 
     It may have been made to do harm: nothing of it is run, and what takes too many steps is given up. ValueError.
     """
-    connection, notes = _created_by(source) if isinstance(source, str) else (
-        sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro&immutable=1", uri=True), [])
+    place = ":memory:" if isinstance(source, str) else f"{source.absolute().as_uri()}?mode=ro&immutable=1"
+    connection = sqlite3.connect(place, uri=True, isolation_level=None)
     steps, tables = itertools.count(), list[OtherTable]()
-    connection.set_progress_handler(lambda: next(steps) > 2_000, 10_000)
     connection.text_factory = lambda text: text.decode(errors="replace")
     try:
+        notes = _create(connection, source) if isinstance(source, str) else []
+        connection.set_progress_handler(lambda: next(steps) > 2_000, 10_000)
         connection.execute("PRAGMA trusted_schema = OFF")
         other = {row[1] for row in connection.execute("PRAGMA table_list") if row[2] in ("virtual", "shadow")}
         for kind, name, sql in connection.execute(
