@@ -2626,7 +2626,7 @@ class Query:
             wanted.filters.date_field or names[0]], "where": [field for field, *_ in each_test(self._tests)]}
         for part, field in ((part, field) for part, fields in asked_for.items() for field in fields):
             if field not in names:
-                where = "any of the record types" if self._several else f"record type {self._types[0]!r}"
+                where = f"record type {self._types[0]!r}" if len(self._types) == 1 else "any of the record types"
                 raise BadRequest.of(part, f"there is no field {field!r} in {where}{did_you_mean(field, known)}; "
                                           f"there are: {', '.join(known)}")
         return {number: layout for number, layout in layouts.items() if own is None or own.get(layout[0]) == number}
@@ -2693,8 +2693,8 @@ class Query:
     def count(self) -> int:
         """How many records the filters choose, from wherever on and up to where they are read."""
         if self._tests:
-            return sum(self._connection.execute(f"SELECT count(*) FROM {source}", [first, last, *bound]).fetchone()[0]
-                       for layout, first, last in self._runs(0) for source, bound in [self._source(layout)])
+            return sum(self._connection.execute(f"SELECT count(*) FROM {source}", bound).fetchone()[0]
+                       for _, source, bound in self._sources(0))
         return sum(self._connection.execute(f"SELECT coalesce(sum(rows), 0) FROM {ranges}", bound).fetchone()[0]
                    for ranges, bound in map(self._ranges, self._types))
 
@@ -2717,11 +2717,12 @@ class Query:
             if layout:
                 yield layout, first, last
 
-    def _source(self, layout: int) -> tuple[str, list[Any]]:
-        """FROM and WHERE of the selected records of a layout, as r, between two ids that are bound first."""
-        conditions, bound = self._passes(layout, self._tests)
-        return (f"main.{_quote(self._layouts[layout][0])} AS r WHERE "
-                f"{' AND '.join(['r._id BETWEEN ? AND ?', *conditions])}"), bound
+    def _sources(self, after: int) -> Iterator[tuple[int, str, list[Any]]]:
+        """Layout, FROM and WHERE of the selected records of each run, as r, and what is bound: two ids first."""
+        for layout, first, last in self._runs(after):
+            conditions, bound = self._passes(layout, self._tests)
+            where = " AND ".join(["r._id BETWEEN ? AND ?", *conditions])
+            yield layout, f"main.{_quote(self._layouts[layout][0])} AS r WHERE {where}", [first, last, *bound]
 
     def _keys(self, layout: int) -> list[str]:
         """What ORDER BY looks at; a + keeps SQLite from reading what it is compared with as the column's type."""
@@ -2768,15 +2769,14 @@ class Query:
         self._connection.execute(f'CREATE TEMP TABLE "-found"({", ".join(names)}, layout, id)')
         anchor = self._anchor() if self._wanted.after else None
         most = self._limit + 1  # one more tells whether there are more
-        for layout, first, last in self._runs(0):
-            source, bound = self._source(layout)
+        for layout, source, bound in self._sources(0):
             keys = ", ".join(f"{key} AS {name}" for key, name in zip(self._keys(layout), names, strict=True))
             if anchor is not None:
                 beyond, values = self._beyond(layout, anchor)
                 source, bound = f"{source} AND {beyond}", [*bound, *values]
             few = f"{order}, r._id LIMIT {most}" if most <= _BLOCK_RECORDS else "r._id"
             self._connection.execute(f'INSERT INTO temp."-found" SELECT {keys}, {layout}, r._id FROM {source} '
-                                     f"ORDER BY {few}", [first, last, *bound])
+                                     f"ORDER BY {few}", bound)
         self._connection.execute('CREATE TEMP TABLE "-selected"(n INTEGER PRIMARY KEY, layout INTEGER, id INTEGER)')
         found = self._connection.execute(
             f'INSERT INTO temp."-selected"(layout, id) SELECT layout, id FROM temp."-found" '
@@ -2805,10 +2805,9 @@ class Query:
         if self._order:
             yield 1, self.total or 0, partial(self._in_order, columns, record_type)
             return
-        for layout, start, end in self._runs(self._wanted.after):
+        for layout, source, (start, end, *bound) in self._sources(self._wanted.after):
             if record_type not in ("", self._layouts[layout][0]):
                 continue
-            source, bound = self._source(layout)
             rows = f"SELECT {columns(layout)}, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
 
             def select(first: int, last: int, most: int, rows: str = rows,
@@ -2939,8 +2938,8 @@ class Query:
         """Whether there is a selected record beyond that of a number."""
         if self._order:
             return bool(self._connection.execute('SELECT 1 FROM temp."-selected" WHERE n > ?', (reached,)).fetchone())
-        return any(self._connection.execute(f"SELECT 1 FROM {source} LIMIT 1", [first, last, *bound]).fetchone()
-                   for layout, first, last in self._runs(reached) for source, bound in [self._source(layout)])
+        return any(self._connection.execute(f"SELECT 1 FROM {source} LIMIT 1", bound).fetchone()
+                   for _, source, bound in self._sources(reached))
 
     # Their copy in a database of their own
 
@@ -2954,15 +2953,15 @@ class Query:
                 (name for name in left if {parent for parent, _ in refs[name].values()}.isdisjoint(left)), left[0])
             left.remove(name)
             fields, clauses = tables[name], self._clauses(name, tables[name], refs, keys)
-            keys |= {(name, field) for field, clause in clauses if clause in _KEYS}
-            self._connection.execute(f"CREATE TABLE copy.{_quote(name)}{self._declared(name, fields, clauses)}")
-            values = partial(self._values, fields, {field for field, clause in clauses if clause == "NUMERIC"})
+            keys |= {(name, field) for field, own in clauses.items() if not {*own}.isdisjoint(_KEYS)}
+            self._connection.execute(f"CREATE TABLE copy.{_quote(name)}{self._declared(name, clauses)}")
+            values = partial(self._values, fields, {field for field, own in clauses.items() if "NUMERIC" in own})
             into = f"INSERT INTO copy.{_quote(name)} SELECT {', '.join(f'c{n}' for n in range(len(fields)))}"
             for rows, bound in self._pieces(values, name, _COPY_STEP):
                 some = f"{into} FROM ({rows}) LIMIT ?"
                 self.done += self._connection.execute(some, [*bound, self._limit - self.done]).rowcount
                 yield self.progress
-            for field in (field for field, clause in clauses if clause.startswith("REFERENCES")):
+            for field in (field for field, own in clauses.items() if own and own[-1].startswith("REFERENCES")):
                 self._connection.execute(f"CREATE INDEX copy.{_quote(f'_{name}.{field}')} ON "  # no record type's name
                                          f"{_quote(name)}({_quote(field)})")
 
@@ -2996,7 +2995,7 @@ class Query:
         return types.pop() if len(types) == 1 else "ANY"
 
     def _clauses(self, record_type: str, fields: Sequence[str], refs: Mapping[str, Mapping[str, tuple[str, str]]],
-                 keys: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+                 keys: Collection[tuple[str, str]]) -> dict[str, list[str]]:
         """How a copy's columns may be declared: the clauses that all of the selected values stand, by field.
 
         Of records that are scattered over very many jobs no field is a key.
@@ -3019,13 +3018,13 @@ class Query:
                 f"SELECT {', '.join(tests.values())} FROM (SELECT * FROM ({') UNION ALL SELECT * FROM ('.join(rows)}))",
                 [*chain.from_iterable(bound)]).fetchone()
             tests = {clause: test for (clause, test), holds in zip(tests.items(), found, strict=True) if holds != 0}
-        return [(field, clause) for field, clause in tests if clause not in _KEYS or len(pieces) <= most]
+        return {field: [clause for other, clause in tests if other == field and (
+            clause not in _KEYS or len(pieces) <= most)] for field in fields}
 
-    def _declared(self, record_type: str, fields: Sequence[str], clauses: Sequence[tuple[str, str]]) -> str:
+    def _declared(self, record_type: str, clauses: Mapping[str, Sequence[str]]) -> str:
         """The columns of a copy. A strict table cannot have NUMERIC ones; in others ANY would mean NUMERIC."""
-        strict, columns = not any(clause == "NUMERIC" for _, clause in clauses), []
-        for field in fields:
-            own = [clause for other, clause in clauses if other == field]
+        strict, columns = not any("NUMERIC" in own for own in clauses.values()), []
+        for field, own in clauses.items():
             declared = own if "NUMERIC" in own else [self._type(record_type, field), *own]
             columns.append(" ".join([_quote(field), *(each for each in declared if strict or each != "ANY")]))
         return f"({', '.join(columns)}){' STRICT' if strict else ''}"
@@ -3363,9 +3362,7 @@ class RecordStore:
 
     def page(self, wanted: Selected) -> tuple[bytes, int | None, int]:
         """`Query.page`, and how many records the filters choose in all."""
-        with self._database.read() as connection:
-            connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
-            query = Query(connection, wanted)
+        with self.query(wanted) as query:
             items, found, last = query.page()
             if last is None and not wanted.after:
                 return items, None, found

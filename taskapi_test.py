@@ -1707,6 +1707,18 @@ def test_an_export_of_what_is_not_there_fails_and_says_what_is(
     assert_sound(service.folder.root)
 
 
+def test_a_field_that_is_in_none_of_several_types_or_of_no_type_is_told_as_that(service: taskapi.Service) -> None:
+    """Also where each type is written by itself."""
+    told = []
+    for name in ("", "one", "two"):
+        if name:
+            store(service, {"n": "int"}, [[1]], name)
+        told.append(service.enqueue("export", {"format": "sql", "orderBy": "x"}).error)
+    assert [text.partition(";")[0] for text in told] == [
+        f"orderBy: there is no field 'x' in {where}" for where in (
+            "any of the record types", "record type 'one'", "any of the record types")]
+
+
 HOSTILE = ['na"me', "it's", "new\nline", "a,b", "select", "{c}", "%w ?1 :x", "Ünï ☃", "tab\t", "ends\\", "x" * 64]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8) | st.sampled_from(
     ["\r\n", '"', '""', ",", "=1+1", "null", "\\", "\u2028", "\ufeff", "\U0001f600", " ", "'", "1e5", "01234"])
