@@ -3399,7 +3399,7 @@ _CREATES = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, 
 
 
 class ForeignKey(NamedTuple):
-    """Columns that hold a key of another table, or of their own."""
+    """Columns that hold a key of another table, or of their own; its name is in small letters."""
 
     columns: tuple[str, ...]
     table: str
@@ -3456,14 +3456,14 @@ def _read_table(connection: sqlite3.Connection, name: str, sql: str, notes: list
     unique = []
     for _, index, is_unique, _, partial_ in connection.execute(f"PRAGMA index_list({table})").fetchall():
         within = tuple(row[2] for row in connection.execute(f"PRAGMA index_info({_quote(index)})"))
-        if is_unique and (partial_ or None in within):
+        if is_unique and (partial_ or not {*within} <= {*names}):
             notes.append(f"{name}: the unique index {index} is not understood")
         elif is_unique:
             unique.append(within)
     foreign = []
     for _, group in groupby(connection.execute(f"PRAGMA foreign_key_list({table})").fetchall(), itemgetter(0)):
         keys = sorted(group, key=itemgetter(1))
-        foreign.append(ForeignKey(tuple(key[3] for key in keys), keys[0][2], tuple(key[4] for key in keys)))
+        foreign.append(ForeignKey(tuple(key[3] for key in keys), keys[0][2].lower(), tuple(key[4] for key in keys)))
     key = tuple(column[1] for column in sorted(columns, key=itemgetter(5)) if column[5])
     kept = {column[1]: TableColumn(
         column[2].upper(), bool(column[3] or column[5]), column[4], [row[at] for row in first])
@@ -10043,7 +10043,11 @@ def _table_fields(table: OtherTable, notes: list[str]) -> dict[str, dict[str, Js
     fields = {}
     for name, column in table.columns.items():
         valid, values = demands[name], [None if isinstance(value, bytes) else value for value in column.values]
-        field = inferred_field(name, values, None) if values else _declared_field(name, column, valid)
+        try:
+            field = inferred_field(name, values, None) if values else _declared_field(name, column, valid)
+        except BadRequest as refusal:
+            notes.append(f"{table.name}.{name}: its CHECK is not understood: {refusal}")
+            valid, field = {}, _declared_field(name, column, {})
         fields[name] = {"type": field} if isinstance(field, str) else field
         if "enum" in valid and fields[name]["type"] not in ("choice", "const"):
             fields[name] = {"type": "choice", "values": valid["enum"]}
@@ -10061,7 +10065,8 @@ def _unique_field(field: dict[str, Json], column: TableColumn) -> dict[str, Json
     if field["type"] in ("sequence", "uuid"):
         return field
     if "INT" in column.type or (column.values and isinstance(column.values[0], (int, float))):
-        return {"type": "sequence", "start": int(min([1, *column.values]))}
+        least, most = (Decimal(field.get(side, 1)) for side in ("min", "max"))
+        return {"type": "sequence", "start": 1 if least <= 1 <= most else math.ceil(least)}
     if FIELD_TYPES.get(field["type"], FakerField).redraws is not None:
         return {**field, "unique": True}
     return {"type": "pattern", "pattern": "?" * min(max(8, field.get("minLength", 0)), field.get("maxLength", 36)),
@@ -10086,23 +10091,23 @@ class _Tables:
 
     def _waits(self, table: OtherTable, left: Container[str]) -> list[ForeignKey]:
         """Its foreign keys to others that come later."""
-        return [key for key in table.foreign if key.table.lower() in left and key.table.lower() != table.name.lower()]
+        return [key for key in table.foreign if key.table in left and key.table != table.name.lower()]
 
     def _add(self, table: OtherTable, left: Container[str]) -> None:
         fields, linked, late = _table_fields(table, self.notes), dict[str, ForeignKey](), self._waits(table, left)
         for key in table.foreign:
-            if key.table.lower() not in self.tables or linked.keys() & {*key.columns}:
+            if key.table not in self.tables or not {*key.columns} <= fields.keys() - linked.keys():
                 self.notes.append(f"{table.name}: the foreign key {', '.join(key.columns)} is not understood")
             elif key in late:
                 self.notes.append(f"{table.name}.{', '.join(key.columns)} is null: {key.table} refers to it in turn")
                 fields |= {column: {"type": "const", "value": None} for column in key.columns}
             else:
-                self._link(table, key, fields, key.table.lower() in [other.table.lower() for other in linked.values()])
+                self._link(table, key, fields, key.table in [other.table for other in linked.values()])
                 linked |= dict.fromkeys(key.columns, key)
         spec: dict[str, Json] = {"count": table.rows or 10}
-        if parent := self._parent(table, linked):
-            spec = self._per(table, parent, linked, spec)
-            for column in parent.columns if "per" in spec else ():
+        if (parent := self._parent(table, linked)) and (per := self._per(table, parent, linked)):
+            spec = per
+            for column in parent.columns:
                 fields[column].pop("row", None)
         for columns in table.unique:
             self._unique(table, columns, fields, linked, spec)
@@ -10111,7 +10116,7 @@ class _Tables:
 
     def _link(self, table: OtherTable, key: ForeignKey, fields: dict[str, dict[str, Json]], other: bool) -> None:
         """Let columns hold the key of a row; `other` than the one that earlier columns do."""
-        target = self.tables[key.table.lower()]
+        target = self.tables[key.table]
         names = {name.lower(): name for name in target.columns}
         for column, to in zip(key.columns, key.to if key.to[0] else target.key, strict=False):
             null = 0 if table.columns[column].required else fields[column].get("null", 0.1)
@@ -10123,24 +10128,21 @@ class _Tables:
     def _parent(self, table: OtherTable, linked: Mapping[str, ForeignKey]) -> ForeignKey | None:
         """The foreign key that says per which rows these are made."""
         pairs = [columns for columns in table.unique if len(columns) > 1 and {*columns} <= linked.keys()]
-        firm = [key for key in linked.values() if key.table.lower() != table.name.lower()
+        firm = [key for key in linked.values() if key.table != table.name.lower()
                 and all(table.columns[column].required for column in key.columns)
                 and not any({*columns} <= {*key.columns} for columns in table.unique)]
         return next((key for key in firm if not pairs or key.columns[0] in pairs[0]), None)
 
-    def _per(self, table: OtherTable, key: ForeignKey, linked: Mapping[str, ForeignKey],
-             spec: dict[str, Json]) -> dict[str, Json]:
+    def _per(self, table: OtherTable, key: ForeignKey, linked: Mapping[str, ForeignKey]) -> dict[str, Json]:
         """So many rows for each of the parent's, where that keeps their number, or no two may be equal."""
-        parents = self.tables[key.table.lower()].rows
+        parents = self.tables[key.table].rows
         keys = zip(*(table.columns[column].values for column in key.columns), strict=True)
         each = [*Counter(keys).values()] or [1, 3]
-        counts = [min(each) if len(each) == parents or not table.rows else 0, max(each)]
-        own = {*key.columns}
-        pair = any(own < {*columns} <= linked.keys() for columns in table.unique)
-        if table.rows and not pair and (counts[0] != counts[1] or table.rows != parents * counts[0]):
-            return spec
-        return {"per": self.types[self.tables[key.table.lower()].name],
-                "count": counts[0] if counts[0] == counts[1] else counts}
+        low, high = min(each) if len(each) == parents or not table.rows else 0, max(each)
+        pair = any({*key.columns} < {*columns} <= linked.keys() for columns in table.unique)
+        if table.rows and not pair and (low != high or table.rows != parents * low):
+            return {}
+        return {"per": self.types[self.tables[key.table].name], "count": low if low == high else [low, high]}
 
     def _unique(self, table: OtherTable, columns: tuple[str, ...], fields: dict[str, dict[str, Json]],
                 linked: Mapping[str, ForeignKey], spec: dict[str, Json]) -> None:
@@ -10162,9 +10164,9 @@ class _Tables:
     def _other(self, columns: tuple[str, ...], linked: Mapping[str, ForeignKey], spec: Mapping[str, Json]) -> str:
         """The column of these whose row may be another one each time, of as many as there are at least."""
         for column in reversed(columns):
-            target = self.types[self.tables[linked[column].table.lower()].name]
+            target = self.types[self.tables[linked[column].table].name]
             fewest, most, above = 1, max(spec["count"]) if isinstance(spec["count"], list) else spec["count"], target
-            while above:
+            while above in self.specs:  # the own one is not yet
                 count, above = self.specs[above]["count"], self.specs[above].get("per", "")
                 fewest *= count[0] if isinstance(count, list) else count
             if target != spec.get("per") and fewest >= most:

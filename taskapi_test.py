@@ -5462,6 +5462,43 @@ def test_a_length_that_is_excluded_is_not_understood(operator: str) -> None:
     assert made["notes"] == [f"t: CHECK (length ( a ) {operator} 5) is not understood"]
 
 
+@pytest.mark.parametrize(
+    ("script", "schema", "note"),
+    [
+        ("CREATE TABLE t (a INT, b INT AS (a) STORED REFERENCES t(a))", {"a"}, "the foreign key b is not understood"),
+        ("CREATE TABLE t (a TEXT, b TEXT AS (lower(a)) UNIQUE)", {"a"}, "autoindex_t_1 is not understood"),
+        ("CREATE TABLE t (a INT UNIQUE REFERENCES t(a))", {"a"}, "that a are unique is not understood"),
+        ("CREATE TABLE t (d TEXT CHECK (d > '2020-01-01'), n INT)", {"d", "n"}, "t.d: its CHECK is not understood"),
+    ],
+    ids=["a generated key", "a generated column", "a tree of one branch", "texts compared"],
+)  # fmt: skip
+def test_what_a_table_asks_for_and_is_not_made_is_noted(script: str, schema: set[str], note: str) -> None:
+    """The rest of it is made."""
+    made = inferred(script.encode(), "x.sql")
+    assert made["records"]["t"]["schema"].keys() == schema
+    assert any(note in told for told in made["notes"]), made["notes"]
+
+
+@pytest.mark.parametrize(("check", "start"), [("a > 100", 101), ("a < 0", -10001), ("a >= -5", 1), ("a <> 5", 1)])
+def test_a_key_of_numbers_begins_where_its_check_admits_it(check: str, start: int) -> None:
+    """At 1, where that is one."""
+    made = inferred(f"CREATE TABLE t (a INT PRIMARY KEY CHECK ({check}))".encode(), "x.sql")
+    assert made["records"]["t"]["schema"]["a"] == {"type": "sequence", "start": start}
+
+
+def test_a_unique_column_may_have_nulls_and_any_numbers(tmp_path: Path) -> None:
+    """A table of real use is inferred, whatever stands in it."""
+    with closing(sqlite3.connect(tmp_path / "x.db")) as database:
+        database.execute("CREATE TABLE t (a INT UNIQUE, b NUMERIC UNIQUE, c UNIQUE)")
+        rows = [(number * 7919 % 1000 + 200 if number else None, number / 4, number if number % 2 else str(number))
+                for number in range(30)]
+        database.executemany("INSERT INTO t VALUES (?, ?, ?)", rows)
+        database.commit()
+    made = inferred((tmp_path / "x.db").read_bytes(), "x.db")["records"]["t"]["schema"]
+    assert made["a"] == {"type": "sequence", "start": 228}
+    assert made["b"] == {"type": "sequence", "start": 1}
+
+
 def test_a_broken_or_hostile_database_is_refused_or_bounded(tmp_path: Path) -> None:
     """Nothing in it is run; what takes too many steps is given up."""
     with pytest.raises(BadRequest, match="no database"):
