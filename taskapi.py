@@ -137,7 +137,7 @@ from weakref import WeakValueDictionary
 
 PACKAGES = {"bottle": "0.12.25", "click": "8.1", "Faker": "30", "multipart": "1.0", "pydantic": "2.11",
             "sqlite-utils": "3.38", "tabulate": "0.9", "waitress": "2.1.2"}  # the least versions that will do
-FORMAT_PACKAGES = {"pyarrow": "20", "python-calamine": "0.5", "XlsxWriter": "3.2.3"}  # of the extra `formats`
+FORMAT_PACKAGES = {"pyarrow": "20", "python-calamine": "0.9", "XlsxWriter": "3.2.5"}  # of the extra `formats`
 
 
 def packages_amiss() -> str:
@@ -12639,9 +12639,17 @@ plain_route("GET", "/openapi.json", {200: dict}, "This description, for programs
             lambda engine: described(engine.settings))
 
 
+def _build(model: type[BaseModel]) -> None:
+    """Builds a model and its heirs, which pydantic 2.11 mixes up where several threads do it at their first use."""
+    model.model_rebuild(raise_errors=False)
+    for heir in model.__subclasses__():
+        _build(heir)
+
+
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
     app = bottle.Bottle()
+    _build(ApiModel)
     routes = all_routes(engine.settings.test_controls)
     for entry in routes:
         app.route(re.sub(r"{(\w+)}", lambda match: f"<{to_snake(match[1])}{':path' * (match[1] == 'key')}>",
