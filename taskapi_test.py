@@ -4394,21 +4394,13 @@ def typed(value: Any) -> Any:
 
 
 def as_in_a_sheet(value: Any) -> Any:
-    """A value as a sheet keeps it: no empty text, no long integer, no list, no instant with a zone."""
+    """A value as a sheet keeps it: no empty text, no long integer, no list, no instant with a zone, no midnight."""
     value = taskapi._compact(value) if isinstance(value, (list, dict)) else typed(value)
     if isinstance(value, str):
-        return (value[:-1] if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value) else value) or None
+        return re.sub(r"^(\d{4}-\d\d-\d\d)(?:T00:00:00|(T\d\d:\d\d:\d\d))Z?$", r"\1\2", value) or None
     if value in (math.inf, -math.inf):
         return str(value).replace("inf", "Infinity")
     return str(int(value)) if isinstance(value, (int, float)) and abs(value) >= 10**15 and value % 1 == 0 else value
-
-
-def with_days(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records as a sheet keeps them: it has one type for instants and for days, so a column of midnights is of days."""
-    days = {key for key in set().union(*records) if all(
-        str(record[key]).endswith("T00:00:00") for record in records if record.get(key) is not None)}
-    return [{key: value[:10] if key in days and value else value for key, value in record.items()}
-            for record in records]
 
 
 KEPT = {"parquet": typed, "xlsx": as_in_a_sheet}  # how, in formats that are not compared byte by byte
@@ -4421,7 +4413,7 @@ def kept(app, record_type: str, export_format: str) -> Any:
     lines = export(app, record_type, "ndjson").decode().split("\n")
     records = [taskapi._JSON_DECODER.decode(line) for line in lines if line]
     records = [{key: KEPT[export_format](value) for key, value in record.items()} for record in records]
-    return records if export_format != "xlsx" else [record for record in with_days(records) if any(
+    return records if export_format != "xlsx" else [record for record in records if any(
         value is not None for value in record.values())]
 
 
