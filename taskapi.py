@@ -630,6 +630,13 @@ class ApiModel(BaseModel):
                               json_schema_serialization_defaults_required=True)
 
 
+def build_models(model: type[BaseModel] = ApiModel) -> None:
+    """Builds the models, which pydantic 2.11 mixes up where several threads do it at their first use."""
+    model.model_rebuild(raise_errors=False)
+    for heir in model.__subclasses__():
+        build_models(heir)
+
+
 Q = TypeVar("Q", bound=ApiModel)
 
 
@@ -11194,6 +11201,7 @@ class Engine:
 
     def __init__(self, settings: Settings, clock: Clock = utc_now, make_id: Callable[[], str] | None = None,
                  runner: Runner | None = None, processes: int = 1):
+        build_models()
         self.settings, self.clock = settings, MovableClock(clock, self._retire_all)
         self.seen: deque[dict[str, Json]] = deque(maxlen=_MOST_REQUESTS)  # requests, where a test may ask for them
         self._replacing = threading.Lock()
@@ -12639,17 +12647,9 @@ plain_route("GET", "/openapi.json", {200: dict}, "This description, for programs
             lambda engine: described(engine.settings))
 
 
-def _build(model: type[BaseModel]) -> None:
-    """Builds a model and its heirs, which pydantic 2.11 mixes up where several threads do it at their first use."""
-    model.model_rebuild(raise_errors=False)
-    for heir in model.__subclasses__():
-        _build(heir)
-
-
 def build_app(engine: Engine) -> bottle.Bottle:
     """The WSGI application of an engine."""
     app = bottle.Bottle()
-    _build(ApiModel)
     routes = all_routes(engine.settings.test_controls)
     for entry in routes:
         app.route(re.sub(r"{(\w+)}", lambda match: f"<{to_snake(match[1])}{':path' * (match[1] == 'key')}>",
