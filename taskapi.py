@@ -3226,10 +3226,11 @@ class RecordStore:
                                (self._layout(connection, record_type, kinds, refs), record_type, first))
             self._forget_layout(connection, layout)
         names = ", ".join(map(_quote, (*RESERVED_COLUMNS, *fields)))
-        marks = ", ".join(["?1", "?2", "?3", *(_mark(kinds[field], f"?{number}")
-                                               for number, field in enumerate(fields, 4))])
+        given = ", ".join(f"? AS c{number}" for number in range(3 + len(fields)))
+        values = ", ".join(["c0", "c1", "c2", *(_mark(kinds[field], f"c{number}")
+                                                for number, field in enumerate(fields, 3))])
         owner = (job.job_id, job.created_at)
-        connection.executemany(f"INSERT INTO main.{_quote(record_type)}({names}) VALUES ({marks})",
+        connection.executemany(f"INSERT INTO main.{_quote(record_type)}({names}) SELECT {values} FROM (SELECT {given})",
                                [(number, *owner, *row) for number, row in enumerate(rows, first + used)])
         connection.execute("UPDATE _id_ranges SET rows = rows + ? WHERE record_type = ? AND first = ?",
                            (len(rows), record_type, first))
