@@ -7855,7 +7855,8 @@ class Tab:
             if (kind == "Runtime.exceptionThrown"
                     or (kind == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert"))
                     or (kind == "Audits.issueAdded" and about["issue"]["code"] != "GenericIssue")  # autofill's advice
-                    or (kind == "Log.entryAdded" and about["entry"]["source"] != "network")):  # a 400 is no fault here
+                    or (kind == "Log.entryAdded" and about["entry"]["level"] != "info"
+                        and about["entry"]["source"] != "network")):  # a 400 is no fault here
                 self.complaints.append(message)
         assert "error" not in message, (method, message["error"])
         return message["result"]
