@@ -24,7 +24,7 @@ The file reads top-down; a room uses only the rooms above it.
  3 Models     the shapes that go over the wire, and the moves a job may make
  4 Store      the only SQL: the job table and the record tables
  5 Generator  a checked recipe in, rows out; the only Faker
- 6 Files      the data folder: drafts, uploads, exports
+ 6 Files      the data folder: drafts, uploads, exports, snapshots; the formats
  7 Job types  what each job means: a model and a function
  8 Queue      who runs which job, and when; the engine, which is all but HTTP
  9 HTTP       thin handlers, one way for bodies and errors
@@ -6985,7 +6985,7 @@ def catalogue(locale: str, query: str | None = None) -> list[dict[str, Any]]:
     return [entry for entry in _entries(locale) if wanted in f"{entry['type']} {entry['doc']}".lower()]
 
 
-# ==== 6 Files: the data folder: drafts, uploads, exports ====
+# ==== 6 Files: the data folder: drafts, uploads, exports, snapshots; the formats ====
 
 _BLOCK = 256 * 1024
 _LEAST_FREE = 16 * 2**20  # bytes to leave free, or a sixth of a small disk: to end jobs takes room too
@@ -7004,7 +7004,6 @@ class FileType(NamedTuple):
 
 FILE_TYPES: dict[str, FileType] = {  # by suffix; see `file_format` for those that hold records
     "txt": FileType("text/plain; charset=utf-8"),
-    "sql": FileType("application/sql"),
     "xml": FileType("application/xml"),
     "gz": FileType("application/gzip", (b"\x1f\x8b",)),
     "zip": FileType("application/zip", (b"PK\x03\x04", b"PK\x05\x06")),
@@ -7221,7 +7220,7 @@ def _link(source: Path, target: Path) -> None:
         _sync_file(target)
 
 
-_SNAPSHOT_FORMAT, _ABOUT, _COPY = 1, "snapshot.json", "taskapi.db"
+_SNAPSHOT_FORMAT, _ABOUT, SNAPSHOT_DATABASE = 1, "snapshot.json", "taskapi.db"
 _SNAPSHOT_FILE = re.compile(r"(uploads|exports)/([0-9A-Za-z_-]+)(?:\.r[0-9a-f]{8})?((?:\.[a-z0-9]+)+)")
 
 
@@ -7243,6 +7242,11 @@ class Snapshots:
             finally:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def refuse_taken(self, name: str) -> None:
+        """Raises Conflict if there is a snapshot of this name."""
+        if (self.root / name).exists():
+            raise Conflict(f"there is a snapshot {name!r} already")
+
     def keep(self, draft: Path, about: Mapping[str, Json]) -> Snapshot:
         """Gives a draft its name, durably; Conflict if that is taken."""
         size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
@@ -7253,8 +7257,7 @@ class Snapshots:
         for folder in (draft / "uploads", draft / "exports", draft):
             _sync_folder(folder)
         self.root.mkdir(exist_ok=True)
-        if (self.root / made.name).exists():
-            raise Conflict(f"there is a snapshot {made.name!r} already")
+        self.refuse_taken(made.name)
         os.replace(draft, self.root / made.name)
         _sync_folder(self.root)
         return made
@@ -7356,7 +7359,7 @@ class Snapshots:
         files = dict(about["files"])
         for member in itertools.islice(packed, 1, None):
             size, digest = files.pop(member.name, (None, None))
-            known = member.name == _COPY or _SNAPSHOT_FILE.fullmatch(member.name)
+            known = member.name == SNAPSHOT_DATABASE or _SNAPSHOT_FILE.fullmatch(member.name)
             if size != member.size or not member.isreg() or not known:
                 raise ValueError(f"its member {member.name!r} is none of its files")
             with (draft / member.name).open("xb") as target:
@@ -7365,8 +7368,8 @@ class Snapshots:
             with (draft / member.name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise ValueError(f"its member {member.name!r} is damaged")
-        if files or not (draft / _COPY).exists():
-            raise ValueError(f"it lacks {min(files, default=_COPY)!r}")
+        if files or not (draft / SNAPSHOT_DATABASE).exists():
+            raise ValueError(f"it lacks {min(files, default=SNAPSHOT_DATABASE)!r}")
         return about
 
 
@@ -9411,6 +9414,11 @@ def _batches(plan: Plan, rows: RowSource, state: Json = None,
             yield None
 
 
+def _batches_apart(plan: Plan) -> Iterator[Batch]:
+    """All that a plan makes, where nothing is stored that it could look up."""
+    return filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up)))
+
+
 def _agreed(request: GenerateRequest | Mapping[str, Json], **more: int | None) -> GenerateRequest:
     """A request to be made in parts anywhere, checked."""
     given = request.model_dump(by_alias=True) if isinstance(request, GenerateRequest) else request
@@ -9445,7 +9453,7 @@ def part(request: GenerateRequest | Mapping[str, Json], number: int | None = Non
 
     def records() -> Iterator[tuple[str, dict[str, Json]]]:
         with closing(plan):
-            for batch in filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up))):
+            for batch in _batches_apart(plan):
                 for name, row in ((name, row) for name, rows in batch.rows.items() for row in rows):
                     yield name, {field: load(value) if load and value is not None else value
                                  for (field, load), value in zip(loads[name], row, strict=True)}
@@ -9465,7 +9473,7 @@ def _make_parts(boss: Connection, text: str) -> None:
             number, path, known = boss.recv()
             try:
                 with closing(request.model_copy(update={"part": number}).plan()) as plan, open(path, "wb") as file:
-                    for batch in filter(None, _batches(plan, RowSource(plan.columns, keep=plan.looked_up))):
+                    for batch in _batches_apart(plan):
                         # what was loaded before another process was ended is left out
                         rows = {name: made[max(0, known.get(name, [0])[0] - batch.state[name][0] + len(made)):]
                                 for name, made in batch.rows.items()}
@@ -11375,10 +11383,9 @@ class Engine:
         validated(SnapshotRequest, lambda: SnapshotRequest(name=name))
         for tries in range(10):
             with self._replacing, self.snapshots.draft() as draft, suppress(FileNotFoundError):
-                if (self.snapshots.root / name).exists():
-                    raise Conflict(f"there is a snapshot {name!r} already")
+                self.snapshots.refuse_taken(name)
                 self.folder.free_space()
-                found = self._database.copy_to(draft / "taskapi.db", partial(self._look, draft, tries == 9))
+                found = self._database.copy_to(draft / SNAPSHOT_DATABASE, partial(self._look, draft, tries == 9))
                 self.folder.free_space()  # rather none than one that leaves no room to work
                 return self.snapshots.keep(draft, {**found, "name": name, "createdAt": instant(self.clock())})
         raise StorageError("files are removed all the time")
@@ -11395,10 +11402,10 @@ class Engine:
         Raises NotFound, Conflict if it is damaged or of another program; then all stays as it was.
         """
         with self._replacing, self.snapshots.draft() as draft, ExitStack() as undo:
-            place, copy = self.snapshots.place(name), draft / "taskapi.db"
+            place, copy = self.snapshots.place(name), draft / SNAPSHOT_DATABASE
             self.folder.free_space()
             try:
-                shutil.copyfile(place / "taskapi.db", copy)
+                shutil.copyfile(place / SNAPSHOT_DATABASE, copy)
                 source = copied_database(copy, instant(self.clock()))
                 undo.callback(source.close)
                 self.snapshots.put_files(place, stored_paths(source), partial(move_path, source), undo)
@@ -11977,7 +11984,7 @@ class RecordQuery(NoQuery):
     fields: str | None = Field(None, description="Which fields, in which order, separated by commas; default: all.")
 
 
-RECORD_FORMATS = ("json", "ndjson", "csv")
+RecordFormat = Literal["json", "ndjson", "csv"]
 _PAGE, _LARGEST_PAGE = 100, 1000  # records
 
 
@@ -11990,14 +11997,14 @@ class RecordsQuery(RecordQuery):
         f"How many at most. A page of JSON has {_PAGE}, or up to {_LARGEST_PAGE}; else default: all."))
     after: int | None = Field(None, ge=0, le=2**63 - 1, description="The `next` of the page before.")
     order_by: str | None = Field(None, description="Fields, separated by commas; with - before it, descending.")
-    format: Literal["json", "ndjson", "csv"] | None = Field(None, description="Default: as Accept says, or json.")
+    format: RecordFormat | None = Field(None, description="Default: as Accept says, or json.")
     or_: list[str] = Field([], alias="or", description="Of these, such as age.gte=65, one has to hold; within one, & "
                                                        "joins several that all have to.")
 
 
-def _selected(call: Request, query: RecordQuery, record_type: str) -> Selected:
-    """What a query asks for, its texts read by the kinds of the fields; NotFound if there is no such type."""
-    kinds, conditions = call.engine.queue.records.fields(record_type), Where.model_validate({})
+def _selected(call: Request, query: RecordQuery, record_type: str, kinds: Mapping[str, Kind]) -> Selected:
+    """What a query asks for, its texts read by the kinds of the fields."""
+    conditions = Where.model_validate({})
     if isinstance(query, RecordsQuery):
         parameters = [str(field.alias) for field in RecordsQuery.model_fields.values()]
         where = where_of((query.model_extra or {}).items(), query.or_, kinds, parameters)
@@ -12054,9 +12061,9 @@ def get_records(call: Request, query: RecordsQuery, record_type: str) -> bottle.
 
     `?age.gte=18&plan.in=pro,team&city=Paris`: a condition is a field, with eq where it names no other operator.
     """
-    wanted = _selected(call, query, record_type)._replace(
+    wanted = _selected(call, query, record_type, call.engine.queue.records.fields(record_type))._replace(
         limit=query.limit, order_by=query.order_by, after=query.after or 0)
-    media = {FORMATS[name].content_type.partition(";")[0]: name for name in RECORD_FORMATS}
+    media = {FORMATS[name].content_type.partition(";")[0]: name for name in get_args(RecordFormat)}
     liked = max(media, key=lambda name: _weight(call.header("Accept"), name, f"{name.partition('/')[0]}/*", "*/*"))
     name = query.format or media[liked]  # the first of those that are liked best
     try:
@@ -12070,11 +12077,12 @@ def get_records(call: Request, query: RecordsQuery, record_type: str) -> bottle.
 @route("GET", "/records/{recordType}/{key}", {200: dict, 404: ErrorBody}, query=RecordQuery)
 def get_record(call: Request, query: RecordQuery, record_type: str, key: str) -> bottle.HTTPResponse:
     """One record: by its `id` where the type has that field (the oldest of several), else by its place, from 1."""
-    records, wanted, found = call.engine.queue.records, _selected(call, query, record_type)._replace(limit=1), b""
+    records, found = call.engine.queue.records, b""
     kinds = records.fields(record_type)
     place = records.at(record_type, int(key)) if re.fullmatch(r"[1-9]\d{0,17}", key, re.ASCII) else None
     pair = ("id.eq", key) if "id" in kinds else ("_id.eq", str(place or 0))
-    wanted = wanted._replace(filters=wanted.filters.model_copy(update={
+    wanted = _selected(call, query, record_type, kinds)
+    wanted = wanted._replace(limit=1, filters=wanted.filters.model_copy(update={
         "where": Where.model_validate(where_of([pair], fields=kinds))}))
     with suppress(WrongValue), records.query(wanted) as chosen, chosen.blocks(RecordText()) as blocks:
         found = next(blocks, b"")
