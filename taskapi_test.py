@@ -10495,7 +10495,11 @@ def test_the_readmes_python_works_as_it_stands(tmp_path: Path) -> None:
         assert service.enqueue("generate", {"recordType": "player", "count": 50}).status == "completed"
         assert {*plain(tmp_path / "own", "SELECT strength FROM player")} <= {*range(1, 21)}
     with taskapi.open_service(tmp_path / "faults", test_controls=True) as service, service.serving(port=0) as url:
-        space["test_the_client_is_patient"](taskapi.ServedUrl(url, service))
+        served = taskapi.ServedUrl(url, service)
+        space["test_the_client_is_patient"](served)
+        space["patient"] = urllib.request.urlopen  # a client that is not fails its test
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            space["test_the_client_is_patient"](served)
     del taskapi.JOB_TYPES["count"], taskapi.FIELD_TYPES["die"], taskapi.PRESETS["player"]
 
 
