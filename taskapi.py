@@ -2569,7 +2569,7 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
             yield item
 
 
-class Query:
+class Selection:
     """Checked filters over one snapshot: which records of completed jobs, which of their fields, in which order.
 
     Each job's records are read by the kinds that it wrote them with (its layout), so that no later job changes them.
@@ -2591,7 +2591,7 @@ class Query:
             self._of_type[name].append(kinds)
         self._kinds = {name: joined_kinds(of) for name, of in self._of_type.items()}
         self._check_tests()
-        self._left, self.done = self._limit, 0  # how many `blocks`, or `copy`, have brought so far
+        self._left, self.done = self._limit, 0  # how many have been brought so far
         self.fields = list(wanted.fields or dict.fromkeys(chain.from_iterable(self._kinds.values())))
         self._label = "recordType"  # where there are several types; with underscores before it if a field is named so
         while self._label.lower() in map(str.lower, self.fields):
@@ -2827,7 +2827,13 @@ class Query:
         """So many at a time, or fewer where each may need a SELECT of its own."""
         return _MOST_SELECTS if self._order and len(self._layouts) >= _MOST_SELECTS else wanted
 
-    # Their text
+    def _pieces(self, columns: Callable[[int], str], record_type: str, step: int) -> Iterator[tuple[str, list[Any]]]:
+        """SQL for the selected records of a type, and what it binds, so many records at a time."""
+        for start, last, select in self._spans(columns, record_type):
+            for first in range(start, last + 1, self._most(step)):
+                rows, bound = select(first, min(last, first + self._most(step) - 1), self._limit)
+                if bound:
+                    yield rows, bound
 
     def count_of(self, table: Table) -> int:
         """How many records a table has."""
@@ -2847,6 +2853,16 @@ class Query:
             found = self._connection.execute(f"SELECT max(a), max(b) FROM ({rows})", bound).fetchone()
             whole, places = max(whole, found[0] or 0), max(places, found[1] or 0)
         return (whole, places) if whole < 1000 else None
+
+    def jobs(self) -> bytes:
+        """Tells whether the same jobs' records can be read as before: what is completed does not change."""
+        jobs = self._connection.execute("SELECT group_concat(job) FROM _readable_ranges WHERE record_type = ?",
+                                        self._types).fetchone()[0]
+        return hashlib.sha256(str(jobs).encode()).digest()
+
+
+class Query(Selection):
+    """The text of the records, made inside SQLite."""
 
     @contextmanager
     def blocks(self, text: RecordText, table: str = "") -> Iterator[Iterator[bytes]]:
@@ -2935,12 +2951,6 @@ class Query:
             reached, = self._connection.execute('SELECT id FROM temp."-selected" WHERE n = ?', (reached,)).fetchone()
         return b", ".join(texts), found, reached if more else None
 
-    def jobs(self) -> bytes:
-        """Tells whether the same jobs' records can be read as before: what is completed does not change."""
-        jobs = self._connection.execute("SELECT group_concat(job) FROM _readable_ranges WHERE record_type = ?",
-                                        self._types).fetchone()[0]
-        return hashlib.sha256(str(jobs).encode()).digest()
-
     def _is_more(self, reached: int) -> bool:
         """Whether there is a selected record beyond that of a number."""
         if self._order:
@@ -2948,9 +2958,11 @@ class Query:
         return any(self._connection.execute(f"SELECT 1 FROM {source} LIMIT 1", bound).fetchone()
                    for _, source, bound in self._sources(reached))
 
-    # Their copy in a database of their own
 
-    def copy(self) -> Iterator[Progress]:
+class DatabaseCopy(Selection):
+    """The records in a database of their own."""
+
+    def run(self) -> Iterator[Progress]:
         """Fills the attached database `copy`, one table a type; rows come in order, so that pages are full."""
         tables = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
         tables = {name: fields for name, fields in tables.items() if fields}  # a table has one column at least
@@ -2981,14 +2993,6 @@ class Query:
                 if field in tables.get(name, ()) and key in tables.get(parent, ()):
                     refs[name][field] = (parent, key)
         return refs
-
-    def _pieces(self, columns: Callable[[int], str], record_type: str, step: int) -> Iterator[tuple[str, list[Any]]]:
-        """SQL for the selected records of a type, and what it binds, so many records at a time."""
-        for start, last, select in self._spans(columns, record_type):
-            for first in range(start, last + 1, self._most(step)):
-                rows, bound = select(first, min(last, first + self._most(step) - 1), self._limit)
-                if bound:
-                    yield rows, bound
 
     def _values(self, fields: Iterable[str], raw: Collection[str], layout: int) -> str:
         """The fields, but those named "", as c0, c1...: as they were written, or those in `raw` as they are stored."""
@@ -3354,7 +3358,7 @@ class RecordStore:
 
     @contextmanager
     def query(self, wanted: Selected) -> Iterator[Query]:
-        """The selected records of one snapshot; raises what `Query` does."""
+        """The selected records of one snapshot; raises what `Selection` does."""
         with self._database.read() as connection:
             connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
             yield Query(connection, wanted)
@@ -3362,11 +3366,11 @@ class RecordStore:
     def copy_to(self, path: Path, wanted: Selected) -> Iterator[Progress]:
         """Fills a new database at `path` with the selected records, one STRICT table a type, from one snapshot.
 
-        Yields how far it is; raises what `Query` does.
+        Yields how far it is; raises what `Selection` does.
         """
         with self._database.copying(path) as connection:
             connection.set_progress_handler(wanted.interrupted, _STEPS_BETWEEN)
-            yield from Query(connection, wanted).copy()
+            yield from DatabaseCopy(connection, wanted).run()
 
     def page(self, wanted: Selected) -> tuple[bytes, int | None, int]:
         """`Query.page`, and how many records the filters choose in all."""
