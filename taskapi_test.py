@@ -3228,7 +3228,7 @@ def fuzz(locale_names: Sequence[str], share: float) -> int:
     return made
 
 
-@pytest.mark.parametrize("share", [0.02, pytest.param(1, marks=MORE)])
+@pytest.mark.parametrize("share", [0.01, pytest.param(1, marks=MORE)])
 def test_no_argument_makes_faker_work_without_end(share: float) -> None:
     """Neither a literal nor one that is read from a field, in time (draws are counted) or in memory (512 MB)."""
     script = (f"import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29)); import taskapi_test as t;"
@@ -5935,6 +5935,7 @@ def test_a_job_that_asks_whether_to_stop_is_not_stuck(tmp_path: Path, script: An
 def test_an_interrupted_job_makes_no_further_chunk(tmp_path: Path, script: Any, how: str, at: str) -> None:
     """It ends at the yield or the save after it; what a stopped one has saved then is kept, a canceled one's goes."""
     made: list[int] = []
+    others: list[threading.Thread] = []
 
     @script
     def endless(context: taskapi.JobContext) -> taskapi.JobSteps:
@@ -5942,7 +5943,8 @@ def test_an_interrupted_job_makes_no_further_chunk(tmp_path: Path, script: Any, 
             made.append(number)
             if number == 3:
                 if how == "cancel":
-                    threading.Thread(target=service.queue.cancel, args=[context.job.job_id]).start()
+                    others.append(threading.Thread(target=service.queue.cancel, args=[context.job.job_id]))
+                    others[0].start()
                     until(context.interrupted)
                 else:
                     {"stop": service.queue.halt, "signal": service.queue.stopping.set}[how]()
@@ -5955,6 +5957,8 @@ def test_an_interrupted_job_makes_no_further_chunk(tmp_path: Path, script: Any, 
     with service:
         job = service.wait(service.enqueue("script", {}).job_id, 60)
         until(lambda: not service.queue._active)
+        for other in others:
+            other.join()
         assert service.queue.jobs.get(job.job_id).status == ("canceled" if how == "cancel" else "pending")
     assert made == [1, 2, 3]
     kept = [(3, "3")] if (at, how) in {("save", "stop"), ("save", "signal")} else []
@@ -7452,7 +7456,8 @@ def test_a_job_that_fills_the_disk_waits_for_room_until_it_is_canceled(little: t
     until(lambda: "full" in str(live.job(job_id)["interruptions"]))
     health = live.ask("GET", "/")
     assert (health.status, "full" in str(health.json["errors"])) == (503, True)
-    assert (live.job(job_id)["status"], live.job(job_id)["attempt"]) == ("pending", 0)
+    # It goes on for as long as what the log gives back is enough to.
+    until(lambda: (job := live.job(job_id)) and (job["status"], job["attempt"]) == ("pending", 0))
     assert live.ask("POST", f"/jobs/{job_id}/cancel").json["status"] == "canceled"
     until(lambda: live.ask("GET", "/").status == 200)
     assert live.job(live.make("/generate", PERSONS), 30)["status"] == "completed"
