@@ -7436,8 +7436,8 @@ class IngestOptions(ApiModel):
     model_config = ConfigDict(strict=False)  # they come as texts
 
     record_type: NewRecordType | None = Field(None, description="Makes records of this type of what is in the file.")
-    header: str = Field("auto", description="auto: the first line names the fields; none: they are column_1, "
-                                            "column_2...; or the names, separated by commas.")
+    header: str = Field("auto", description="auto: the first line names the fields, if it is no record beyond doubt; "
+                                            "none: they are column_1, column_2...; or the names, separated by commas.")
     delimiter: Annotated[str, AfterValidator(_delimiter), Field(
         json_schema_extra={"pattern": r'^([^"\r\n]|tab|\\t)$'})] | None = Field(
         None, description="Of a CSV file: one character (a blank is any run of them), or tab; found if missing.")
@@ -8067,14 +8067,14 @@ class FieldNames:
     `renamed` has the new name of each that was changed: by the old one, or by its position where two were equal.
     `spare` are columns at the end of a header that it does not name; without a value they are left out. `quoted` says
     that quotes tell texts from numbers; in CSV the header, if that is in quotes throughout. `null` is a cell that is no
-    value, beside the empty one.
+    value, beside the empty one. `headless` says that they are numbered because the file seems to name none.
     """
 
     def __init__(self) -> None:
         self.by_key: dict[str, str] = {}  # of JSON
         self.renamed: dict[str, str] = {}
         self.spare: list[str] = []
-        self.quoted, self.null = True, ""
+        self.quoted, self.null, self.headless = True, "", False
         self._taken: set[str] = set()  # in lower case, since SQLite sees no difference
 
     def of_header(self, header: Sequence[str], line: int) -> list[str]:
@@ -8306,21 +8306,81 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
         enough = 2 * len(rest)
 
 
-def _header(first: Sequence[str], told: str, line: int, *, texts_only: bool = False) -> tuple[list[str], bool]:
-    """The header that `told` means, and whether it is the first record; whose cells are all names if `texts_only`."""
-    if told == "none":
-        return [f"column_{number}" for number in range(1, len(first) + 1)], False
+_FORM = re.compile(r'"?\s*(?:(?P<moment>\d{1,4}([-/.])\d{1,2}\2\d{1,4}([T ].*)?|\d{4}-\d\d|\d{1,2}:\d\d(:\d\d.*)?)|'
+                   r"(?P<number>[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?)|(?i:[-.?]?|n/?a|nan|null|none|\\n))\s*\"?")
+_RARE_NAME, _NO_NAME = re.compile(r"-\d*[.,]\d+|[1-9]\d*[.,]\d+"), re.compile(r".*[eE].*|.*[.,]\d{6,}")  # of columns
+_SHARE = re.compile(r"0?[.,]\d{1,3}")
+
+
+def _form_of(cell: str) -> str:
+    """moment, number, text, or nothing of what is no value."""
+    match = _FORM.fullmatch(cell)
+    return match.lastgroup or "" if match else "text"
+
+
+def _number_in(cell: str) -> float:
+    return float(_unquoted(cell).strip().replace(",", "."))
+
+
+def _seems(cell: str, below: Sequence[str]) -> str:
+    """What the first cell of a column is, seen from the others: their name, or a moment, number or text as they are; a
+    number that they count on from, or that lies between them; a text that comes again. Nothing if that does not show.
+    """
+    form, forms = _form_of(cell), {*map(_form_of, below)} - {""}
+    if forms not in ({"number"}, {"moment"}):
+        return ("again" if cell in below else form) if form == "text" else "name" if form and forms == {"text"} else ""
+    if form not in forms or (cell[:1] == '"' and not any(each[:1] == '"' for each in below)):
+        return "name" if form else ""
+    if form == "moment":
+        return form
+    value, others = _number_in(cell), [_number_in(each) for each in below if _form_of(each)]
+    counted = value and others[1:] and all(each == value + n for n, each in enumerate(others, 1))
+    return "counted" if counted else "between" if min(others) <= value <= max(others) else form
+
+
+def _is_record(first: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Whether the first line is a record beyond doubt, and no header: over each column of numbers or moments it has one
+    too, and a moment, a count, a text that comes again, or numbers that are not like names of columns."""
+    below = zip(first, *(row for row in rows if len(row) >= len(first)), strict=False)
+    seem = [*itertools.takewhile("name".__ne__, (_seems(cell, others) for cell, *others in below))]
+    if len(seem) < len(first) or not _unquoted(first[0]).strip():
+        return False
+    cells = [_unquoted(cell).strip() for cell, each in zip(first, seem, strict=True) if each in (
+        "counted", "between", "number")]
+    numbers, texts = [*map(_number_in, cells)], not {"text", "again"}.isdisjoint(seem)
+    steps = {round(after - before, 9) for before, after in itertools.pairwise(sorted(numbers))}
+    ordered = numbers == sorted({*numbers}) or (len(steps) == 1 and 0 not in steps) or all(
+        map(_SHARE.fullmatch, cells))  # as sizes, years and quantiles are
+    if "moment" in seem or (cells and "again" in seem) or (seem[0] == "counted" and not (
+            ordered and numbers[0] == 1 and not texts)):
+        return True
+    exact = any(map(_NO_NAME.fullmatch, cells))
+    return ((exact or 2 * seem.count("between") >= len(cells) > 0) and not (ordered and (texts or cells[2:]))
+            and (exact or any(map(_RARE_NAME.fullmatch, cells)) or (not texts and len(cells) > 2)))
+
+
+def _header(names: FieldNames, rows: Sequence[Sequence[str]], told: str, line: int, *,
+            texts_only: bool = False) -> tuple[list[str], bool]:
+    """The fields by the header that `told` means of the first records, and whether it is the first one; of which all
+    cells are names if `texts_only`."""
+    first, *below = rows
+    names.headless = told == "auto" and _is_record(first, below)
+    if told == "none" or names.headless:
+        return names.of_header([f"column_{number}" for number in range(1, len(first) + 1)], line), False
     if told != "auto":
-        names: list[str] = next(csv.reader([told], skipinitialspace=True))
-        if not _fits(first, len(names)) or (texts_only and len(first) > len(names)):
-            raise _bad_line(line, f"{_fields(len(first))} instead of the {len(names)} that header names")
-        return names, False
+        header: list[str] = next(csv.reader([told], skipinitialspace=True))
+        if not _fits(first, len(header)) or (texts_only and len(first) > len(header)):
+            raise _bad_line(line, f"{_fields(len(first))} instead of the {len(header)} that header names")
+        return names.of_header(header, line), False
     texts = map(_unquoted, first) if texts_only else first
-    if all(map(_NUMERIC.fullmatch, texts)) or (texts_only and not all(cell[:1] == '"' for cell in first)):
+    indexed = below and not first[0] and all(first[1:]) and all(row[0] for row in below)  # by a column without a name
+    if (not indexed and all(map(_NUMERIC.fullmatch, texts))) or (
+            texts_only and not all(cell[:1] == '"' for cell in first)):
         raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names there, "
                               "do without, and skip leaves out lines above it")
     # Spaces before a quote are a habit of some; in other cells they stay what they are.
-    return [_unquoted(cell.strip() if re.match(' +".*" *$', cell) else cell) for cell in first], True
+    return names.of_header([_unquoted(cell.strip() if re.match(' +".*" *$', cell) else cell) for cell in first],
+                           line), True
 
 
 def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
@@ -8349,10 +8409,9 @@ def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, 
         _check_rest(text, delimiter, gap, line, last=True)
         raise _bad_line(line, "there is no header: the file is empty" if not text else
                         f"the first line is longer than {_PIECE} characters")
-    first = _sample_rows(text, delimiter, gap)[0] if options.header == "auto" else first
-    header, is_first = _header(first, options.header, line)
-    fields = names[""].of_header(header, line)
-    names[""].quoted = is_first and all(cell[:1] == '"' for cell in first)
+    rows = _sample_rows(text, delimiter, gap) if options.header == "auto" else [first]
+    fields, is_first = _header(names[""], rows, options.header, line)
+    names[""].quoted = is_first and all(cell[:1] == '"' for cell in rows[0])
     names[""].null = '""' if len(fields) == 1 else ""  # instead of a line that is empty, in our own exports
     yield ColumnBatch(dict.fromkeys(fields, ()), 0)  # a file without records has fields too
     if is_first:
@@ -8651,8 +8710,8 @@ def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str,
             continue
         rows = [_json_cells(row) for row in values]
         if not header:
-            told, is_first = _header(rows[0], options.header, text.line, texts_only=True)
-            header, rows = names[part].of_header(told, text.line), rows[is_first:]
+            header, is_first = _header(names[part], rows[:100], options.header, text.line, texts_only=True)
+            rows = rows[is_first:]
         padded = (row + [""] * (len(header) - len(row)) for row in rows)
         yield ColumnBatch(dict(zip(header, zip(*padded, strict=True), strict=True)) if rows else
                           dict.fromkeys(header, ()), len(rows))
@@ -8827,20 +8886,18 @@ def _read_xlsx(stream: BinaryIO, options: IngestOptions, names: Mapping[str, Fie
         sheet = loading.result()
     finally:
         pool.shutdown(wait=False)
-    kinds, header = defaultdict[int, set[type]](set), list[str]()
-    for number, row in _sheet_rows(sheet, options):
-        if not header:
-            header, is_first = _header(_sheet_cells(row, ()), options.header, number)
-            if is_first:
-                continue
+    begin = [(number, [cell.removesuffix(".0") for cell in _sheet_cells(row, {float})])
+             for number, row in itertools.islice(_sheet_rows(sheet, options), 101)]
+    if not begin:
+        raise _bad_line(1, "there is no header: the sheet is empty")
+    fields, is_first = _header(names[""], [row for _, row in begin], options.header, begin[0][0])
+    kinds = defaultdict[int, set[type]](set)
+    for number, row in itertools.islice(_sheet_rows(sheet, options), int(is_first), None):
         for place, value in enumerate(row):
             if not isinstance(value, float) or value != (whole := round(value, 0)) or abs(whole) > 2**53:
                 kinds[place].add(type(value))
         if number % _SHEET_BATCH == 0:
             yield ColumnBatch({}, 0)
-    if not header:
-        raise _bad_line(1, "there is no header: the sheet is empty")
-    fields = names[""].of_header(header, 1)
     yield ColumnBatch(dict.fromkeys(fields, ()), 0)
     rows = (row for _, row in itertools.islice(_sheet_rows(sheet, options), int(is_first), None))
     while some := [*itertools.islice(rows, _SHEET_BATCH)]:
@@ -9811,7 +9868,7 @@ def _surveyed(context: JobContext, request: IngestRequest, file: StoredFile) -> 
     if not any(table["kinds"] for table in tables.values()):
         raise JobFailed("line 1: there are no records, so there are no fields")
     return {"tables": tables, "total": reader.counts.total(), "done": 0, "encoding": reader.encoding,
-            "renamed": reader.renamed()}
+            "renamed": reader.renamed(), "headless": reader.names[""].headless}
 
 
 def _load(context: JobContext, request: IngestRequest, file: StoredFile, state: dict[str, Json]) -> Generator[
@@ -9850,6 +9907,8 @@ def run_ingest(context: JobContext, request: IngestRequest) -> JobSteps:
         result["recordTypes"] = {table["recordType"]: table["records"] for table in state["tables"].values()}
     if state["renamed"]:
         result["renamed"] = state["renamed"]
+    if state.get("headless"):  # older versions noted none
+        result["header"] = "none"
     if state["encoding"] not in ("utf-8", request.encoding):
         result["encoding"] = state["encoding"]
     return JobResult(result, file)
@@ -10304,7 +10363,8 @@ def infer(stream: BinaryIO, filename: str, options: IngestOptions) -> dict[str, 
         raise BadRequest("there are no records to infer a schema from", [FieldProblem("file", "has no records")])
     if options.split:
         return {"records": {record_type: specs[part] for part, record_type in _types_of_parts(specs, filename).items()}}
-    return {"recordType": options.record_type or _type_named_like(filename), **specs[""]}
+    notes = ["the first line is taken for a record, as by header=none"] if reader.names[""].headless else []
+    return {"recordType": options.record_type or _type_named_like(filename), **specs[""], **_noted(notes)}
 
 
 # ==== 8 Queue: who runs which job, and when; the engine, which is all but HTTP ====

@@ -4924,6 +4924,17 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "spaces before the quotes": ("a.csv", '"Month", "1958"\n"JAN",  340\n', {}, [{"Month": "JAN", "1958": "  340"}]),
     "a name of 255 characters": ("a.csv", "x" * 255 + ",b\n1,2\n", {}, [{"x" * 255: 1, "b": 2}]),
     "no header": ("a.csv", "1,2\n3,4\n", {}, [NO_HEADER]),
+    "no header: a text that comes again": ("a.csv", "5.1,3.5,setosa\n4.9,,setosa\n6.3,3.3,virginica\n", {}, [
+        {"column_1": 5.1, "column_2": 3.5, "column_3": "setosa"},
+        {"column_1": 4.9, "column_2": None, "column_3": "setosa"},
+        {"column_1": 6.3, "column_2": 3.3, "column_3": "virginica"}]),
+    "no header: days": ("a.csv", "Ann;31.01.2024\nBob;01.02.2024\n", {}, [
+        {"column_1": "Ann", "column_2": "31.01.2024"}, {"column_1": "Bob", "column_2": "01.02.2024"}]),
+    "no header: counted": ("a.txt", "1\tAnn\t\\N\n2\tBob\t7\n3\tEve\t5\n", {}, [
+        {"column_1": 1, "column_2": "Ann", "column_3": None}, {"column_1": 2, "column_2": "Bob", "column_3": 7},
+        {"column_1": 3, "column_2": "Eve", "column_3": 5}]),
+    "an index without a name": ("a.csv", ",0\n1821,269\n1822,321\n", {}, [
+        {"column_1": 1821, "0": 269}, {"column_1": 1822, "0": 321}]),
     "no header, told": ("a.csv", "1,x\n3,4\n", {"header": "none"}, [
         {"column_1": 1, "column_2": "x"}, {"column_1": 3, "column_2": "4"}]),
     "names, told": ("a.csv", "1,x\n", {"header": "id, text"}, [{"id": 1, "text": "x"}]),
@@ -5063,6 +5074,64 @@ def test_files_as_they_are_in_the_world_go_in_or_say_how(case: str) -> None:
     assert [dict(zip(kinds, row, strict=True)) for row in rows] == expected
 
 
+FIRST_LINES = {
+    "a record": [  # which nobody could take for names
+        "3,-178,59\n17,303,-241\n159,-54,2\n2,-190,60\n", "315.58\n316.39\n315.01\n",
+        "0.016449437,0.011889929\n0.04,0.03\n", "5.1,3.5,1.4,0.2,0\n4.9,3.0,1.3,0.2,0\n6,3,2,1,1\n",
+        '"7","Ann"\n"8","Bob"\n"9","Ann"\n', "1700   5\n1701  11\n1702  16\n", "04:15,a\n06:18,b\n",
+        "x,1,2024-01-01T10:00:00Z\ny,5,2024-01-02T10:00:00Z\n", '[["a", 2.5], ["b", 1.5], ["a", 3.5]]'],
+    "names": [  # numbers though they are: years, sizes, quantiles, positions, samples
+        "country,2019,2020\nFR,1,9000\nDE,5000,3\n", "country,2021,2020\nFR,1,9000\nFR,5000,3\n",
+        "unit,2020,2018,2019\nkg,1,9000,2\nm,5000,3,3000\n", "date,0.5,0.1,0.9\n2024-01-01,1,0,2\n",
+        "region,0.5,0.1,0.9\nN,1,0,2\nS,0,1,0\n", "id,7,3,5\n1,7,3,5\n2,8,1,9\n",
+        "country,2024-01-31,2024-02-29\nFR,1,2\nFR,3,4\n", '"5","3","4"\n7,1,9\n2,8,1\n',
+        '"","142.24","144.78"\n"9.4",150,140\n"9.5",1,160\n', ",2020,2019\nFR,1,9000\nDE,3000,3\n",
+        "150,4,setosa,virginica\n5.1,3.5,1.4,0.2\n160,5,1,2\n", "sample,400.1234,401.2345\na,1,2\nb,900,1\n",
+        "Ann,Paris\nBob,Rome\nAnn,Rome\n", "2019,label\n1,x\n2,y\n", '[["a", "2019"], ["b", 1.5], ["a", 3000]]'],
+    "either": [
+        "1,2\n3,4\n", "1,2,3\n2,3,5\n3,0,4\n4,9,1\n", "2019,2020\n1,9000\n5000,3\n", "0\n1\n0\n2\n",
+        "2021,2020,2019\n1,9000,2\n5000,3,3000\n", "7,7\n", "0.5,0.1,0.9\n1,0,2\n0,1,0\n",
+        "2020,2018,2019\n1,9000,2\n5000,3,3000\n", "10,20,30\n11,5,80\n2,90,7\n", ",,\n1,2,3\n"],
+}
+
+
+@pytest.mark.parametrize(("means", "text"), [(means, text) for means, texts in FIRST_LINES.items() for text in texts])
+def test_a_first_line_is_a_record_only_beyond_doubt(means: str, text: str) -> None:
+    """A header is never taken for a record; what may be either is refused with the part that decides."""
+    name = "a.json" if text[0] == "[" else "a.csv"
+    reader = taskapi.RecordReader(name)
+    if means == "either":
+        with pytest.raises(taskapi.JobFailed, match=NO_HEADER):
+            read(name, text.encode())
+        return
+    count = sum(batch.length for batch in reader.read(io.BytesIO(text.encode())))
+    lines = len(json.loads(text)) if text[0] == "[" else text.count("\n")
+    assert (reader.names[""].headless, count) == (means == "a record", lines - (means == "names"))
+
+
+def test_names_that_are_numbers_are_not_taken_for_a_record():
+    """Whatever numbers stand below them: years, positions, sizes and quantiles, with labels before them or without."""
+    draw = random.Random(1)
+    for _ in range(1000):
+        count, year = draw.randint(1, 9), draw.randint(1950, 2020)
+        names = draw.choice([
+            [year + n for n in range(count)], [year - n for n in range(count)], [*range(count)], [*range(1, count + 1)],
+            draw.sample(range(year, year + count), count), [round((n + 1) / (count + 1), 3) for n in range(count)],
+            [round(1 - n / 10, 1) for n in range(1, count + 1)], [10 * n for n in range(1, count + 1)],
+            sorted(draw.sample(range(1900, 2030), count)), sorted(range(1, count + 1), key=str),
+            [n - count // 2 for n in range(count)]])
+        value = draw.choice([lambda: draw.randint(0, 1), lambda: draw.randint(1, 5), lambda: round(draw.gauss(0, 1), 4),
+                             lambda: round(draw.random(), 3), lambda: draw.randint(0, 5000)])
+        label, labels = draw.choice([([], [[]]), (["country"], [["FR"], ["DE"]]), (["id"], [["1"], ["2"], ["3"]]), (
+            ["date"], [["2024-01-01"], ["2024-01-02"]]), (["unit", "of"], [["kg", "a"], ["m", "b"]]), ([""], [["a"]])])
+        rows = [[*draw.choice(labels), *(str(value()) for _ in names)] for _ in range(draw.choice([3, 10, 50]))]
+        lines = "\n".join(",".join(row) for row in [[*label, *map(str, names)], *rows])
+        reader = taskapi.RecordReader("a.csv", taskapi.IngestOptions(delimiter=","), "utf-8")
+        with suppress(taskapi.JobFailed):
+            next(reader.read(io.BytesIO(lines.encode())))
+        assert not reader.names[""].headless, lines[:300]
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_the_lists_in_a_json_file_become_record_types(app, large):
     """With split=true; named like them, however long they are, and what is no list of objects is left out."""
@@ -5089,7 +5158,22 @@ def test_the_result_of_an_ingest_says_what_was_changed(app):
     job = upload(app, "a.csv", b"a,a\n1,2\n", recordType="changed_1")
     assert job["result"]["renamed"] == {"2": "a_2"}
     plain_ = upload(app, "a.csv", b"a,b,\n1,caf\xe9,\n", encoding="latin-1", recordType="changed_2")["result"]
-    assert not plain_.keys() & {"encoding", "renamed"}
+    assert not plain_.keys() & {"encoding", "renamed", "header"}
+
+
+def test_a_file_without_a_header_says_so(app):
+    """In the result of the job, and in what /infer answers, which goes to /generate as it is."""
+    body = b"7,Ann,2024-01-31\n8,Bob,2024-02-01\n"
+    job = upload(app, "a.csv", body, recordType="bare")
+    assert (job["result"]["header"], job["result"]["records"], "renamed" in job["result"]) == ("none", 2, False)
+    assert app.get(f"/records/bare?jobId={job['jobId']}").json["items"] == [
+        {"column_1": 7, "column_2": "Ann", "column_3": "2024-01-31"},
+        {"column_1": 8, "column_2": "Bob", "column_3": "2024-02-01"}]
+    assert "header" not in upload(app, "a.csv", body, recordType="bare", header="none")["result"]
+    inferred = app.post("/infer", upload_files=[("file", "a.csv", body)]).json
+    assert ("header=none" in inferred["notes"][0], [*inferred["schema"]]) == (
+        True, ["column_1", "column_2", "column_3"])
+    app.post_json("/generate", inferred, status=202)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "list.json", "keyed.json"])
