@@ -8115,7 +8115,7 @@ class FieldNames:
 
 _DELIMITERS, _RARE_DELIMITERS = ",;\t|", "^~ "  # of which a blank stands for a run of blanks
 _BLANKS = re.compile(r'("[^"]*")|^[ \t]+|[ \t]+(?=\r?$)|([ \t]+)', re.MULTILINE)
-_NUMERIC = re.compile(r"[-\d.,: ]*")
+_NUMERIC = re.compile(r"(?:[-+\d.,: ]|(?<=\d)[eE](?=[-+\d]))*")
 _DECIMAL_COMMA = re.compile(r" *[-+]?[\d.]*\d,\d+ *")
 
 
@@ -8571,6 +8571,7 @@ class _JsonText:
 
 
 _LIST_LENGTH = 2**20  # characters of an object that has to be one with records in it, not the first of several records
+_NAMING = {"columns", "fields", "header", "headers", "names"}  # lists that name what is in lists beside them
 _HELD_MEMBERS = 1000  # objects in an object that are held until it shows whether they are the records
 _JsonRecords = Iterator[tuple[str, Json]]  # with the name of the list that each is in, where the file is split
 
@@ -8583,25 +8584,46 @@ def _keyed(pairs: Iterable[tuple[str, dict[str, Json]]]) -> _JsonRecords:
         yield "", {"key": key, **record}
 
 
-def _listed(text: _JsonText, whole: Json, split: bool) -> _JsonRecords:
-    """The records in the object that comes next: in its one list of objects, or in each such list if `split`; or else
-    its members, if all are objects; or else `whole`, which is that object, unless it is too long."""
+def _by_columns(objects: Sequence[tuple[str, dict[str, Json]]]) -> Iterable[dict[str, Json]]:
+    """The records that objects are the columns of, if the values in each are numbered, as pandas writes them."""
+    numbers = [*map(str, range(len(objects[0][1])))]
+    return [{name: column[number] for name, column in objects} for number in numbers] if all(
+        [*column] == numbers for _, column in objects) else []
+
+
+def _in_list(text: _JsonText, key: str, found: str, names: list[Json], options: IngestOptions) -> Generator[
+        tuple[str, Json], None, tuple[type | None, bool]]:
+    """The records in the list that comes next; returns what its first element is, and whether they are records: that
+    are objects, or lists of as many values as there are `names`, to which those in the list itself are added."""
+    kind, taken = None, False
+    for _ in text.steps():
+        element = text.value()
+        if kind is None:
+            kind, named = type(element), isinstance(element, list) and len(element) == len(names)
+            taken = kind is dict or (named and not (options.split or found))
+            if kind is dict and not options.split and found not in ("", key):
+                raise JobFailed(f"line 1: several lists hold objects, {found[:80]!r} and {key[:80]!r}: path "
+                                f"names one (path=/{found[:80]}), split=true makes a record type of each")
+            if taken and named and options.header == "auto":
+                yield "", names
+        if taken:
+            yield key if options.split else "", element
+        elif key.lower() in _NAMING and isinstance(element, str) and len(names) < MAX_FIELDS:
+            names.append(element)
+    return kind, taken
+
+
+def _listed(text: _JsonText, whole: Json, options: IngestOptions) -> _JsonRecords:
+    """The records in the object that comes next: in its one list of objects, or in each such list if `split`, or in a
+    list of lists for which another has names; or else its members, if all are objects; or else `whole`, which is that
+    object, unless it is too long."""
     found = nested = ""
-    objects, keyed, others = list[tuple[str, dict[str, Json]]](), False, False
+    objects, names, keyed, others = list[tuple[str, dict[str, Json]]](), list[Json](), False, False
     for key in text.steps():
         if text.peek() == "[":
-            kind: type = type(None)
-            for index in text.steps():
-                element = text.value()
-                if index == "0":
-                    others, kind = True, type(element)
-                    nested = key if kind is list else nested
-                    if kind is dict and not split and found not in ("", key):
-                        raise JobFailed(f"line 1: several lists hold objects, {found[:80]!r} and {key[:80]!r}: path "
-                                        f"names one (path=/{found[:80]}), split=true makes a record type of each")
-                    found = key if kind is dict else found
-                if kind is dict:
-                    yield key if split else "", element
+            kind, taken = yield from _in_list(text, key, found, names, options)
+            others = others or kind is not None
+            nested, found = key if kind is list else nested, key if taken else found
         elif not isinstance(member := text.value(), dict):
             others = True
         elif not others:
@@ -8613,13 +8635,15 @@ def _listed(text: _JsonText, whole: Json, split: bool) -> _JsonRecords:
             yield from _keyed(objects)
             objects.clear()
     if objects and not others:
-        yield from _keyed(objects)
+        records = [] if keyed else _by_columns(objects)
+        yield from (("", record) for record in records) if records else _keyed(objects)
     elif nested and not found:
         raise JobFailed(f"line 1: the list {nested[:80]!r} holds lists; path=/{nested[:80]} takes these as records")
     elif others and not found:
         if whole is None:
             raise _bad_line(1, f"a record is longer than {_LIST_LENGTH} characters; in a file named .ndjson it may be")
-        yield "", whole
+        several = len(whole) > MAX_FIELDS  # then it is no record, but a list of what its keys stand for
+        yield from (("", {"key": key, "value": value}) for key, value in whole.items()) if several else [("", whole)]
 
 
 def _json_records(text: _JsonText, options: IngestOptions, lines: bool) -> _JsonRecords:
@@ -8639,7 +8663,7 @@ def _json_records(text: _JsonText, options: IngestOptions, lines: bool) -> _Json
         if lines:
             raise  # otherwise it is rather a list of records than one of them
     if first is None or (not lines and text.back(if_last=not options.path)):
-        yield from _listed(text, first, options.split)
+        yield from _listed(text, first, options)
         return
     yield "", first
     while text.peek():
@@ -8666,10 +8690,14 @@ def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions, li
 _BATCH = 4096  # records of JSON at most in a batch
 
 
+_JSON_KINDS = {dict: "a JSON object", list: "a JSON array", None: "no JSON object or array"}
+
+
 def _misfit(record: Json, first: Json, options: IngestOptions) -> str:
     """What is wrong with a record that does not go with the first one."""
-    if not isinstance(first, (dict, list)) or type(record) is not type(first):
-        return f"a record must be a JSON {'array' if isinstance(first, list) else 'object'}"
+    kinds = [next((kind for kind in (dict, list) if isinstance(each, kind)), None) for each in (record, first)]
+    if kinds[0] is not kinds[1]:
+        return f"a record must be {_JSON_KINDS[kinds[1]]}, as the first one"
     if isinstance(first, list) and len(record) != len(first) and (len(record) > len(first) or options.ragged != "pad"):
         return f"{_fields(len(record))} instead of {len(first)}; ragged=pad ends short rows in nulls"
     return ""
@@ -8677,9 +8705,9 @@ def _misfit(record: Json, first: Json, options: IngestOptions) -> str:
 
 def _json_batches(text: _JsonText, records: _JsonRecords, options: IngestOptions) -> Iterator[tuple[str, list[Json]]]:
     """Records of one kind, some at a time, so that of the text no more than a piece stands behind them."""
-    batch, last, first, refills = list[Json](), "", None, 0
+    batch, last, first, refills = list[Json](), "", ..., 0
     for part, record in records:
-        first = record if first is None else first
+        first = record if first is ... else first
         if wrong := _misfit(record, first, options):
             raise text.error(wrong, text.start)
         if batch and part != last:
@@ -8703,6 +8731,8 @@ def _read_json(texts: Iterator[str], options: IngestOptions, names: Mapping[str,
     text, header = _JsonText(texts), list[str]()
     pointer = [step.replace("~1", "/").replace("~0", "~") for step in (options.path or "").split("/")[1:]]
     for part, values in _json_batches(text, _pointed(text, pointer, options, lines), options):
+        if not isinstance(values[0], (dict, list)):  # each is a record too, of one field
+            values = [{"value": value} for value in values]
         if isinstance(values[0], dict):
             fields = names[part].of_keys(chain.from_iterable(values), text.line)
             yield ColumnBatch({name: _json_cells(record.get(key) for record in values)

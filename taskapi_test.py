@@ -5049,9 +5049,25 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "one of several": ("db.json", '{"users": [{"a": 1}], "posts": [{"b": 2}]}', {"path": "/posts"}, [{"b": 2}]),
     "a deep one": ("a.json", '{"a/b": [0, {"~": [{"n": 1}]}]} ', {"path": "/a~1b/1/~0"}, [{"n": 1}]),
     "none at a path": ("a.json", '{"users": [{"a": 1}]}', {"path": "/user"}, ["'/user'"]),
-    "pandas' split": ("a.json", '{"columns": ["a"], "index": [0], "data": [[1]]}', {}, ["'data'", "path=/data"]),
-    "pandas' split, told": ("a.json", '{"columns": ["a"], "index": [0], "data": [[1]]}',
-                            {"path": "/data", "header": "a"}, [{"a": 1}]),
+    "lists in an object": ("a.json", '{"index": [0, 1], "data": [[1, 2]]}', {}, ["'data'", "path=/data"]),
+    "pandas' split": ("a.json", '{"columns": ["a", "b"], "index": ["x", "y"], "data": [[1, "2"], [3, null]]}', {}, [
+        {"a": 1, "b": "2"}, {"a": 3, "b": None}]),
+    "pandas' split, told": ("a.json", '{"columns": ["a"], "index": [0], "data": [[1]]}', {"header": "c"}, [{"c": 1}]),
+    "pandas' columns": ("a.json", '{"a": {"0": 1, "1": 2}, "b": {"0": "x", "1": null}}', {}, [
+        {"a": 1, "b": "x"}, {"a": 2, "b": None}]),
+    "one of its columns": ("a.json", '{"0": "x", "1": "y"}', {}, [{"0": "x", "1": "y"}]),
+    "values": ("a.json", '["Oslo", null, "2"]', {}, [{"value": "Oslo"}, {"value": None}, {"value": "2"}]),
+    "a value, then an object": ("a.json", '[null,\n{"a": 1}]', {}, ["line 2", "no JSON object"]),
+    "an object, then a value": ("a.json", '[{"a": 1},\n2]', {}, ["line 2", "a JSON object"]),
+    "more keys than fields": ("a.json", json.dumps({f"k{n}": [n] for n in range(2000)}), {}, [
+        {"key": f"k{n}", "value": f"[{n}]"} for n in range(2000)]),
+    "exponents without a header": ("a.csv", "1e+01,2e+02,5e+00\n2e+01,1e+02,3e+00\n5e+00,3e+02,9e+00\n", {}, [
+        {"column_1": "1e+01", "column_2": "2e+02", "column_3": "5e+00"},
+        {"column_1": "2e+01", "column_2": "1e+02", "column_3": "3e+00"},
+        {"column_1": "5e+00", "column_2": "3e+02", "column_3": "9e+00"}]),
+    "a report without a header": ("a.txt", "   2.5e+02   9.9e+01   5.6e+02\n   2.8e+02   9.1e+01   5.5e+02\n", {},
+        [{"column_1": "2.5e+02", "column_2": "9.9e+01", "column_3": "5.6e+02"},
+             {"column_1": "2.8e+02", "column_2": "9.1e+01", "column_3": "5.5e+02"}]),
     "digits of numbers": ("a.ndjson", '{"a":12.50,"b":12345678901234567890,"c":1}\n{"c":"x"}', {}, [
         {"a": "12.50", "b": "12345678901234567890", "c": "1"}, {"a": None, "b": None, "c": '"x"'}]),
     "exponents, as they are written": ("a.ndjson", '{"a":-0.0,"b":1}\n{"a":1e+16,"b":1.5E-7}\n{"a":1e999}', {}, [
