@@ -2094,15 +2094,23 @@ class KindSql(NamedTuple):
 
 
 # A quotient of two whole numbers is rounded right: a float that equals one has no more digits than SQLite prints. What
-# it prints of others is not exact, and to call Python for each would wait for the interpreter lock each time: they
-# leave as two whole numbers, of 2**-10 and 2**-72, which hold all their bits; see _floats.
-_FLOAT = ("CASE WHEN ({{c}} BETWEEN 1e-4 AND 1e9 OR {{c}} BETWEEN -1e9 AND -1e-4) AND {{c}} = round({{c}} * 1e6) / 1e6 "
-          "OR {{c}} = 0 THEN {{c}} + 0.0 WHEN {{c}} BETWEEN 1e-4 AND 9e15 OR {{c}} BETWEEN -9e15 AND -1e-4 THEN "
-          "{quote} || x'fe' || CAST({{c}} * 1024 AS INTEGER) || ',' || CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS "
-          f"INTEGER)) * {2.0**62} AS INTEGER) || x'fe' || {{quote}} WHEN {{{{c}}}} IS NOT NULL THEN {{exact}} END"
-          ).format
-_FLOAT_JSON = _FLOAT(quote="''", exact="json(exact_float({c}))")  # json_object puts the quotes
-_FLOAT_CELL = _FLOAT(quote="'\"'", exact="exact_float({c})")
+# it prints of others is not exact, and to call Python for each would wait for the interpreter lock each time: once a
+# mark tells of one, all leave as two whole numbers, of 2**-10 and 2**-72, which hold all their bits.
+_HALVES = ("CASE WHEN {c} BETWEEN 1e-4 AND 9e15 OR {c} BETWEEN -9e15 AND -1e-4 OR {c} = 0 THEN CAST({c} * 1024 AS "
+           "INTEGER) WHEN {c} - {c} = 0 THEN exact_float({c}) ELSE {form} END, "
+           f"CAST(({{c}} * 1024 - CAST({{c}} * 1024 AS INTEGER)) * {2.0**62} AS INTEGER)")
+_FLOAT_MARK = "CAST(x'fe' AS TEXT)"
+
+
+def _float_sql(endless: str) -> str:
+    """A float, or the mark that tells of one; `endless` has a {} for the sign of those that are not finite."""
+    return ("CASE WHEN ({c} BETWEEN 1e-4 AND 1e9 OR {c} BETWEEN -1e9 AND -1e-4) AND {c} = round({c} * 1e6) / 1e6 OR "
+            f"{{c}} = 0 THEN {{c}} + 0.0 WHEN {{c}} - {{c}} = 0 THEN {_FLOAT_MARK} "
+            f"WHEN {{c}} > 0 THEN {endless.format('')} WHEN {{c}} < 0 THEN {endless.format('-')} END")
+
+
+_FLOAT_JSON, _FLOAT_CELL = _float_sql("json('{}1e999')"), _float_sql("'{}1e999'")
+_ANY_FLOAT = f"iif({_FLOAT_CELL} = {_FLOAT_MARK}, exact_float({{c}}), {_FLOAT_CELL})"  # of which there are few
 # An instant in UTC with microseconds; texts of 24 characters are those that `instant` makes. SQLite would round
 # fractions of a second, so they stay aside. Null for what is no date.
 _WITHOUT_FRACTION = "iif(substr({c}, 20, 1) = '.', substr({c}, 1, 19) || ltrim(substr({c}, 21), '0123456789'), {c})"
@@ -2113,6 +2121,7 @@ _MOMENT = ("CASE WHEN length({c}) = 24 AND {c} GLOB '????-??-??T*Z' THEN substr(
            "substr({c}, 21, length({c}) - 20 - length(ltrim(substr({c}, 21), '0123456789'))), '') || '000000', 1, 6) "
            "END")
 _BOOL = "CASE {c} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END"
+_IN_QUOTES = "printf(CAST(x'fc2573fc' AS TEXT), {safe})"  # %s between marks for quotes
 _FLAG = "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"
 KIND_SQL: dict[str, KindSql] = {
     "none": KindSql("ANY", json="NULL", csv="NULL", key="NULL", stored="NULL"),  # no job has given it a value
@@ -2125,12 +2134,12 @@ KIND_SQL: dict[str, KindSql] = {
     "datetime": KindSql("TEXT", csv="", key=_MOMENT),
     # Values of several types, or lists and objects: each as JSON.
     "json": KindSql("TEXT", text="iif({c} GLOB '\"*', json_extract({c}, '$'), {c})", raw=True,
-                    csv="iif({c} GLOB '[\"{{[]*', printf('\"%w\"', {safe}), {c})", order="json_extract({c}, '$')",
+                    csv=f"iif({{c}} GLOB '[\"{{{{[]*', {_IN_QUOTES}, {{c}})", order="json_extract({c}, '$')",
                     key="CASE json_type({c}) WHEN 'true' THEN x'01' WHEN 'false' THEN x'00' "
                         "ELSE json_extract({c}, '$') END"),
     # Values of several types, each as SQLite has it.
-    "any": KindSql("ANY", json=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_JSON} ELSE {{c}} END",
-                   csv=f"CASE typeof({{c}}) WHEN 'real' THEN {_FLOAT_CELL} WHEN 'text' THEN printf('\"%w\"', {{safe}}) "
+    "any": KindSql("ANY", json=f"CASE typeof({{c}}) WHEN 'real' THEN json({_ANY_FLOAT}) ELSE {{c}} END",
+                   csv=f"CASE typeof({{c}}) WHEN 'real' THEN {_ANY_FLOAT} WHEN 'text' THEN {_IN_QUOTES} "
                        "ELSE {c} END"),
 }
 # Decimals as numbers, for whoever opens the database: real or whole, they read back as texts of one of these forms.
@@ -2431,7 +2440,7 @@ def _value_sql(column: str, kind: Kind, as_json: bool) -> str:
 
 
 # Bytes that no text in UTF-8 has: x'ff' for a null among quoted cells, and between the pieces that a long object is
-# made of; x'fe' around floats.
+# made of, which goes with the quotes or braces around it; x'fe' for a float; x'fc' for a quote around a cell.
 _MARK = "CAST(x'ff' AS TEXT)"
 _PIECE_FIELDS = 60  # a function of SQLite takes up to 127 arguments
 
@@ -2456,7 +2465,7 @@ class RecordText(NamedTuple):
     after: str = ""
     empty: str = ""
     forms: Mapping[Kind, str] | None = None  # SQL of cells by the column's kind (none: its text in quotes); else of CSV
-    null: str = ""  # among typed cells
+    null: str = ""  # among cells that are not in quotes
 
 
 FORMULA_STARTS = "=@+-\uff1d\uff20\uff0b\uff0d"  # for a spreadsheet; the last four are full-width
@@ -2470,11 +2479,14 @@ def _column(field: str) -> str:
     return f"r.{_quote(field)}"
 
 
-def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None, omit_null: bool) -> str:
+def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | None, omit_null: bool,
+                halves: bool) -> str:
     """The JSON text of a record: objects, of which `}x'ff'{` makes one; or one without nulls."""
     members = [(False, ", ".join(map(_literal, label)))] if label else []
     for field, kind in fields:
         value = KIND_SQL[kind].json.format(c=_column(field))
+        if kind == "float" and halves:  # a constant, which is the fastest
+            value = f"iif({_column(field)} IS NULL, NULL, {_FLOAT_MARK})" if omit_null else _FLOAT_MARK
         name = _literal("{" + json.dumps(field, ensure_ascii=False) + ":")
         members.append((True, f"{name} || coalesce({value}, 'null') || '}}'") if KIND_SQL[kind].raw else
                        (False, f"{_literal(field)}, {value}"))
@@ -2487,37 +2499,31 @@ def _object_sql(fields: Sequence[tuple[str, Kind]], label: tuple[str, str] | Non
     return f"json_patch('{{}}', replace({objects}, '}}' || {_MARK} || '{{', ','))" if omit_null else objects
 
 
-def _cells_sql(fields: Sequence[tuple[str, Kind, Kind]], label: tuple[str, str] | None, text: RecordText,
-               excel_safe: bool) -> str:
-    """The line of a record, of fields, their kinds in it, and those of their columns."""
-    cells = [('"%w"', _literal(label[1]))] if label else []
-    null, no_text = _literal(text.null), _MARK
-    if not text.forms and len(fields) + len(cells) == 1:
-        null, no_text = "'\"\"'", "''"  # many skip an empty line
-    for field, kind, whole in fields:
-        if text.forms:
-            form, value = text.forms[whole], _value_sql(_column(field), kind, whole == "json")
-            safe = value
-        else:
-            form, value = KIND_SQL[kind].csv, _column(field)
-            safe = (_SAFE_TEXT if excel_safe else "{c}").format(c=KIND_SQL[kind].text.format(c=value))
-        cells.append(("%s", f"coalesce({form.format(c=value, safe=safe)}, {null})") if form else
-                     ('"%w"', f"coalesce({safe}, {no_text})"))
+def _cells_sql(fields: Sequence[tuple[Kind, str]], label: tuple[str, str] | None, text: RecordText,
+               excel_safe: bool, halves: bool) -> str:
+    """The line of a record, of the kinds and the SQL of its fields."""
+    cells = [(b"\xfc%s\xfc", _literal(label[1]))] if label else []
+    null, no_text = ("CAST(x'fcfc' AS TEXT)", "''") if text.null == '""' else (_literal(text.null), _MARK)
+    for kind, value in fields:
+        form, safe = (text.forms[kind], value) if text.forms else (
+            KIND_SQL[kind].csv, (_SAFE_TEXT if excel_safe else "{c}").format(c=KIND_SQL[kind].text.format(c=value)))
+        cells.append((b"\xfe%s", "''") if kind == "float" and halves else
+                     (b"%s", f"coalesce({form.format(c=value, safe=safe)}, {null})") if form else
+                     (b"\xfc%s\xfc", f"coalesce({safe}, {no_text})"))
     pieces = []
     for start in range(0, len(cells), _PIECE_FIELDS):
         places, values = zip(*cells[start:start + _PIECE_FIELDS], strict=True)
-        pieces.append(f"printf({_literal(str(text.delimiter).join(places))}, {', '.join(values)})")
+        line = str(text.delimiter).encode().join(places).hex()
+        pieces.append(f"printf(CAST(x'{line}' AS TEXT), {', '.join(values)})")
     return f" || {_literal(str(text.delimiter))} || ".join(pieces) or "''"
 
 
-def _floats(text: bytes) -> bytes:
-    """A text with the floats that _FLOAT left as two numbers in their shortest form."""
-    parts = (b".%b." % text).split(b"\xfe")
-    parts[0::2] = [part[1:-1] for part in parts[0::2]]  # without the quotes
-    halves = from_json(b"[%b]" % b",".join(parts[1::2]))
-    numbers = [whole * 2.0**-10 + rest * 2.0**-72 for whole, rest in zip(halves[0::2], halves[1::2], strict=True)]
-    parts[1::2] = to_json(numbers)[1:-1].split(b",")
-    return b"".join(parts)
+def _halves_sql(cells: Iterable[tuple[Kind, str]], text: RecordText) -> str:
+    """Arrays of what _HALVES gives for the floats among cells of these kinds and SQL."""
+    form = text.forms["float"] if text.forms else _FLOAT_CELL
+    floats = [_HALVES.format(c=value, form=form.format(c=value)) for kind, value in cells if kind == "float"]
+    return " || ',' || ".join(f"json_array({', '.join(floats[start:start + _PIECE_FIELDS])})"
+                              for start in range(0, len(floats), _PIECE_FIELDS)) or "NULL"
 
 
 def _layouts(connection: sqlite3.Connection, record_type: str) -> dict[int, Mapping[str, Kind]]:
@@ -2815,10 +2821,10 @@ class Selection:
         for layout, source, (start, end, *bound) in self._sources(self._wanted.after):
             if record_type not in ("", self._layouts[layout][0]):
                 continue
-            rows = f"SELECT {columns(layout)}, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
 
-            def select(first: int, last: int, most: int, rows: str = rows,
+            def select(first: int, last: int, most: int, layout: int = layout, source: str = source,
                        bound: Sequence[Any] = bound) -> tuple[str, list[Any]]:
+                rows = f"SELECT {columns(layout)}, r._id AS n FROM {source} ORDER BY r._id LIMIT ?"
                 return rows, [first, last, *bound, most]
 
             yield start, end, select
@@ -2864,25 +2870,32 @@ class Selection:
 class Query(Selection):
     """The text of the records, made inside SQLite."""
 
+    _halves = False  # whether floats are asked for that SQLite would not print exactly, since there are some
+
     @contextmanager
     def blocks(self, text: RecordText, table: str = "") -> Iterator[Iterator[bytes]]:
-        """The `text_blocks` of a table, made ahead."""
-        def counted(block: bytes, count: int, _: int) -> bytes:
+        """The texts that `text_blocks` gives, of which SQLite makes the next meanwhile."""
+        def mended(block: bytes, halves: bytes, count: int, _: int) -> bytes:
             self.done += count
-            return block
+            return self._mended(block, halves, text)
 
-        with closing(_ahead(self.text_blocks(text, table))) as blocks:
-            yield itertools.starmap(counted, blocks)
+        with closing(_ahead(self._joined(text, table))) as blocks:
+            yield itertools.starmap(mended, blocks)
 
     def text_blocks(self, text: RecordText, table: str = "") -> Iterator[tuple[bytes, int, int]]:
-        """Texts of many records, how many each is of, and the number of the last one.
+        """Texts of many records, how many each is of, and the number of the last one."""
+        for block, halves, count, reached in self._joined(text, table):
+            yield self._mended(block, halves, text), count, reached
+
+    def _joined(self, text: RecordText, table: str) -> Iterator[tuple[bytes, bytes, int, int]]:
+        """What `_mended` makes texts of, how many records each is of, and the number of the last one.
 
         Each is of about _BLOCK_BYTES, and _BLOCK_LIMIT at most if it is of several records. SQLite joins them, so that
         Python, and its lock, are asked for once a block.
         """
         line = lru_cache(maxsize=None)(partial(self._line, text))
         step, longest = 100, self._most(_BLOCK_RECORDS)
-        for first, last, select in self._spans(line, table):
+        for first, last, select in self._spans(lambda layout: line(layout, self._halves), table):
             while first <= last and self._left:
                 end = min(last, first + step - 1)
                 looked_at = end - first + 1  # however many of them fit the filters
@@ -2891,47 +2904,64 @@ class Query(Selection):
                     first = end + 1
                     continue
                 try:
-                    block, count, reached = self._fetch(text, rows, bound,
-                                                        _BLOCK_LIMIT if looked_at > 1 else _LONGEST)
+                    block, halves, count, reached = self._fetch(text, rows, bound,
+                                                                _BLOCK_LIMIT if looked_at > 1 else _LONGEST)
                 except sqlite3.DataError:  # their text would be too long
                     if looked_at == 1:
                         raise
                     step = looked_at // 2
                     continue
+                if b"\xfe" in block and not self._halves:
+                    self._halves = True
+                    continue
                 step = max(1, min(longest, 8 * looked_at, looked_at * _BLOCK_BYTES // (len(block) + 1)))
                 first, self._left = end + 1, self._left - count
                 if count:
-                    yield block, count, reached
+                    yield block, halves, count, reached
 
-    def _line(self, text: RecordText, layout: int) -> str:
+    def _line(self, text: RecordText, layout: int, halves: bool) -> str:
         (name, kinds), delimiter = self._layouts[layout], text.delimiter
         label = (self._label, name) if self._several else None
         kinds, known = {**_RESERVED, **kinds}, {**_RESERVED, **self._kinds[name]}
         columns = next(table.columns for table in self.tables if table.name in ("", name))
         shown = [(field, kinds.get(field, "none")) for field in (columns if self._wanted.split else self.fields)
                  if delimiter or field in known]
-        if not delimiter:
-            return f"{_object_sql(shown, label, self._wanted.omit_null)} AS line"
-        cells = [(field, kind, columns[field]) for field, kind in shown]
-        return f"{_cells_sql(cells, label, text, self._wanted.excel_safe)} AS line"
+        cells = [(columns[field], _value_sql(_column(field), kind, columns[field] == "json")) if text.forms else
+                 (kind, _column(field)) for field, kind in shown]
+        line = (_cells_sql(cells, label, text, self._wanted.excel_safe, halves) if delimiter else
+                _object_sql(shown, label, self._wanted.omit_null, halves))
+        return f"{line} AS line, {_halves_sql(cells, text) if halves else 'NULL'} AS halves"
 
-    def _fetch(self, text: RecordText, rows: str, bound: Sequence[Any], most: int) -> tuple[bytes, int, int]:
-        """The text of all rows of a query for (line, n), how many there are, and the last n.
+    def _fetch(self, text: RecordText, rows: str, bound: Sequence[Any], most: int) -> tuple[bytes, bytes, int, int]:
+        """Of all rows of a query for (line, halves, n) what is in these, how many there are, and the last n.
 
         sqlite3.DataError if it exceeds `most` bytes.
         """
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
         try:
-            joined, count, last = self._connection.execute(
-                f"SELECT CAST(group_concat(line, {_literal(text.between)}) AS BLOB), count(*), max(n) FROM ({rows})",
-                bound).fetchone()
+            joined, halves, count, last = self._connection.execute(
+                f"SELECT CAST(group_concat(line, {_literal(text.between)}) AS BLOB), CAST(group_concat(halves) AS "
+                f"BLOB), count(*), max(n) FROM ({rows})", bound).fetchone()
         finally:
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-        block = joined or b""
-        if b"\xff" in block:  # it goes with the quotes or braces around it
+        return joined or b"", halves or b"", count, last or 0
+
+    def _mended(self, block: bytes, halves: bytes, text: RecordText) -> bytes:
+        """What SQLite made, with what its marks stand for."""
+        if b"\xfe" in block:
+            numbers, omitted = from_json(b"[%b]" % halves.replace(b"],[", b",")[1:-1]), self._wanted.omit_null
+            floats = [whole * 2.0**-10 + rest * 2.0**-72 if type(whole) is int else whole
+                      for whole, rest in zip(numbers[0::2], numbers[1::2], strict=True)
+                      if whole is not None or not omitted]
+            null = text.null.encode().replace(b'"', b"\xfc") if text.delimiter else b"null"
+            cells = to_json(floats)[1:-1].replace(b'"', b"").replace(b"null", null).split(b",")
+            parts = [b""] * (2 * len(floats) + 1)
+            parts[0::2], parts[1::2] = block.split(b"\xfe" if text.delimiter else b'"\xfe"'), cells
+            block = b"".join(parts)
+        if b"\xff" in block:
             parts = (b".%b." % block).split(b"\xff")
             block = (b"" if text.delimiter else b",").join([part[1:-1] for part in parts])
-        return _floats(block) if b"\xfe" in block else block, count, last or 0
+        return block.replace(b'"', b'""').replace(b"\xfc", b'"') if b"\xfc" in block else block
 
     def page(self) -> tuple[bytes, int, int | None]:
         """Records of one type as JSON objects with commas between, how many, and the last's `_id` if there are more.
@@ -3088,7 +3118,7 @@ def _types(sql: str, text: str) -> dict[Kind, str]:
     return dict(zip(kinds, [*sql.split("|"), text, text], strict=True))
 
 
-_QUOTED, _UTC, _ENDLESS = "printf('%Q', {c})", f"coalesce({_MOMENT}, {{c}})", "{c} IN (9e999, -9e999)"
+_QUOTED, _UTC = "printf('%Q', {c})", f"coalesce({_MOMENT}, {{c}})"
 _LITERALS: dict[Kind, str] = {"none": "NULL", "int": "{c}", "float": _FLOAT_CELL, "decimal": "{c}", "date": _QUOTED,
                               "bool": "CASE {c} WHEN 1 THEN 'TRUE' WHEN 0 THEN 'FALSE' END"}
 # Shells drop a carriage return before a line feed: SQLite's reads those texts from hexadecimal digits.
@@ -3104,14 +3134,14 @@ DIALECTS: Mapping[str, Dialect] = {
     "postgres": Dialect(
         '"', (63, "bytes"), _types("BIGINT|DOUBLE PRECISION|NUMERIC|BOOLEAN|DATE|TIMESTAMPTZ|JSONB", "TEXT"),
         {**_LITERALS, "json": _TEXT_E, "text": _TEXT_E,
-         "float": f"CASE WHEN {_ENDLESS} THEN iif({{c}} > 0, '''Infinity''', '''-Infinity''') ELSE {_FLOAT_CELL} END",
+         "float": _float_sql("'''{}Infinity'''"),
          "datetime": f"printf('%Q', {_UTC} || '+00')"},
         "BEGIN;\nSET LOCAL client_encoding = 'UTF8';\nSET LOCAL standard_conforming_strings = on;\n", "", "COMMIT;\n"),
     "mysql": Dialect(
         "`", (64, "characters"),
         _types("BIGINT|DOUBLE|DECIMAL({}, {})|BOOLEAN|DATE|DATETIME(6)|JSON", "LONGTEXT"),
         {**_LITERALS, "datetime": f"printf('%Q', {_UTC})",
-         "float": f"CASE WHEN NOT {_ENDLESS} THEN {_FLOAT_CELL} END",  # it has no infinity
+         "float": _float_sql("NULL"),  # it has no infinity
          "decimal": _QUOTED, "json": _TEXT_ESCAPED, "text": _TEXT_ESCAPED},
         "SET NAMES utf8mb4;\nSET @sql_mode_before = @@sql_mode, sql_mode = 'STRICT_ALL_TABLES';\n",
         "START TRANSACTION;\n", "COMMIT;\nSET sql_mode = @sql_mode_before;\n", (65, 30)),
@@ -7727,7 +7757,8 @@ def _write_text(text: RecordText, sink: ExportSink, records: RecordStore, wanted
         for table in query.tables:
             before, after = text.before, text.empty
             if text.delimiter is not None:
-                header = text.delimiter.join(_cell(field, wanted.excel_safe) for field in table.columns)
+                text = text._replace(null='""' if len(table.columns) == 1 else "")  # many skip an empty line
+                header = str(text.delimiter).join(_cell(field, wanted.excel_safe) for field in table.columns)
                 before = after = f"{chr(0xfeff) if wanted.excel_safe else ''}{header}{text.between}"
             with sink.part(table.name) as part, query.blocks(text, table.name) as blocks:
                 for block in blocks:
