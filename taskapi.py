@@ -8339,8 +8339,8 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
 
 _FORM = re.compile(r'"?\s*(?:(?P<moment>\d{1,4}([-/.])\d{1,2}\2\d{1,4}([T ].*)?|\d{4}-\d\d|\d{1,2}:\d\d(:\d\d.*)?)|'
                    r"(?P<number>[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?)|(?i:[-.?]?|n/?a|nan|null|none|\\n))\s*\"?")
-_RARE_NAME, _NO_NAME = re.compile(r"-\d*[.,]\d+|[1-9]\d*[.,]\d+"), re.compile(r".*[eE].*|.*[.,]\d{6,}")  # of columns
-_SHARE = re.compile(r"0?[.,]\d{1,3}")
+_NO_NAME = re.compile(r".*[.,](\d{8,}|\d{5,}[eE].*)")  # a number that no column is called by, others rarely
+_RARE_NAME, _SHARE = re.compile(r"-\d*[.,]\d+|[1-9]\d*[.,]\d+"), re.compile(r"0?[.,]\d{1,3}")
 
 
 def _form_of(cell: str) -> str:
@@ -8358,8 +8358,10 @@ def _seems(cell: str, below: Sequence[str]) -> str:
     number that they count on from, or that lies between them; a text that comes again. Nothing if that does not show.
     """
     form, forms = _form_of(cell), {*map(_form_of, below)} - {""}
+    if forms == {"text"} and form:
+        return "name" if form != "text" else "again" if cell in below else "text"
     if forms not in ({"number"}, {"moment"}):
-        return ("again" if cell in below else form) if form == "text" else "name" if form and forms == {"text"} else ""
+        return form if form == "text" else ""
     if form not in forms or (cell[:1] == '"' and not any(each[:1] == '"' for each in below)):
         return "name" if form else ""
     if form == "moment":
@@ -8382,12 +8384,12 @@ def _is_record(first: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
     steps = {round(after - before, 9) for before, after in itertools.pairwise(sorted(numbers))}
     ordered = numbers == sorted({*numbers}) or (len(steps) == 1 and 0 not in steps) or all(
         map(_SHARE.fullmatch, cells))  # as sizes, years and quantiles are
-    if "moment" in seem or (cells and "again" in seem) or (seem[0] == "counted" and not (
-            ordered and numbers[0] == 1 and not texts)):
-        return True
     exact = any(map(_NO_NAME.fullmatch, cells))
-    return ((exact or 2 * seem.count("between") >= len(cells) > 0) and not (ordered and (texts or cells[2:]))
-            and (exact or any(map(_RARE_NAME.fullmatch, cells)) or (not texts and len(cells) > 2)))
+    if "moment" in seem or (cells and "again" in seem) or (exact and not texts) or (
+            seem[0] == "counted" and not (ordered and numbers[0] == 1 and not texts)):
+        return True
+    return (2 * seem.count("between") >= len(cells) > 0 and not (ordered and (texts or cells[2:]))
+            and ((not texts and len(cells) > 2) or exact or any(map(_RARE_NAME.fullmatch, cells))))
 
 
 def _header(names: FieldNames, rows: Sequence[Sequence[str]], told: str, line: int, *,
@@ -8672,7 +8674,8 @@ def _listed(text: _JsonText, whole: Json, options: IngestOptions) -> _JsonRecord
         raise JobFailed(f"line 1: the list {nested[:80]!r} holds lists; path=/{nested[:80]} takes these as records")
     elif others and not found:
         if whole is None:
-            raise _bad_line(1, f"a record is longer than {_LIST_LENGTH} characters; in a file named .ndjson it may be")
+            raise _bad_line(1, f"a record is longer than {_LIST_LENGTH} characters; path names records inside it, in a "
+                               "file named .ndjson it may be one")
         several = len(whole) > MAX_FIELDS  # then it is no record, but a list of what its keys stand for
         yield from (("", {"key": key, "value": value}) for key, value in whole.items()) if several else [("", whole)]
 

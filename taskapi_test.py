@@ -5065,9 +5065,9 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"column_1": "1e+01", "column_2": "2e+02", "column_3": "5e+00"},
         {"column_1": "2e+01", "column_2": "1e+02", "column_3": "3e+00"},
         {"column_1": "5e+00", "column_2": "3e+02", "column_3": "9e+00"}]),
-    "a report without a header": ("a.txt", "   2.5e+02   9.9e+01   5.6e+02\n   2.8e+02   9.1e+01   5.5e+02\n", {},
-        [{"column_1": "2.5e+02", "column_2": "9.9e+01", "column_3": "5.6e+02"},
-             {"column_1": "2.8e+02", "column_2": "9.1e+01", "column_3": "5.5e+02"}]),
+    "a report without a header": ("a.txt", "   2.50000e+02   9.9e+01   5.6e+02\n   2.8e+02   9.1e+01   5.5e+02\n", {},
+        [{"column_1": "2.50000e+02", "column_2": "9.9e+01", "column_3": "5.6e+02"},
+         {"column_1": "2.8e+02", "column_2": "9.1e+01", "column_3": "5.5e+02"}]),
     "digits of numbers": ("a.ndjson", '{"a":12.50,"b":12345678901234567890,"c":1}\n{"c":"x"}', {}, [
         {"a": "12.50", "b": "12345678901234567890", "c": "1"}, {"a": None, "b": None, "c": '"x"'}]),
     "exponents, as they are written": ("a.ndjson", '{"a":-0.0,"b":1}\n{"a":1e+16,"b":1.5E-7}\n{"a":1e999}', {}, [
@@ -5103,7 +5103,8 @@ FIRST_LINES = {
         "country,2024-01-31,2024-02-29\nFR,1,2\nFR,3,4\n", '"5","3","4"\n7,1,9\n2,8,1\n',
         '"","142.24","144.78"\n"9.4",150,140\n"9.5",1,160\n', ",2020,2019\nFR,1,9000\nDE,3000,3\n",
         "150,4,setosa,virginica\n5.1,3.5,1.4,0.2\n160,5,1,2\n", "sample,400.1234,401.2345\na,1,2\nb,900,1\n",
-        "Ann,Paris\nBob,Rome\nAnn,Rome\n", "2019,label\n1,x\n2,y\n", '[["a", "2019"], ["b", 1.5], ["a", 3000]]'],
+        "Ann,Paris\nBob,Rome\nAnn,Rome\n", "2019,label\n1,x\n2,y\n",
+        "x,.03\n1.2,.28\n1.4,.02\nx,.1\n1.1,.7\n", '[["a", "2019"], ["b", 1.5], ["a", 3000]]'],
     "either": [
         "1,2\n3,4\n", "1,2,3\n2,3,5\n3,0,4\n4,9,1\n", "2019,2020\n1,9000\n5000,3\n", "0\n1\n0\n2\n",
         "2021,2020,2019\n1,9000,2\n5000,3,3000\n", "7,7\n", "0.5,0.1,0.9\n1,0,2\n0,1,0\n",
