@@ -8385,7 +8385,7 @@ def _is_record(first: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
     ordered = numbers == sorted({*numbers}) or (len(steps) == 1 and 0 not in steps) or all(
         map(_SHARE.fullmatch, cells))  # as sizes, years and quantiles are
     exact = any(map(_NO_NAME.fullmatch, cells))
-    if "moment" in seem or (cells and "again" in seem) or (exact and not texts) or (
+    if "moment" in seem or r"\N" in first or (cells and "again" in seem) or (exact and not texts) or (
             seem[0] == "counted" and not (ordered and numbers[0] == 1 and not texts)):
         return True
     return (2 * seem.count("between") >= len(cells) > 0 and not (ordered and (texts or cells[2:]))
@@ -8410,7 +8410,7 @@ def _header(names: FieldNames, rows: Sequence[Sequence[str]], told: str, line: i
     if (not indexed and all(map(_NUMERIC.fullmatch, texts))) or (
             texts_only and not all(cell[:1] == '"' for cell in first)):
         raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names there, "
-                              "do without, and skip leaves out lines above it")
+                              "do without, and skip or comment leaves out lines above it")
     # Spaces before a quote are a habit of some; in other cells they stay what they are.
     return names.of_header([_unquoted(cell.strip() if re.match(' +".*" *$', cell) else cell) for cell in first],
                            line), True

@@ -4933,6 +4933,18 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "no header: counted": ("a.txt", "1\tAnn\t\\N\n2\tBob\t7\n3\tEve\t5\n", {}, [
         {"column_1": 1, "column_2": "Ann", "column_3": None}, {"column_1": 2, "column_2": "Bob", "column_3": 7},
         {"column_1": 3, "column_2": "Eve", "column_3": 5}]),
+    "no header: MySQL's OUTFILE": ("m.csv", '"1";"Ann";\\N\n"2";"Bob";"x"\n', {}, [
+        {"column_1": "1", "column_2": "Ann", "column_3": None}, {"column_1": "2", "column_2": "Bob", "column_3": "x"}]),
+    "no header: R's write.table": ("r.txt", '"1" 5.1 "setosa"\n"2" 4.9 "setosa"\n"3" 6.3 "virginica"\n', {}, [
+        {"column_1": "1", "column_2": 5.1, "column_3": "setosa"},
+        {"column_1": "2", "column_2": 4.9, "column_3": "setosa"},
+        {"column_1": "3", "column_2": 6.3, "column_3": "virginica"}]),
+    "no header: numpy's savetxt": ("n.csv", "1.50000000e+00,2.00000000e+00\n2.50000000e+00,1.00000000e+00\n", {}, [
+        {"column_1": "1.50000000e+00", "column_2": "2.00000000e+00"},
+        {"column_1": "2.50000000e+00", "column_2": "1.00000000e+00"}]),
+    "no header: sqlite3's list": ("s.txt", "1|Ann|2.5\n2|Bob|3.5\n3|Ann|1.5\n", {}, [
+        {"column_1": 1, "column_2": "Ann", "column_3": 2.5}, {"column_1": 2, "column_2": "Bob", "column_3": 3.5},
+        {"column_1": 3, "column_2": "Ann", "column_3": 1.5}]),
     "an index without a name": ("a.csv", ",0\n1821,269\n1822,321\n", {}, [
         {"column_1": 1821, "0": 269}, {"column_1": 1822, "0": 321}]),
     "no header, told": ("a.csv", "1,x\n3,4\n", {"header": "none"}, [
@@ -4982,6 +4994,23 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"a,x": "1,5", "b,y": "2,5"}, {"a,x": "3,5", "b,y": "4,0"}]),
     "two delimiters alike": ("a.csv", "a;b,c\nx;y,z\n", {}, ["line 1", "delimiter decides"]),
     "two alike, told": ("a.csv", "a;b,c\n1;2,3\n", {"delimiter": ","}, [{"a;b": "1;2", "c": 3}]),
+    "a list with rules": ("s.txt", "-----\n|Plant|Qty|\n-----\n|0100 |  5|\n-----\n", {}, ["skip", "comment"]),
+    "a list with rules, told": (
+        "s.txt", "-----\n|Plant|Qty|\n-----\n|0100 |  5|\n-----\n", {"comment": "-", "delimiter": "|"}, [
+            {"column_1": None, "Plant": "0100 ", "Qty": "  5"}]),
+    "a list of SAP's, with a blank line": ("s.txt", b"\tWerk\tMenge\r\n\r\n\t0100\t1,5-\r\n\tM\xfc\t2\r\n", {}, [
+        {"column_1": None, "Werk": "0100", "Menge": "1,5-"}, {"column_1": None, "Werk": "Mü", "Menge": "2"}]),
+    "Eurostat": ("e.tsv", "freq,geo\\TIME\t2022 \t2023 \nA,AT\t1.5 p\t: \nA,BE\t2.5 \t3.1 e\n", {}, [
+        {"freq,geo\\TIME": "A,AT", "2022": "1.5 p", "2023": ": "},
+        {"freq,geo\\TIME": "A,BE", "2022": "2.5 ", "2023": "3.1 e"}]),
+    "the World Bank": (
+        "w.csv", '\ufeff"Source","X",\r\n\r\n"Name","Of","1960","1961",\r\n"Aruba","ABW","","1.5",\r\n', {"skip": 2}, [
+            {"Name": "Aruba", "Of": "ABW", "1960": "", "1961": "1.5"}]),
+    "it, as it came": (
+        "w.csv", '\ufeff"Source","X",\r\n\r\n"Name","Of","1960","1961",\r\n"Aruba","ABW","","1.5",\r\n', {}, [
+            "line 1", "skip"]),
+    "psql's count of rows": ("p.txt", "id|name\n1|Ann\n(1 row)\n", {}, ["line 3", "comment"]),
+    "that count, left out": ("p.txt", "id|name\n1|Ann\n(1 row)\n", {"comment": "("}, [{"id": 1, "name": "Ann"}]),
     "an SAP-like list": ("a.txt", "|Plant|Qty|\n|0100 |5  |\n", {"delimiter": "|"}, [
         {"column_1": None, "Plant": "0100 ", "Qty": "5  "}]),
     "Excel's sep": ("a.csv", "sep=;\r\na;b\r\n1;x,y\r\n", {}, [{"a": 1, "b": "x,y"}]),
@@ -5024,6 +5053,13 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
     "GeoJSON": ("a.json", ('{"type": "FeatureCollection", "crs": {"type": "name"}, "features": [{"type": "Feature", '
                           '"properties": {"n": 1}, "geometry": null}]}'), {}, [
         {"type": "Feature", "properties": '{"n":1}', "geometry": None}]),
+    "pandas' table": ("p.json", '{"schema": {"fields": [{"name": "index"}]}, "data": [{"index": 0, "a": 1}]}', {}, [
+        {"index": 0, "a": 1}]),
+    "CouchDB": ("c.json", '{"total_rows": 1, "offset": 0, "rows": [{"id": "a", "doc": {"n": 1}}]}', {}, [
+        {"id": "a", "doc": '{"n":1}'}]),
+    "DynamoDB": ("d.json", '{"Items": [{"id": {"S": "1"}}], "Count": 1}', {}, [{"id": '{"S":"1"}'}]),
+    "a census": ("c.json", '[["NAME", "B01", "state"],\n["Alabama", "4903185", "01"]]', {}, [
+        {"NAME": "Alabama", "B01": "4903185", "state": "01"}]),
     "objects by key": ("a.json", '{"u1": {"a": 1}, "u2": {"a": 2}}', {},
         [{"key": "u1", "a": 1}, {"key": "u2", "a": 2}]),
     "objects with their key": ("a.json", '{"u1": {"key": "u1", "a": 1}}', {}, [{"key": "u1", "a": 1}]),
