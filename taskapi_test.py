@@ -4790,6 +4790,24 @@ def test_an_export_never_sorts_what_lies_in_order_and_starts_where_it_was(servic
         connection.set_trace_callback(None)
 
 
+def test_conditions_on_the_id_say_where_reading_begins_and_ends(service: taskapi.Service) -> None:
+    """In steps of SQLite's machine, which are few; and between two whole numbers there is none."""
+    for _ in range(2):  # two layouts, and two ranges
+        store(service, {"n": "int"}, [[n] for n in range(4000)])
+        store(service, {"n": "int", "m": "int"}, [[n, n] for n in range(4000)])
+    for where, ids in (
+            ({"gte": 9001, "lt": 9003}, [9001, 9002]), ({"eq": 5}, [5]), ({"gt": 15_998.5}, [15_999, 16_000]),
+            ({"gt": 1, "lte": "3"}, [2, 3]), ({"eq": 5.5}, []), ({"lt": 1}, []), ({"gt": math.inf}, [])):
+        steps: list[int] = []
+        with service.queue.records._database.read() as connection:
+            connection.set_progress_handler(lambda counted=steps: counted.append(1), 100)
+            wanted = taskapi.Selected(taskapi.Filters(record_type="thing", where={"_id": where}), ["_id"])
+            query = taskapi.Query(connection, wanted)
+            found = json.loads(b"[%b]" % b",".join(text for text, *_ in query.text_blocks(taskapi.RecordText(","))))
+            assert ([record["_id"] for record in found], query.count()) == (ids, len(ids))
+        assert len(steps) < 40
+
+
 @pytest.mark.parametrize("order_by", [None, "-n"])
 def test_the_text_that_is_made_at_a_time_is_bounded_in_bytes(
         service: taskapi.Service, monkeypatch: pytest.MonkeyPatch, order_by: str | None) -> None:
@@ -4832,6 +4850,33 @@ def test_every_float_leaves_as_it_is_at_each_power_of_two(service: taskapi.Servi
     rows = [*csv.reader(io.StringIO(exported(service, "csv").decode(), newline=""))][1:]
     assert rows == [[cell, cell] for cell in (str(float(cell)) for cell, _ in rows)]
     assert [float(cell) for cell, _ in rows] == held
+
+
+def test_floats_nulls_and_the_endless_stand_where_they_were(service: taskapi.Service) -> None:
+    """Among short floats and texts that look like marks, once there is one that SQLite would not print exactly."""
+    values = [None, 0.1, 1 / 3, None, 5.0, -5.0, 1e-9, 0.0, None, -2 / 3]
+    store(service, {"x": "float", "t": "text", "y": "float"}, [[x, '"\x7f,null"', x and -x] for x in values])
+    store(service, {"x": "float"}, [[x] for x in values], "one")
+    with closing(sqlite3.connect(service.folder.root / "taskapi.db")) as db:  # no request can say these
+        for name in ("thing", "one"):
+            db.execute(f"UPDATE {name} SET x = x * 9e999 WHERE abs(x) = 5")
+        db.commit()
+    values[4:6] = math.inf, -math.inf
+    shown = ["", "0.1", "0.3333333333333333", "", "1e999", "-1e999", "1e-09", "0.0", "", "-0.6666666666666666"]
+    assert exported(service, "csv", "one").decode().split() == ['"x"', *(x or '""' for x in shown)]
+    for name, delimiter in (("csv", ","), ("tsv", "\t")):
+        rows = [*csv.reader(io.StringIO(exported(service, name).decode(), newline=""), delimiter=delimiter)][1:]
+        assert [row[:2] for row in rows] == [[x, '"\x7f,null"'] for x in shown]
+        assert [y for *_, y in rows] == ["", "-0.1", "-0.3333333333333333", "", "-5.0", "5.0", "-1e-09", "0.0", "",
+                                         "0.6666666666666666"]
+    for omitted in (False, True):
+        records = json.loads(exported(service, "json", omitNull=omitted))
+        assert [record.get("x", "none") for record in records] == [
+            "none" if x is None and omitted else x for x in values]
+    for dialect, endless in (("postgres", "'{}Infinity'"), ("mysql", "NULL"), ("sqlite", "{}1e999")):
+        lines = re.findall(r"^\((.+)\)[,;]$", exported(service, "sql", "one", dialect=dialect).decode(), re.MULTILINE)
+        assert lines == [x.replace("-1e999", endless.format("-")).replace("1e999", endless.format("")) or "NULL"
+                         for x in shown]
 
 
 @settings(max_examples=40, deadline=None)
