@@ -2714,19 +2714,26 @@ class Selection:
     def _runs(self, after: int) -> Iterator[tuple[int, int, int]]:
         """(layout, first, last) of the records that may be selected, from the `_id` beyond `after` on, type by type.
 
-        Neighbouring ranges of one layout are read as one.
+        Neighbouring ranges of one layout are read as one. Tests on `_id` narrow them, since of several bounds SQLite
+        looks for one and reads on from there.
         """
+        until = _NO_LIMIT
+        for field, relation, value in self._tests:
+            if field == "_id" and (number := _number(value)) is not None:
+                number = min(max(number, 0), _NO_LIMIT)
+                after = max(after, math.ceil(number) - 1) if relation in ("eq", "gt", "gte") else after
+                until = min(until, math.floor(number)) if relation in ("eq", "lt", "lte") else until
         for name in self._types:
             ranges, bound = self._ranges(name)
             layout, first, last, end = 0, 0, 0, 0
             for start, size, rows, of in self._connection.execute(
                     f"SELECT first, size, rows, layout FROM {ranges} AND rows > 0 AND first + rows - 1 > ? "
-                    "ORDER BY first", [*bound, after]):
+                    "AND first <= ? ORDER BY first", [*bound, after, until]):
                 if of != layout or start != end or start - first >= _RUN_IDS:
                     if layout:
                         yield layout, first, last
                     layout, first = of, max(start, after + 1)
-                last, end = start + rows - 1, start + size  # what is reserved beyond `rows` holds nothing
+                last, end = min(start + rows - 1, until), start + size  # what is reserved beyond `rows` holds nothing
             if layout:
                 yield layout, first, last
 
@@ -7116,11 +7123,6 @@ class AtomicFile:
         with _disk_errors():
             self._file.flush()
 
-    @property
-    def closed(self) -> bool:
-        """True once it was kept or removed."""
-        return self._file.closed
-
     def beside(self) -> AtomicFile:
         """Another one, for something that this one is made from."""
         return AtomicFile(self._root)
@@ -7718,14 +7720,10 @@ class ExportSink:
         # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
         self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
         self._zip = zipfile.ZipFile(cast(Any, self), "w") if suffix else None
-        self.interrupted: Callable[[], bool] = bool  # where a library writes without a pause
 
     def write(self, block: bytes) -> int:
-        """Appends; raises Interrupted. An archive that was left open writes its end when it is collected: nowhere."""
-        if not self.file.closed:
-            if self.interrupted():
-                raise Interrupted
-            self.file.write(self._packer.compress(block) if self._packer else block)
+        """Appends."""
+        self.file.write(self._packer.compress(block) if self._packer else block)
         return len(block)
 
     def flush(self) -> None:
@@ -7953,6 +7951,18 @@ def _write_sheet(book: Any, sheet: Any, query: Query, table: Table) -> Writing:
                     yield query.progress
 
 
+class _Interruptible(io.FileIO):
+    """A file that raises Interrupted when it is to be left."""
+
+    interrupted: Callable[[], bool]
+
+    def write(self, block: Any) -> int:
+        """Appends."""
+        if self.interrupted():
+            raise Interrupted
+        return super().write(block)
+
+
 def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
     xlsxwriter, taken = _package("xlsxwriter"), {"history"}
     with ExitStack() as stack:
@@ -7961,15 +7971,18 @@ def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Wri
             if query.count_of(table) > _SHEET_ROWS:
                 raise JobFailed(f"there are more than {_SHEET_ROWS:,} records of type {table.name!r}, and no sheet of "
                                 "xlsx holds more; limit, or filters, take some of them")
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=sink.file.path.parent))
-        sink.interrupted = wanted.interrupted
-        book = xlsxwriter.Workbook(sink, {"constant_memory": True, "tmpdir": folder})
+        copy = stack.enter_context(sink.file.beside())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=copy.path.parent))
+        file = stack.enter_context(_Interruptible(copy.path, "r+"))
+        file.interrupted = wanted.interrupted
+        book = xlsxwriter.Workbook(file, {"constant_memory": True, "tmpdir": folder})
         book.set_properties({"created": datetime(2000, 1, 1)})  # equal in, equal out
         for table in query.tables:
             sheet = book.add_worksheet(_sheet_name(table.name, taken))
             stack.callback(sheet.row_data_fh.close)  # where it comes to no end
             yield from _write_sheet(book, sheet, query, table)
         book.close()
+        yield from _copied(copy, sink, query.progress)
 
 
 # Readers: an uploaded file in, batches of its records out, in bounded memory
