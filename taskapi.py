@@ -381,13 +381,18 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, hits))}?" if hits else ""
 
 
+def problem_message(detail: Mapping[str, Any]) -> str:
+    """Pydantic's message as part of a sentence."""
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
 def field_problems(error: ValidationError, *prefix: str) -> list[FieldProblem]:
     """What pydantic found wrong, five at most, as paths and short messages."""
     problems = []
     for detail in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
         path = ".".join(str(step) for step in (*prefix, *detail["loc"]))
-        message = detail["msg"].removeprefix("Value error, ")
-        problems.append(FieldProblem(path or "body", message[:1].lower() + message[1:]))
+        problems.append(FieldProblem(path or "body", problem_message(detail)))
     return problems
 
 
@@ -5130,7 +5135,7 @@ _MEANT_TOO = {"boolean": "bool", "text": "word, pattern or template"}  # these a
 def _option_problem(cls: type[FieldType], name: str, problem: Mapping[str, Any]) -> str:
     """What is wrong with an option; for one that a type does not have, those that it has."""
     if problem["type"] != "extra_forbidden" or len(problem["loc"]) != 1:
-        return str(problem["msg"])
+        return problem_message(problem)
     option = str(problem["loc"][0])
     options = [f.alias or key for key, f in cls.model_fields.items() if key != "type"]
     options = sorted(options, key=("null", "unique").__contains__)
@@ -5154,6 +5159,7 @@ def parse_field(raw: Any, path: str, depth: int = 0) -> FieldType:
         return cls.model_validate(spec, context=(path, depth), by_alias=True, by_name=cls.__module__ != __name__)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False, include_context=False)
+        details.sort(key=lambda detail: detail["type"] == "missing")  # a wrong name tells more than the one it is for
         raise _refusal([FieldProblem(".".join([path, *map(str, detail["loc"])]), _option_problem(cls, name, detail))
                         for detail in details]) from None
 
@@ -14357,6 +14363,9 @@ class _Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # Waitr
     def received(self, data: bytes) -> int:
         """Takes bytes in; whatever is refused is complete at once."""
         in_head = not self.headers_finished
+        if in_head and not self.header_plus and data[:1] in b"\r\n":  # empty lines, all at once: each pair costs a copy
+            self.empty = self.completed = True
+            return len(data) - len(data.lstrip(b"\r\n"))
         try:
             consumed: int = super().received(data)
         except OSError:

@@ -3179,6 +3179,14 @@ def test_what_is_wrong_is_refused_by_its_path(field: Any, path: str | None, mess
         assert message in what
 
 
+def test_a_wrong_name_of_an_option_is_told_before_the_one_that_is_missing() -> None:
+    """With the name that was meant, and in small letters, as part of the sentence."""
+    found = problems(lambda: plan({"x": {"type": "choice", "value": [1]}}))
+    assert [*found] == ["schema.x.value", "schema.x.values"]
+    assert "did you mean 'values'" in found["schema.x.value"]
+    assert found["schema.x.values"] == "field required"
+
+
 class CountedRandom(random.Random):
     """A Random that ends what draws without end."""
 
@@ -8945,6 +8953,14 @@ BROKEN_HTTP: dict[str, tuple[bytes, list[int]]] = {
 def statuses_in(data: bytes) -> list[int]:
     """The statuses of the answers that a raw connection brought."""
     return [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d+) ", data)]
+
+
+def test_empty_lines_are_taken_all_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair by itself, with a copy of what follows, would keep the loop busy for seconds."""
+    looks, find = [], taskapi.waitress.parser.find_double_newline
+    monkeypatch.setattr("waitress.parser.find_double_newline", lambda data: looks.append(1) or find(data))
+    assert raw(url, b"\r\n" * 20_000 + b"GET /health HTTP/1.1" + LOCAL + b"\r\n").status == 200
+    assert len(looks) < 1000
 
 
 @pytest.mark.parametrize("case", named(BROKEN_HTTP))
