@@ -7129,6 +7129,11 @@ class AtomicFile:
         with _disk_errors():
             self._file.flush()
 
+    @property
+    def closed(self) -> bool:
+        """True once it was kept or removed."""
+        return self._file.closed
+
     def beside(self) -> AtomicFile:
         """Another one, for something that this one is made from."""
         return AtomicFile(self._root)
@@ -7726,10 +7731,14 @@ class ExportSink:
         # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
         self._packer = zlib.compressobj(6, zlib.DEFLATED, 31) if gzip else None
         self._zip = zipfile.ZipFile(cast(Any, self), "w") if suffix else None
+        self.interrupted: Callable[[], bool] = bool  # where a library writes without a pause
 
     def write(self, block: bytes) -> int:
-        """Appends."""
-        self.file.write(self._packer.compress(block) if self._packer else block)
+        """Appends; raises Interrupted. An archive that was left open writes its end when it is collected: nowhere."""
+        if not self.file.closed:
+            if self.interrupted():
+                raise Interrupted
+            self.file.write(self._packer.compress(block) if self._packer else block)
         return len(block)
 
     def flush(self) -> None:
@@ -7957,18 +7966,6 @@ def _write_sheet(book: Any, sheet: Any, query: Query, table: Table) -> Writing:
                     yield query.progress
 
 
-class _Interruptible(io.FileIO):
-    """A file that raises Interrupted when it is to be left."""
-
-    interrupted: Callable[[], bool]
-
-    def write(self, block: Any) -> int:
-        """Appends."""
-        if self.interrupted():
-            raise Interrupted
-        return super().write(block)
-
-
 def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
     xlsxwriter, taken = _package("xlsxwriter"), {"history"}
     with ExitStack() as stack:
@@ -7977,18 +7974,15 @@ def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Wri
             if query.count_of(table) > _SHEET_ROWS:
                 raise JobFailed(f"there are more than {_SHEET_ROWS:,} records of type {table.name!r}, and no sheet of "
                                 "xlsx holds more; limit, or filters, take some of them")
-        copy = stack.enter_context(sink.file.beside())
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=copy.path.parent))
-        file = stack.enter_context(_Interruptible(copy.path, "r+"))
-        file.interrupted = wanted.interrupted
-        book = xlsxwriter.Workbook(file, {"constant_memory": True, "tmpdir": folder})
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=sink.file.path.parent))
+        sink.interrupted = wanted.interrupted
+        book = xlsxwriter.Workbook(sink, {"constant_memory": True, "tmpdir": folder})
         book.set_properties({"created": datetime(2000, 1, 1)})  # equal in, equal out
         for table in query.tables:
             sheet = book.add_worksheet(_sheet_name(table.name, taken))
             stack.callback(sheet.row_data_fh.close)  # where it comes to no end
             yield from _write_sheet(book, sheet, query, table)
         book.close()
-        yield from _copied(copy, sink, query.progress)
 
 
 # Readers: an uploaded file in, batches of its records out, in bounded memory
