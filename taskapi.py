@@ -8346,8 +8346,7 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
 
 _FORM = re.compile(r'"?\s*(?:(?P<moment>\d{1,4}([-/.])\d{1,2}\2\d{1,4}([T ].*)?|\d{4}-\d\d|\d{1,2}:\d\d(:\d\d.*)?)|'
                    r"(?P<number>[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?)|(?i:[-.?]?|n/?a|nan|null|none|\\n))\s*\"?")
-_NO_NAME = re.compile(r".*[.,](\d{8,}|\d{5,}[eE].*)")  # a number that no column is called by, others rarely
-_RARE_NAME, _SHARE = re.compile(r"-\d*[.,]\d+|[1-9]\d*[.,]\d+"), re.compile(r"0?[.,]\d{1,3}")
+_LOOK = re.compile(r".*[.,](\d{8,}|\d{5,}[eE].*)(?P<exact>)|0?[.,]\d{1,3}(?P<share>)|(-\d*|[1-9]\d*)[.,]\d+(?P<rare>)")
 
 
 def _form_of(cell: str) -> str:
@@ -8365,14 +8364,12 @@ def _seems(cell: str, below: Sequence[str]) -> str:
     number that they count on from, or that lies between them; a text that comes again. Nothing if that does not show.
     """
     form, forms = _form_of(cell), {*map(_form_of, below)} - {""}
-    if forms == {"text"} and form:
-        return "name" if form != "text" else "again" if cell in below else "text"
-    if forms not in ({"number"}, {"moment"}):
+    if not form or len(forms) != 1:
         return form if form == "text" else ""
-    if form not in forms or (cell[:1] == '"' and not any(each[:1] == '"' for each in below)):
-        return "name" if form else ""
-    if form == "moment":
-        return form
+    if form not in forms or (form != "text" and cell[:1] == '"' and not any(each[:1] == '"' for each in below)):
+        return "name"
+    if form != "number":
+        return "again" if form == "text" and cell in below else form
     value, others = _number_in(cell), [_number_in(each) for each in below if _form_of(each)]
     counted = value and others[1:] and all(each == value + n for n, each in enumerate(others, 1))
     return "counted" if counted else "between" if min(others) <= value <= max(others) else form
@@ -8380,23 +8377,22 @@ def _seems(cell: str, below: Sequence[str]) -> str:
 
 def _is_record(first: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
     """Whether the first line is a record beyond doubt, and no header: over each column of numbers or moments it has one
-    too, and a moment, a count, a text that comes again, or numbers that are not like names of columns."""
+    too, and a moment, a count, a text that comes again, or numbers that do not look like names of columns."""
     below = zip(first, *(row for row in rows if len(row) >= len(first)), strict=False)
     seem = [*itertools.takewhile("name".__ne__, (_seems(cell, others) for cell, *others in below))]
     if len(seem) < len(first) or not _unquoted(first[0]).strip():
         return False
     cells = [_unquoted(cell).strip() for cell, each in zip(first, seem, strict=True) if each in (
         "counted", "between", "number")]
-    numbers, texts = [*map(_number_in, cells)], not {"text", "again"}.isdisjoint(seem)
+    numbers, texts = [*map(_number_in, cells)], "text" in seem or "again" in seem
+    looks = {match and match.lastgroup for match in map(_LOOK.fullmatch, cells)}
     steps = {round(after - before, 9) for before, after in itertools.pairwise(sorted(numbers))}
-    ordered = numbers == sorted({*numbers}) or (len(steps) == 1 and 0 not in steps) or all(
-        map(_SHARE.fullmatch, cells))  # as sizes, years and quantiles are
-    exact = any(map(_NO_NAME.fullmatch, cells))
-    if "moment" in seem or r"\N" in first or (cells and "again" in seem) or (exact and not texts) or (
+    ordered = numbers == sorted({*numbers}) or (len(steps) == 1 and 0 not in steps) or looks == {"share"}
+    if "moment" in seem or r"\N" in first or (cells and "again" in seem) or ("exact" in looks and not texts) or (
             seem[0] == "counted" and not (ordered and numbers[0] == 1 and not texts)):
         return True
     return (2 * seem.count("between") >= len(cells) > 0 and not (ordered and (texts or cells[2:]))
-            and ((not texts and len(cells) > 2) or exact or any(map(_RARE_NAME.fullmatch, cells))))
+            and bool((not texts and cells[2:]) or looks & {"exact", "rare"}))
 
 
 def _header(names: FieldNames, rows: Sequence[Sequence[str]], told: str, line: int, *,
@@ -8405,22 +8401,21 @@ def _header(names: FieldNames, rows: Sequence[Sequence[str]], told: str, line: i
     cells are names if `texts_only`."""
     first, *below = rows
     names.headless = told == "auto" and _is_record(first, below)
-    if told == "none" or names.headless:
-        return names.of_header([f"column_{number}" for number in range(1, len(first) + 1)], line), False
-    if told != "auto":
-        header: list[str] = next(csv.reader([told], skipinitialspace=True))
+    header: list[str] = [f"column_{number}" for number in range(1, len(first) + 1)]
+    if is_first := told == "auto" and not names.headless:
+        texts = map(_unquoted, first) if texts_only else first
+        indexed = below and not first[0] and all(first[1:]) and all(row[0] for row in below)  # by an unnamed column
+        if (not indexed and all(map(_NUMERIC.fullmatch, texts))) or (
+                texts_only and not all(cell[:1] == '"' for cell in first)):
+            raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names "
+                                  "there, do without, and skip or comment leaves out lines above it")
+        # Spaces before a quote are a habit of some; in other cells they stay what they are.
+        header = [_unquoted(cell.strip() if re.match(' +".*" *$', cell) else cell) for cell in first]
+    elif told not in ("auto", "none"):
+        header = next(csv.reader([told], skipinitialspace=True))
         if not _fits(first, len(header)) or (texts_only and len(first) > len(header)):
             raise _bad_line(line, f"{_fields(len(first))} instead of the {len(header)} that header names")
-        return names.of_header(header, line), False
-    texts = map(_unquoted, first) if texts_only else first
-    indexed = below and not first[0] and all(first[1:]) and all(row[0] for row in below)  # by a column without a name
-    if (not indexed and all(map(_NUMERIC.fullmatch, texts))) or (
-            texts_only and not all(cell[:1] == '"' for cell in first)):
-        raise _bad_line(line, "there is no header: the first line must name the fields; header=none, or names there, "
-                              "do without, and skip or comment leaves out lines above it")
-    # Spaces before a quote are a habit of some; in other cells they stay what they are.
-    return names.of_header([_unquoted(cell.strip() if re.match(' +".*" *$', cell) else cell) for cell in first],
-                           line), True
+    return names.of_header(header, line), is_first
 
 
 def _read_csv(texts: Iterator[str], options: IngestOptions, names: Mapping[str, FieldNames],
@@ -8624,13 +8619,6 @@ def _keyed(pairs: Iterable[tuple[str, dict[str, Json]]]) -> _JsonRecords:
         yield "", {"key": key, **record}
 
 
-def _by_columns(objects: Sequence[tuple[str, dict[str, Json]]]) -> Iterable[dict[str, Json]]:
-    """The records that objects are the columns of, if the values in each are numbered, as pandas writes them."""
-    numbers = [*map(str, range(len(objects[0][1])))]
-    return [{name: column[number] for name, column in objects} for number in numbers] if all(
-        [*column] == numbers for _, column in objects) else []
-
-
 def _in_list(text: _JsonText, key: str, found: str, names: list[Json], options: IngestOptions) -> Generator[
         tuple[str, Json], None, tuple[type | None, bool]]:
     """The records in the list that comes next; returns what its first element is, and whether they are records: that
@@ -8675,8 +8663,11 @@ def _listed(text: _JsonText, whole: Json, options: IngestOptions) -> _JsonRecord
             yield from _keyed(objects)
             objects.clear()
     if objects and not others:
-        records = [] if keyed else _by_columns(objects)
-        yield from (("", record) for record in records) if records else _keyed(objects)
+        numbers = [] if keyed else [*map(str, range(len(objects[0][1])))]
+        if numbers and all([*column] == numbers for _, column in objects):  # columns, as pandas writes them
+            yield from (("", {name: column[number] for name, column in objects}) for number in numbers)
+        else:
+            yield from _keyed(objects)
     elif nested and not found:
         raise JobFailed(f"line 1: the list {nested[:80]!r} holds lists; path=/{nested[:80]} takes these as records")
     elif others and not found:
@@ -8731,14 +8722,11 @@ def _pointed(text: _JsonText, pointer: Sequence[str], options: IngestOptions, li
 _BATCH = 4096  # records of JSON at most in a batch
 
 
-_JSON_KINDS = {dict: "a JSON object", list: "a JSON array", None: "no JSON object or array"}
-
-
 def _misfit(record: Json, first: Json, options: IngestOptions) -> str:
     """What is wrong with a record that does not go with the first one."""
-    kinds = [next((kind for kind in (dict, list) if isinstance(each, kind)), None) for each in (record, first)]
-    if kinds[0] is not kinds[1]:
-        return f"a record must be {_JSON_KINDS[kinds[1]]}, as the first one"
+    kinds: dict[type, str] = {dict: "a JSON object", list: "a JSON array"}
+    if (wanted := kinds.get(type(first), "a plain value")) != kinds.get(type(record), "a plain value"):
+        return f"a record must be {wanted}, as the first one"
     if isinstance(first, list) and len(record) != len(first) and (len(record) > len(first) or options.ragged != "pad"):
         return f"{_fields(len(record))} instead of {len(first)}; ragged=pad ends short rows in nulls"
     return ""

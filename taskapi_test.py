@@ -5166,7 +5166,7 @@ CORPUS: dict[str, tuple[str, str | bytes, dict[str, Any], Any]] = {  # file, con
         {"a": 1, "b": "x"}, {"a": 2, "b": None}]),
     "one of its columns": ("a.json", '{"0": "x", "1": "y"}', {}, [{"0": "x", "1": "y"}]),
     "values": ("a.json", '["Oslo", null, "2"]', {}, [{"value": "Oslo"}, {"value": None}, {"value": "2"}]),
-    "a value, then an object": ("a.json", '[null,\n{"a": 1}]', {}, ["line 2", "no JSON object"]),
+    "a value, then an object": ("a.json", '[null,\n{"a": 1}]', {}, ["line 2", "a plain value"]),
     "an object, then a value": ("a.json", '[{"a": 1},\n2]', {}, ["line 2", "a JSON object"]),
     "more keys than fields": ("a.json", json.dumps({f"k{n}": [n] for n in range(2000)}), {}, [
         {"key": f"k{n}", "value": f"[{n}]"} for n in range(2000)]),
