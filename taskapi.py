@@ -7726,6 +7726,8 @@ Writing = Generator[Progress, None, None]  # says now and then how far it is
 class ExportSink:
     """Takes the bytes of an export into a file, gzipped or not; or into a zip, a file with `suffix` for each part."""
 
+    closed = False  # what Arrow asks for
+
     def __init__(self, file: AtomicFile, *, gzip: bool, suffix: str = ""):
         self.file, self._suffix = file, suffix
         # Window bits over 16 ask zlib for the gzip container, which holds no time and no name: equal in, equal out.
@@ -7804,19 +7806,15 @@ def _write_sql(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writ
         sink.write(dialect.end.encode())
 
 
-def _copied(file: AtomicFile, sink: Any, progress: Progress) -> Writing:
-    with file.open() as stream:
-        while block := stream.read(_BLOCK):
-            sink.write(block)
-            yield progress
-
-
 def _write_database(sink: ExportSink, records: RecordStore, wanted: Selected) -> Writing:
     progress = Progress()
     with sink.file.beside() as copy:
         for progress in records.copy_to(copy.path, wanted):
             yield progress
-        yield from _copied(copy, sink, progress)
+        with copy.open() as stream:
+            while block := stream.read(_BLOCK):
+                sink.write(block)
+                yield progress
 
 
 # What the packages of the extra `formats` write
@@ -7883,17 +7881,15 @@ def _write_parquet(sink: ExportSink, records: RecordStore, wanted: Selected) -> 
             types = {field: _arrow_type(arrow, query, table, field, kind) for field, kind in table.columns.items()}
             schema = arrow.schema([(field, stored.get(kind, types[field])) for field, kind in table.columns.items()])
             read, group = _arrow_reader(schema, types), []
-            with sink.file.beside() as copy:
-                with query.blocks(text, table.name) as blocks, parquet.ParquetWriter(copy.path, schema) as file:
-                    for block in chain(blocks, [None]):
-                        group += [] if block is None else [read(block)]
-                        rows, size = sum(made.num_rows for made in group), sum(made.nbytes for made in group)
-                        if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or block is None):
-                            file.write_table(arrow.concat_tables(group), row_group_size=rows)
-                            group = []
-                        yield query.progress
-                with sink.part(table.name) as part:
-                    yield from _copied(copy, part, query.progress)
+            with (sink.part(table.name) as part, query.blocks(text, table.name) as blocks,
+                  parquet.ParquetWriter(part, schema) as file):
+                for block in chain(blocks, [None]):
+                    group += [] if block is None else [read(block)]
+                    rows, size = sum(made.num_rows for made in group), sum(made.nbytes for made in group)
+                    if rows and (rows >= _GROUP_ROWS or size >= _GROUP_BYTES or block is None):
+                        file.write_table(arrow.concat_tables(group), row_group_size=rows)
+                        group = []
+                    yield query.progress
 
 
 _SHEET_ROWS, _CELL_TEXT = 2**20 - 1, 32_767  # beside the header; UTF-16 units
