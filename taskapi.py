@@ -1366,8 +1366,9 @@ class Database:
             if self._closed:
                 raise StorageError("the database is closed")
             self._waiting.append(piece)
+            leads = self._leader is None  # asked later, the answer could be that it was made to
             self._leader = self._leader or piece
-        if self._leader is not piece and not piece.ready.acquire(timeout=_BUSY_SECONDS):
+        if not leads and not piece.ready.acquire(timeout=_BUSY_SECONDS):
             with self._turn:
                 if piece in self._waiting and self._leader is not piece:
                     self._waiting.remove(piece)

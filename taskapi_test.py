@@ -1140,6 +1140,30 @@ def test_whoever_writes_gets_what_is_theirs_and_a_busy_database_is_said(
     assert len(beats(database)) == 321
 
 
+def test_who_is_made_to_lead_before_it_waits_leads_once(
+        database: taskapi.Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between joining those who wait and waiting, a thread may be overtaken by all that is written before it."""
+    written = threading.Event()
+
+    class Overtaken(threading.Condition):
+        first = 0
+
+        def __enter__(self) -> bool:
+            self.first = self.first or threading.get_ident()
+            return super().__enter__()
+
+        def __exit__(self, *raised: object) -> None:
+            super().__exit__(*raised)
+            assert threading.get_ident() != self.first or written.wait(60)
+
+    with busy_writer(database):
+        monkeypatch.setattr(database, "_turn", Overtaken(database._turn._lock))
+        future = submit(database, partial(beat, 1))
+    written.set()
+    assert future.result(60) == 1
+    assert database.write(partial(beat, 2)) == 2
+
+
 def test_closing_fails_what_waits_and_leaves_no_thread(tmp_path: Path) -> None:
     """And all that comes later; closing again does nothing."""
     before = leftovers(tmp_path)
