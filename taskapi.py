@@ -15135,8 +15135,10 @@ def _job_cells(job: Mapping[str, Json]) -> list[object]:
     request = job["request"]
     about = request.get("recordType") or request.get("filename") or request.get("format") or (
         json.dumps(job["result"], ensure_ascii=False) if job["result"] else "")
+    changed = {name: (job["result"] or {}).get(name) for name in ("header", "encoding", "renamed")}
+    said = [f"{name}: {told if isinstance(told, str) else len(told)}" for name, told in changed.items() if told]
     return [job["jobId"], job["type"], job["status"], f"{job['progress']['done']:,}", job["createdAt"], about,
-            job["error"] or ""]
+            job["error"] or ", ".join(said)]
 
 
 def _print_job(client: Client, job: Mapping[str, Json]) -> None:

@@ -4674,6 +4674,10 @@ def test_a_sheet_is_read_by_the_types_of_its_cells() -> None:
     assert read("a.xlsx", data, sheet="Two") == ({"k": "int"}, [(None,), (5,)])
     assert read("a.xlsx", data, sheet="Two", header="none") == ({"column_1": "any"}, [("k",), (None,), (5,)])
     assert read("a.xlsx", data, sheet="Two", header="x", comment="k") == ({"x": "int"}, [(5,)])
+    assert read("a.xlsx", workbook([[7, "Ann", 1.5], [8, "Bob", 2], [9, "Ann", 2]])) == (
+        {"column_1": "int", "column_2": "text", "column_3": "float"}, [(7, "Ann", 1.5), (8, "Bob", 2.0), (9, "Ann", 2.0)])
+    assert read("a.xlsx", workbook([["of", 2019, 0.25], ["x", 1, 3]])) == (
+        {"of": "text", "2019": "int", "0.25": "int"}, [("x", 1, 3)])
     with pytest.raises(taskapi.JobFailed, match=r"no sheet 'Tow'; did you mean 'Two'\?; there are: 'First', 'Two'"):
         read("a.xlsx", data, sheet="Tow")
     with pytest.raises(BadRequest, match="sheet: is for xlsx files, not for csv"):
@@ -9338,6 +9342,14 @@ def test_a_file_as_large_as_you_like_is_ingested_by_its_owner_but_not_through_a_
         assert "larger than 1000 bytes" in err
     assert run("ingest", "long.csv", "--max-upload-bytes", "1000").code == 0
     assert plain(tmp_path / "data", "SELECT count(*), max(length(a)) FROM long") == [(400, 9999)]
+
+
+def test_ingest_says_what_was_taken_otherwise_than_it_stands(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """Behind the job, where an error would be."""
+    (tmp_path / "bare.csv").write_bytes(b"7,Ann\n8,Bob\n9,caf\xe9\n")
+    (tmp_path / "named.csv").write_text("_id,_job\n1,2\n")
+    assert run("ingest", "bare.csv").out.rstrip().endswith("bare  header: none, encoding: windows-1252")
+    assert run("ingest", "named.csv").out.rstrip().endswith("named  renamed: 2")
 
 
 def test_infer_gives_a_schema_that_generate_takes(
