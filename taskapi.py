@@ -2128,13 +2128,12 @@ _MOMENT = ("CASE WHEN length({c}) = 24 AND {c} GLOB '????-??-??T*Z' THEN substr(
            "END")
 _BOOL = "CASE {c} WHEN 1 THEN 'true' WHEN 0 THEN 'false' END"
 _IN_QUOTES = "printf(CAST(x'fc2573fc' AS TEXT), {safe})"  # %s between marks for quotes
-_FLAG = "CASE {c} WHEN 1 THEN json('true') WHEN 0 THEN json('false') END"
 KIND_SQL: dict[str, KindSql] = {
     "none": KindSql("ANY", json="NULL", csv="NULL", key="NULL", stored="NULL"),  # no job has given it a value
     "int": KindSql("INTEGER"),
     "float": KindSql("REAL", json=_FLOAT_JSON, csv=_FLOAT_CELL, stored="CAST({c} AS REAL)"),
     "decimal": KindSql("TEXT", key="CAST({c} AS REAL)", raw=True),
-    "bool": KindSql("INTEGER", json=_FLAG, csv=_BOOL),
+    "bool": KindSql("INTEGER", json=f"json({_BOOL})", csv=_BOOL),
     "text": KindSql("TEXT", csv=""),
     "date": KindSql("TEXT", csv="", key="{c} || 'T00:00:00.000000'"),
     "datetime": KindSql("TEXT", csv="", key=_MOMENT),
@@ -2888,17 +2887,16 @@ class Query(Selection):
     @contextmanager
     def blocks(self, text: RecordText, table: str = "") -> Iterator[Iterator[bytes]]:
         """The texts that `text_blocks` gives, of which SQLite makes the next meanwhile."""
-        def mended(block: bytes, halves: bytes, count: int, _: int) -> bytes:
+        def counted(block: bytes, count: int, _: int) -> bytes:
             self.done += count
-            return self._mended(block, halves, text)
+            return block
 
         with closing(_ahead(self._joined(text, table))) as blocks:
-            yield itertools.starmap(mended, blocks)
+            yield itertools.starmap(counted, itertools.starmap(partial(self._mended, text), blocks))
 
     def text_blocks(self, text: RecordText, table: str = "") -> Iterator[tuple[bytes, int, int]]:
         """Texts of many records, how many each is of, and the number of the last one."""
-        for block, halves, count, reached in self._joined(text, table):
-            yield self._mended(block, halves, text), count, reached
+        return itertools.starmap(partial(self._mended, text), self._joined(text, table))
 
     def _joined(self, text: RecordText, table: str) -> Iterator[tuple[bytes, bytes, int, int]]:
         """What `_mended` makes texts of, how many records each is of, and the number of the last one.
@@ -2959,7 +2957,7 @@ class Query(Selection):
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
         return joined or b"", halves or b"", count, last or 0
 
-    def _mended(self, block: bytes, halves: bytes, text: RecordText) -> bytes:
+    def _mended(self, text: RecordText, block: bytes, halves: bytes, count: int, last: int) -> tuple[bytes, int, int]:
         """What SQLite made, with what its marks stand for."""
         if b"\xfe" in block:
             numbers, omitted = from_json(b"[%b]" % halves.replace(b"],[", b",")[1:-1]), self._wanted.omit_null
@@ -2974,7 +2972,8 @@ class Query(Selection):
         if b"\xff" in block:
             parts = (b".%b." % block).split(b"\xff")
             block = (b"" if text.delimiter else b",").join([part[1:-1] for part in parts])
-        return block.replace(b'"', b'""').replace(b"\xfc", b'"') if b"\xfc" in block else block
+        quoted = block.replace(b'"', b'""').replace(b"\xfc", b'"') if b"\xfc" in block else block
+        return quoted, count, last
 
     def page(self) -> tuple[bytes, int, int | None]:
         """Records of one type as JSON objects with commas between, how many, and the last's `_id` if there are more.
