@@ -8340,13 +8340,13 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
         enough = 2 * len(rest)
 
 
-_FORM = re.compile(r'"?\s*(?:(?P<moment>\d{1,4}([-/.])\d{1,2}\2\d{1,4}([T ].*)?|\d{4}-\d\d|\d{1,2}:\d\d(:\d\d.*)?)|'
+_FORM = re.compile(r'"?\s*(?:(?P<moment>\d{1,4}([-/.])\d{1,2}\2\d{1,4}([T ].*)?|\d{4}-\d\d)|(?P<time>\d\d?:\d\d(:.*)?)|'
                    r"(?P<number>[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?)|(?i:[-.?]?|n/?a|nan|null|none|\\n))\s*\"?")
 _LOOK = re.compile(r".*[.,](\d{8,}|\d{5,}[eE].*)(?P<exact>)|0?[.,]\d{1,3}(?P<share>)|(-\d*|[1-9]\d*)[.,]\d+(?P<rare>)")
 
 
 def _form_of(cell: str) -> str:
-    """moment, number, text, or nothing of what is no value."""
+    """moment, time (of a day), number, text, or nothing of what is no value."""
     match = _FORM.fullmatch(cell)
     return match.lastgroup or "" if match else "text"
 
@@ -8356,8 +8356,8 @@ def _number_in(cell: str) -> float:
 
 
 def _seems(cell: str, below: Sequence[str]) -> str:
-    """What the first cell of a column is, seen from the others: their name, or a moment, number or text as they are; a
-    number that they count on from, or that lies between them; a text that comes again. Nothing if that does not show.
+    """What the first cell of a column is, seen from the others: their name, or a moment, time, number or text as they
+    are; a number that they count on from, or that lies between them; a text that comes again. Nothing if neither shows.
     """
     form, forms = _form_of(cell), {*map(_form_of, below)} - {""}
     if not form or len(forms) != 1:
