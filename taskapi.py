@@ -8300,21 +8300,20 @@ def _row_pattern(delimiter: str, width: int, gap: str) -> re.Pattern[str]:
     return re.compile(rf"{gap}{row}(?:{comma})*+{end}|{gap}((?:{cell})(?:{comma}(?:{cell}))*+){end}|([\s\S]+)")
 
 
-def _padded(rows: Sequence[Sequence[str]], pattern: re.Pattern[str], text: str, delimiter: str, width: int, pad: bool,
+def _padded(pattern: re.Pattern[str], text: str, delimiter: str, width: int, pad: bool,
             line: int) -> Iterator[Sequence[str]]:
     """The rows of a text, those with too few cells filled up; JobFailed if that is not wanted or one has too many."""
-    for number, row in enumerate(rows):
-        if not row[width]:
-            yield row[:width]
-            continue
-        cells, _ = _first_record(row[width], delimiter)
-        if len(cells) > width or not pad:
-            place = next(match for index, match in enumerate(pattern.finditer(text)) if index == number)
-            hint = ("ragged=pad ends short rows in nulls, comment leaves out lines by how they begin"
-                    if len(cells) < width else "skip or comment leaves out what stands above the header")
-            raise _bad_line(line + _lines_in(text[:place.start(width + 1)]),
-                            f"{_fields(len(cells))} instead of {width}; {hint}")
-        yield *cells, *[""] * (width - len(cells))
+    for match in pattern.finditer(text):
+        *row, odd, rest = match.groups("")
+        if odd:
+            row, _ = _first_record(odd, delimiter)
+            if len(row) > width or not pad:
+                hint = ("ragged=pad ends short rows in nulls, comment leaves out lines by how they begin"
+                        if len(row) < width else "skip or comment leaves out what stands above the header")
+                raise _bad_line(line + _lines_in(text[:match.start(width + 1)]),
+                                f"{_fields(len(row))} instead of {width}; {hint}")
+        if not rest:
+            yield row + [""] * (width - len(row))
 
 
 def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[str], pad: bool,
@@ -8331,8 +8330,7 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
         rest = rows.pop()[-1] if rows and rows[-1][-1] else ""
         columns = [*zip(*rows, strict=True)]
         if rows and any(columns[width]):
-            rows = [*_padded(rows, pattern, text, delimiter, width, pad, line)]
-            columns = [*zip(*rows, strict=True)]
+            columns = [*zip(*_padded(pattern, text, delimiter, width, pad, line), strict=True)]
         if rows:
             yield ColumnBatch(dict(zip(fields, columns, strict=False)), len(rows))
         line += _lines_in(text[:len(text) - len(rest)])
