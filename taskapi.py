@@ -7979,6 +7979,7 @@ def _write_xlsx(sink: ExportSink, records: RecordStore, wanted: Selected) -> Wri
             stack.callback(sheet.row_data_fh.close)  # where it comes to no end
             yield from _write_sheet(book, sheet, query, table)
         book.close()
+        yield query.progress
 
 
 # Readers: an uploaded file in, batches of its records out, in bounded memory

@@ -4537,6 +4537,15 @@ def test_what_a_sheet_cannot_hold_is_refused_by_name(service: taskapi.Service, m
     assert exported(service, "xlsx", "long", fields=["n"], where={"n": {"lt": 3}})
 
 
+@pytest.mark.parametrize("export_format", [*taskapi.FORMATS])
+def test_an_export_tells_how_many_records_it_has(service: taskapi.Service, export_format: str) -> None:
+    """However few they are, of one type or of two."""
+    for record_type, rows, made in (("one", 1, 1), ("two", 2, 3)):
+        store(service, {"n": "int"}, [[1]] * rows, record_type)
+        job = service.enqueue("export", {"format": export_format})
+        assert (job.status, job.result["records"], job.progress.done) == ("completed", made, made)
+
+
 def test_a_sheet_that_breaks_off_is_let_go_in_silence(
         service: taskapi.Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """XlsxWriter's archive would write its end into a file that is gone, when it is collected, and complain of that."""
