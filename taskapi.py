@@ -391,7 +391,8 @@ def field_problems(error: ValidationError, *prefix: str) -> list[FieldProblem]:
     """What pydantic found wrong, five at most, as paths and short messages."""
     problems = []
     for detail in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
-        path = ".".join(str(step) for step in (*prefix, *detail["loc"]))
+        steps = [str(step) for step in (*prefix, *detail["loc"])]  # some say which member of a union was tried
+        path = ".".join(step for step in steps if not re.match(r"function-|constrained-|(list|tuple|dict)\[", step))
         problems.append(FieldProblem(path or "body", problem_message(detail)))
     return problems
 
@@ -687,8 +688,8 @@ NewRecordType = Annotated[RecordType, AfterValidator(check_record_type), Field(
 
 
 # JSON has one kind of number: 10.0 is a whole one to JSON Schema, and to what is made from it.
-Whole = Annotated[int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer()
-                                       else value)]
+# It stands after the bounds, which the schema would not tell of what only comes out of a function.
+WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 class Progress(ApiModel):
@@ -790,7 +791,7 @@ _MOST_TESTS, _MOST_VALUES, _DEEPEST = 100, 10_000, 5  # of a filter
 class Condition(ApiModel):
     """What a field's value must be; several operators all have to hold."""
 
-    model_config = ConfigDict(strict=False)
+    model_config = ConfigDict(strict=False, json_schema_extra={"minProperties": 1})
 
     eq: Scalar = None
     ne: Scalar = None
@@ -857,7 +858,8 @@ class Where(ApiModel):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Condition]
 
-    or_: Annotated[list[Where], Field(min_length=1), WrapValidator(_alternatives)] = Field([], alias="or")
+    or_: Annotated[list[Annotated[Where, Field(json_schema_extra={"minProperties": 1})]], Field(min_length=1),
+                   WrapValidator(_alternatives)] = Field([], alias="or")
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -1773,7 +1775,7 @@ class JobStore:
 
         It is pending; or completed, with this `result`, where it was done while the client waited. `after` is a job
         that has to be completed first, `weight` the number of records that are expected of this one; see `claim`.
-        Raises BadRequest if there is no job `after`, Conflict if the key was used for another request, Unavailable if
+        Raises NotFound if there is no job `after`, Conflict if the key was used for another request, Unavailable if
         `max_pending` jobs wait already.
         """
         job_id, now = job_id or self.new_id(), self._now()
@@ -1819,7 +1821,7 @@ class JobStore:
             return False
         before = connection.execute("SELECT status FROM jobs WHERE id = ?", (after,)).fetchone()
         if not before:
-            raise BadRequest(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
+            raise NotFound(f"after: there is no job {after!r}", [FieldProblem("after", "is no job")])
         return bool(before[0] != JobStatus.COMPLETED)
 
     def _by_key(self, connection: sqlite3.Connection, key: str | None, key_hash: str | None) -> Job | None:
@@ -2849,7 +2851,7 @@ class Selection:
         """SQL for the selected records of a type, and what it binds, so many records at a time."""
         for start, last, select in self._spans(columns, record_type):
             for first in range(start, last + 1, self._most(step)):
-                rows, bound = select(first, min(last, first + self._most(step) - 1), self._limit)
+                rows, bound = select(first, min(last, first + self._most(step) - 1), self._limit - self.done)
                 if bound:
                     yield rows, bound
 
@@ -3006,25 +3008,39 @@ class DatabaseCopy(Selection):
 
     def run(self) -> Iterator[Progress]:
         """Fills the attached database `copy`, one table a type; rows come in order, so that pages are full."""
-        tables = {name: [field for field in self.fields if field in kinds] for name, kinds in self._kinds.items()}
-        tables = {name: fields for name, fields in tables.items() if fields}  # a table has one column at least
+        tables = {name: fields for name, kinds in self._kinds.items()  # a table has one column at least
+                  if (fields := [field for field in self.fields if field in kinds])}
         refs, keys, left = self._refs(tables), set[tuple[str, str]](), [*tables]
         while left:  # parents first; but a limit means the first records in the order of the types
             name = left[0] if self._wanted.limit is not None else next(
                 (name for name in left if {parent for parent, _ in refs[name].values()}.isdisjoint(left)), left[0])
             left.remove(name)
-            fields, clauses = tables[name], self._clauses(name, tables[name], refs, keys)
+            clauses = yield from self._filled(name, self._clauses(name, tables[name], refs, keys))
             keys |= {(name, field) for field, own in clauses.items() if not {*own}.isdisjoint(_KEYS)}
-            self._connection.execute(f"CREATE TABLE copy.{_quote(name)}{self._declared(name, clauses)}")
-            values = partial(self._values, fields, {field for field, own in clauses.items() if "NUMERIC" in own})
-            into = f"INSERT INTO copy.{_quote(name)} SELECT {', '.join(f'c{n}' for n in range(len(fields)))}"
-            for rows, bound in self._pieces(values, name, _COPY_STEP):
-                some = f"{into} FROM ({rows}) LIMIT ?"
-                self.done += self._connection.execute(some, [*bound, self._limit - self.done]).rowcount
-                yield self.progress
             for field in (field for field, own in clauses.items() if own and own[-1].startswith("REFERENCES")):
                 self._connection.execute(f"CREATE INDEX copy.{_quote(f'_{name}.{field}')} ON "  # no record type's name
                                          f"{_quote(name)}({_quote(field)})")
+
+    def _filled(self, name: str, clauses: dict[str, list[str]]) -> Generator[Progress, None, dict[str, list[str]]]:
+        """Fills a copy's table; returns the clauses that it has, of keys those alone of which no values are equal."""
+        before, table = self.done, f"copy.{_quote(name)}"
+        self._connection.execute(f"CREATE TABLE {table}{self._declared(name, clauses)}")
+        values = partial(self._values, clauses, {field for field, own in clauses.items() if "NUMERIC" in own})
+        # What FAIL ends leaves nothing to be undone, which a file without a journal could not do.
+        into = f"INSERT OR FAIL INTO {table} SELECT {', '.join(f'c{n}' for n in range(len(clauses)))} FROM "
+        try:
+            for rows, bound in self._pieces(values, name, _COPY_STEP):
+                self.done += self._connection.execute(f"{into}({rows})", bound).rowcount
+                yield self.progress
+        except sqlite3.IntegrityError as error:
+            fewer = {field: [clause for clause in own if clause not in _KEYS or not str(error).endswith(f".{field}")]
+                     for field, own in clauses.items()}
+            if fewer == clauses:
+                raise
+            self.done = before
+            self._connection.execute(f"DROP TABLE {table}")
+            return (yield from self._filled(name, fewer))
+        return clauses
 
     def _refs(self, tables: Mapping[str, Collection[str]]) -> dict[str, dict[str, tuple[str, str]]]:
         """By record type, which field refers to which of another type."""
@@ -3049,30 +3065,21 @@ class DatabaseCopy(Selection):
 
     def _clauses(self, record_type: str, fields: Sequence[str], refs: Mapping[str, Mapping[str, tuple[str, str]]],
                  keys: Collection[tuple[str, str]]) -> dict[str, list[str]]:
-        """How a copy's columns may be declared: the clauses that all of the selected values stand, by field.
-
-        Of records that are scattered over very many jobs no field is a key.
-        """
+        """How a copy's columns may be declared: the clauses that all of the selected values stand, by field."""
         tests, targets = dict[tuple[str, str], str](), {key for of in refs.values() for key in of.values()}
         for number, field in enumerate(fields):
             if self._kinds[record_type][field] == "decimal":
                 tests[field, "NUMERIC"] = f"NOT max({_INEXACT.format(c=f'c{number}')})"
             elif field == "id" or (record_type, field) in targets:
-                tests[field, _KEYS[field != "id"]] = f"count(*) = count(DISTINCT c{number})"
+                tests[field, _KEYS[field != "id"]] = f"count(*) = count(c{number})"  # if they differ, filling tells
             if (parent := refs[record_type].get(field, ("", ""))) in keys:
                 table, key = map(_quote, parent)
                 tests[field, f"REFERENCES {table}({key})"] = f"min(c{number} IN (SELECT {key} FROM copy.{table}))"
         tested = [field if any(field == other for other, _ in tests) else "" for field in fields]
-        pieces = [*self._pieces(partial(self._values, tested, tested), record_type, _NO_LIMIT)] if tests else []
-        most = min(_MOST_SELECTS, 30_000 // max((len(bound) for _, bound in pieces), default=1)) or 1
-        for start in range(0, len(pieces), most):
-            rows, bound = zip(*pieces[start:start + most], strict=True)
-            found = self._connection.execute(
-                f"SELECT {', '.join(tests.values())} FROM (SELECT * FROM ({') UNION ALL SELECT * FROM ('.join(rows)}))",
-                [*chain.from_iterable(bound)]).fetchone()
-            tests = {clause: test for (clause, test), holds in zip(tests.items(), found, strict=True) if holds != 0}
-        return {field: [clause for other, clause in tests if other == field and (
-            clause not in _KEYS or len(pieces) <= most)] for field in fields}
+        for rows, bound in self._pieces(partial(self._values, tested, tested), record_type, _NO_LIMIT) if tests else ():
+            found = self._connection.execute(f"SELECT {', '.join(tests.values()) or 0} FROM ({rows})", bound).fetchone()
+            tests = {clause: test for (clause, test), holds in zip(tests.items(), found, strict=False) if holds != 0}
+        return {field: [clause for other, clause in tests if other == field] for field in fields}
 
     def _declared(self, record_type: str, clauses: Mapping[str, Sequence[str]]) -> str:
         """The columns of a copy. A strict table cannot have NUMERIC ones; in others ANY would mean NUMERIC."""
@@ -4058,7 +4065,7 @@ def _stored_json(value: Any) -> str:
 # What JSON and SQLite hold in different ways, there and back.
 _STORE: dict[Kind, Callable[[Any], Any]] = {"bool": int, "json": _stored_json}
 _LOAD: dict[Kind, Callable[[Any], Any]] = {"bool": bool, "json": json.loads}
-_Count = Annotated[Whole, Field(strict=True, ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_INT), WHOLE]
 _Steps = list[tuple[int, Draw]]  # the place in the row, and what fills it
 
 
@@ -4067,14 +4074,16 @@ def _json_schema_of(schema: Any) -> Any:
     return schema.model_json_schema() if isinstance(schema, type) and issubclass(schema, BaseModel) else schema
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_json_schema_of), Field(min_length=1, max_length=MAX_FIELDS)]
+Spec = Annotated[Any, WithJsonSchema({"x-ref": "Field"})]  # of a field; its OpenAPI comes from all types there are
+Schema = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "x-ref": "Schema"}),
+                   Field(min_length=1, max_length=MAX_FIELDS), BeforeValidator(_json_schema_of)]
 
 
 class RecordSpec(BaseModel):
     """So many records of a type, in all or `per` record of another type, and the fields of each."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True, defer_build=True)
-    count: _Count | tuple[_Count, _Count]
+    count: Count | tuple[Count, Count]
     per: str | None = None
     schema_: Schema = Field(alias="schema")
 
@@ -5215,6 +5224,8 @@ class SequenceField(FieldType):
 
 
 class _Number(FieldType):
+    model_config = ConfigDict(json_schema_extra={"dependentRequired": {"mean": ["sd"], "sd": ["mean"]}})
+
     mean: float | None = None
     sd: float | None = Field(None, gt=0)
 
@@ -5362,7 +5373,9 @@ def _literal_kind(values: list[Any]) -> Kind:
 class ChoiceField(FieldType):
     """One of `values`: a list, or an object that gives each text its weight."""
 
-    values: list[Any] | dict[str, float] = Field(min_length=1)
+    values: Annotated[list[Any] | dict[str, float], Field(min_length=1), WithJsonSchema({"anyOf": [
+        {"type": "array", "items": {}, "minItems": 1},
+        {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}, "minProperties": 1}]})]
 
     def domain(self, scope: Scope) -> Domain:
         values = list({_dumps(value): value for value in self.values}.values())
@@ -5552,6 +5565,8 @@ class PatternField(FieldType):
     Or a text of `minLength` to `maxLength` characters in which the regular expression `regex` is found.
     """
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["pattern"]}, {"required": ["regex"]}]})
+
     redraws: ClassVar = REDRAWS
     pattern: str = Field("", max_length=256)
     regex: str | None = Field(None, max_length=MAX_SIZE_ARG)
@@ -5693,10 +5708,10 @@ class ListField(_Container):
     Before them come values of the types in `prefix`, one of each.
     """
 
-    of: Any
-    min: int = Field(1, ge=0)
+    of: Spec
+    min: int = Field(1, ge=0, le=1000)
     max: int = Field(3, ge=0, le=1000)
-    prefix: list[Any] = Field([], max_length=100)
+    prefix: list[Spec] = Field([], max_length=100)
     unique_items: bool = False
 
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
@@ -5732,7 +5747,7 @@ class ListField(_Container):
 class ObjectField(_Container):
     """An object with `fields` of its own, stored as JSON."""
 
-    fields: dict[str, Any] = Field(min_length=1, max_length=100)
+    fields: dict[str, Spec] = Field(min_length=1, max_length=100)
 
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
         return [(("fields", name), raw) for name, raw in self.fields.items()]
@@ -5824,8 +5839,8 @@ class ProductField(_Arithmetic):
 
 class _Alternatives(_Container):
     redraws: ClassVar = REDRAWS
-    of: list[Any] = Field(min_length=1, max_length=200)
-    valid: Any = None  # a JSON Schema, or a function that tells whether a value is wanted
+    of: list[Spec] = Field(min_length=1, max_length=200)
+    valid: Annotated[Any, WithJsonSchema({"type": ["object", "null"]})] = None  # a JSON Schema, or a test of values
 
     def inner(self) -> Iterable[tuple[tuple[str | int, ...], Any]]:
         return [(("of", number), raw) for number, raw in enumerate(self.of)]
@@ -5845,6 +5860,8 @@ class _Alternatives(_Container):
     def _valid(self, scope: Scope, draw: Draw, kind: Kind) -> Draw:
         if self.valid is None:
             return draw
+        if not callable(self.valid) and not isinstance(self.valid, dict):
+            raise scope.refuse("should be a JSON Schema, an object", "valid")
         wanted = self.valid if callable(self.valid) else partial(JsonSchema(self.valid).allows, nodes=[self.valid])
         plain = _mapped(draw, float if kind == "decimal" else None)
 
@@ -9387,7 +9404,9 @@ _RECIPES: OrderedDict[str, Recipe] = OrderedDict()  # checked ones by their text
 
 
 _COUNT_OR_RECORDS: Json = [  # for who reads the schema
-    {"required": ["count"], "properties": {"count": {"type": "integer"}, "records": {"type": "null"}}},
+    {"required": ["count"], "properties": {"count": {"type": "integer"}, "records": {"type": "null"}}, "anyOf": [
+        {"required": ["schema"], "properties": {"schema": {"type": "object"}}},
+        {"properties": {"recordType": {"enum": [*PRESETS, None]}}}]},
     {"required": ["records"], "properties": {"records": {"type": "object", "additionalProperties": True},
                                              **{key: {"type": "null"} for key in ("recordType", "count", "schema")}}}]
 
@@ -9399,16 +9418,18 @@ class GenerateRequest(JobRequest):
         "examples": [{"recordType": "person", "count": 1000, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
 
     record_type: NewRecordType | None = Field(None, description="Table the records go to (default: person).")
-    count: Whole | None = Field(None, ge=1, le=2**63 - 1, description="How many, up to TASKAPI_MAX_RECORDS.")
-    seed: Whole | None = Field(None, ge=0, le=2**63 - 1, description="Same seed, same records; chosen if missing.")
+    count: Annotated[int, Field(ge=1, le=MAX_INT), WHOLE] | None = Field(
+        None, description="How many, up to TASKAPI_MAX_RECORDS.")
+    seed: Count | None = Field(None, description="Same seed, same records; chosen if missing.")
     locale: str | list[str] | None = Field(None, description="Faker locale, or several: one is drawn for each record.")
     now: str | None = Field(None, description="The instant that relative dates start from; default: this one.")
     schema_: Schema | None = Field(None, alias="schema", description=(
         "Field name: type, or object with type. Or a JSON Schema: an object with properties and $schema or type."))
     records: dict[NewRecordType, RecordSpec] | None = Field(
         None, min_length=1, max_length=50, description="Several related types in one job.")
-    parts: Whole | None = Field(None, ge=1, le=100_000, description="Cut into so many parts, which can be made apart.")
-    part: Whole | None = Field(None, ge=0, description="Make this part alone, counted from 0; default: all of them.")
+    parts: Annotated[int, Field(ge=1, le=100_000), WHOLE] | None = Field(
+        None, description="Cut into so many parts, which can be made apart.")
+    part: Count | None = Field(None, description="Make this part alone, counted from 0; default: all of them.")
 
     notes: list[str] | None = Field(None, description="What /infer said of it; not kept.")
 
@@ -9782,11 +9803,20 @@ def _tell_formats(schema: dict[str, Json]) -> None:
     schema.update(enum=[*FORMATS], description=" ".join(["What kind of file.", *wanting]))
 
 
+def _tell_export(schema: dict[str, Json]) -> None:
+    """Says which options do not go with each other, or with some of the formats."""
+    given: Json = {"not": {"enum": [False, None]}}
+    clashes: list[dict[str, Json]] = [{"split": given, "gzip": given}, *({option: given, "format": {"enum": [
+        name for name, known in FORMATS.items() if option not in known.options]}}
+        for option in ("split", "omitNull", "dialect"))]
+    schema.update(allOf=[{"not": {"required": [*clash], "properties": clash}} for clash in clashes], examples=[
+        {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}])
+
+
 class ExportRequest(JobRequest):
     """Which records to write to a file, and how."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [
-        {"format": "csv", "filters": {"recordType": "person"}, "orderBy": "name", "limit": 1000}]})
+    model_config = ConfigDict(json_schema_extra=_tell_export)
 
     format: Annotated[str, AfterValidator(lambda name: _one_of("format", FORMATS, name))] = Field(
         json_schema_extra=_tell_formats, description="What kind of file.")
@@ -9795,7 +9825,7 @@ class ExportRequest(JobRequest):
         None, description="Which fields, in which order; default: all.")
     order_by: str | None = Field(None, min_length=1, description="Fields, separated by commas; with - "
                                                                  "before it, descending.")
-    limit: Whole | None = Field(None, ge=0, le=2**63 - 1, description="How many records at most.")
+    limit: Count | None = Field(None, description="How many records at most.")
     gzip: bool = Field(False, description="Compress the file.")
     excel_safe: bool = Field(False, description="CSV only: guards texts that a spreadsheet would run; adds a BOM.")
     split: bool = Field(False, description=f"A zip with one file a record type{_takers('split')}.")
@@ -12116,8 +12146,8 @@ class RecordsQuery(RecordQuery):
     after: int | None = Field(None, ge=0, le=2**63 - 1, description="The `next` of the page before.")
     order_by: str | None = Field(None, description="Fields, separated by commas; with - before it, descending.")
     format: RecordFormat | None = Field(None, description="Default: as Accept says, or json.")
-    or_: list[str] = Field([], alias="or", description="Of these, such as age.gte=65, one has to hold; within one, & "
-                                                       "joins several that all have to.")
+    or_: list[Annotated[str, Field(json_schema_extra={"pattern": "="})]] = Field([], alias="or", description=(
+        "Of these, such as age.gte=65, one has to hold; within one, & joins several that all have to."))
 
 
 def _selected(call: Request, query: RecordQuery, record_type: str, kinds: Mapping[str, Kind]) -> Selected:
@@ -12128,7 +12158,7 @@ def _selected(call: Request, query: RecordQuery, record_type: str, kinds: Mappin
         where = where_of((query.model_extra or {}).items(), query.or_, kinds, parameters)
         conditions = validated(Where, lambda: Where.model_validate(where, by_alias=True, by_name=False))
     return Selected(Filters.model_construct(record_type=record_type, job_id=query.job_id, where=conditions),
-                    names_in(query.fields, kinds) if query.fields is not None else None,
+                    names_in(query.fields, kinds) if query.fields else None,  # a form's empty field names none
                     interrupted=call.gone)
 
 
@@ -12318,7 +12348,7 @@ class PreviewRequest(GenerateRequest):
     model_config = ConfigDict(json_schema_extra={
         "examples": [{"recordType": "person", "count": 3, "seed": 42}], "oneOf": _COUNT_OR_RECORDS})
 
-    count: Whole | None = Field(None, ge=1, le=100, description="How many, up to 100.")
+    count: Annotated[int, Field(ge=1, le=100), WHOLE] | None = Field(None, description="How many, up to 100.")
 
     def with_defaults(self, settings: Settings, clock: Clock) -> Self:
         """Of a request of many parts fewer records may be shown than it has parts."""
@@ -12636,7 +12666,8 @@ def all_routes(test_controls: bool = False) -> list[Route]:
         post_job.__doc__ = kind.run.__doc__
         return post_job
 
-    posted = [Route("POST", f"/{kind.name}", poster(kind), WaitQuery, kind.model, {202: Job, 409: ErrorBody})
+    posted = [Route("POST", f"/{kind.name}", poster(kind), WaitQuery, kind.model,
+                    {202: Job, 404: ErrorBody, 409: ErrorBody})
               for kind in JOB_TYPES.values() if kind.posted]
     others = [entry for entry in ROUTES[2:] if test_controls or not entry.path.startswith("/test/")]
     return [*ROUTES[:2], *posted, *others]  # in the order in which people meet them
@@ -12650,8 +12681,6 @@ _ANSWER_HEADERS: Mapping[int | type, Mapping[str, str]] = {  # by status; `bytes
     304: {"ETag": "The file's."},
     bytes: {"ETag": "For If-None-Match and If-Range.", "Last-Modified": "When the file was made.",
             "Accept-Ranges": "bytes", "Content-Disposition": "The file's name."}}
-
-
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -12668,12 +12697,12 @@ def _content(shape: Any) -> dict[str, Json]:
     return {_JSON_TYPE: {"schema": schema}}
 
 
-def _operation(entry: Route, schema_of: Callable[[Any], Json]) -> dict[str, Json]:
+def _operation(entry: Route, schemas: Mapping[str, Json]) -> dict[str, Json]:
     """One operation of the OpenAPI document."""
     makes_job = Job in entry.answers.values()
     parameters: list[Json] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                               for name in re.findall(r"{(\w+)}", entry.path)]
-    for name, schema in (schema_of(entry.query)["properties"] if entry.query else {}).items():
+    for name, schema in (schemas[entry.query.__name__]["properties"] if entry.query else {}).items():
         parameters.append({"name": name, "in": "query", "schema": schema,
                            "description": schema.get("description", "")})
     if entry.query and entry.query.model_config.get("extra") == "allow":
@@ -12709,12 +12738,31 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
         default, kinds = field.pop("default", None), [*field.pop("anyOf", ())]
         if texts:
             kinds = [kind for kind in kinds if kind != {"type": "null"}]
+        if {"type": "null"} in kinds and "enum" in field:
+            field["enum"].append(None)
         field.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
         for kind in kinds:
             if "patternProperties" in kind:
                 kind["additionalProperties"] = False
         if isinstance(default, str | int | float):
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
+
+
+def _field_shapes(shapes: Mapping[str, dict[str, Json]]) -> dict[str, Json]:
+    """What a schema is, and a field of it: the name of a type, or one of `shapes`, by type: an object with options."""
+    name: Json = {"type": "string", "pattern": r"^[a-z]\w*$", "description": "GET /fields lists all types."}
+    for own, shape in shapes.items():
+        shape["properties"]["type"] = {"const": own} if own else {**name, "not": {"enum": [*FIELD_TYPES]}}
+    bare = [own for own, shape in shapes.items() if shape["required"] != ["type"] or "oneOf" in shape]
+    known: Json = {"properties": {"type": "object", "additionalProperties": True}, "type": {"const": "object"},
+                   "$schema": {"type": "string"}, "$ref": {"type": "string", "pattern": "^#"}}
+    documents = [{"additionalProperties": True, "required": needs, "properties": {need: known[need] for need in needs}}
+                 for needs in (["properties", "type"], ["properties", "$schema"], ["$ref"])]
+    fields = {"minProperties": 1, "maxProperties": MAX_FIELDS, "additionalProperties": {
+        "$ref": "#/components/schemas/Field"}, "propertyNames": {
+        "pattern": r"^(?!_(id|job|created)$)\S(.*\S)?$", "maxLength": MAX_FIELD_NAME}}
+    return {"Schema": {"type": "object", "anyOf": [fields, *documents]}, "Field": {"anyOf": [
+        {**name, "not": {"enum": bare}}, *({"$ref": f"#/components/schemas/{of['title']}"} for of in shapes.values())]}}
 
 
 def _secured(document: dict[str, Json]) -> dict[str, Json]:
@@ -12737,27 +12785,27 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
     routes = list(routes)
     answers = [shape for entry in routes for shapes in entry.answers.values()
                for shape in (shapes if isinstance(shapes, tuple) else [shapes])]
-    used = [*answers, *(shape for entry in routes for shape in (entry.query, entry.body))]
-    shapes: set[type[ApiModel]] = {ErrorBody}
-    shapes |= {shape for shape in used if isinstance(shape, type) and issubclass(shape, ApiModel)}
-    inputs = {shape for entry in routes for shape in (entry.body, entry.query) if shape}
+    shapes: set[type[BaseModel]] = {ErrorBody, FakerField, *FIELD_TYPES.values()}
+    inputs = shapes - {ErrorBody}
+    inputs |= {shape for entry in routes for shape in (entry.body, entry.query) if shape}
+    shapes |= {*inputs, *(shape for shape in answers if isinstance(shape, type) and issubclass(shape, ApiModel))}
     _, definitions = models_json_schema(
         [(shape, "validation" if shape in inputs else "serialization")
-         for shape in sorted(shapes, key=lambda shape: shape.__name__)], ref_template="#/components/schemas/{model}")
-    schemas = definitions["$defs"]
+         for shape in sorted(shapes, key=str)], ref_template="#/components/schemas/{model}")
+    schemas = json.loads(json.dumps(definitions["$defs"]).replace('"x-ref": "', '"$ref": "#/components/schemas/'))
+    schemas |= _field_shapes({name: schemas[cls.__name__] for name, cls in (FIELD_TYPES | {"": FakerField}).items()})
     texts = {shape.__name__ for entry in routes for shape in (entry.query, UploadForm) if shape}
     sent = {shape.__name__ for shape in inputs}
     while more := {*re.findall(r"#/components/schemas/(\w+)", json.dumps([schemas[name] for name in sent]))} - sent:
         sent |= more
     for name in sent:
         _told_to_clients(schemas[name], name in texts)
-    schemas["FieldsQuery"]["properties"]["locale"]["enum"] = known_locales()
+    schemas["FieldsQuery"]["properties"]["locale"]["enum"] = ["", *known_locales()]
     for name in schemas.keys() & {"UploadForm", "InferQuery", "UploadQuery"}:
         schemas[name]["properties"]["encoding"]["enum"] = known_encodings()
     paths: dict[str, dict[str, Json]] = {}
     for entry in routes:
-        paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(
-            entry, lambda shape: schemas[shape.__name__])
+        paths.setdefault(entry.path, {})[entry.method.lower()] = _operation(entry, schemas)
     document = {"openapi": "3.1.0", "servers": [{"url": MOUNT.get() or "/"}], "paths": paths,
                 "components": {"schemas": schemas},
                 "info": {"title": "taskapi", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"},
