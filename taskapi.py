@@ -8358,7 +8358,8 @@ def _csv_rows(texts: Iterator[str], delimiter: str, gap: str, fields: Sequence[s
 
 _FORM = re.compile(r'"?\s*(?:(?P<moment>\d{1,4}([-/.])\d{1,2}\2\d{1,4}([T ].*)?|\d{4}-\d\d)|(?P<time>\d\d?:\d\d(:.*)?)|'
                    r"(?P<number>[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?)|(?i:[-.?]?|n/?a|nan|null|none|\\n))\s*\"?")
-_LOOK = re.compile(r".*[.,](\d{8,}|\d{5,}[eE].*)(?P<exact>)|0?[.,]\d{1,3}(?P<share>)|(-\d*|[1-9]\d*)[.,]\d+(?P<rare>)")
+_LOOK = re.compile(r".*[.,](\d{8,}|\d{5,}[eE].*)(?P<exact>)|0?[.,]\d{1,3}(?P<share>)|(-\d*|[1-9]\d*)[.,]\d+(?P<rare>)|"
+                   r"\d{5,}(?P<large>)")
 
 
 def _form_of(cell: str) -> str:
@@ -8404,7 +8405,7 @@ def _is_record(first: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
             seem[0] == "counted" and not (ordered and numbers[0] == 1 and not texts)):
         return True
     return (2 * seem.count("between") >= len(cells) > 0 and not (ordered and (texts or cells[2:]))
-            and bool((not texts and cells[2:]) or looks & {"exact", "rare"}))
+            and bool((not texts and (cells[2:] or "large" in looks)) or looks & {"exact", "rare"}))
 
 
 def _header(names: FieldNames, rows: Sequence[Sequence[str]], told: str, line: int, *,
