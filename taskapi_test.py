@@ -3283,8 +3283,9 @@ def fuzz(locale_names: Sequence[str], share: float) -> int:
 
 @pytest.mark.parametrize("share", [0.01, pytest.param(1, marks=MORE)])
 def test_no_argument_makes_faker_work_without_end(share: float) -> None:
-    """Neither a literal nor one that is read from a field, in time (draws are counted) or in memory (512 MB)."""
-    script = (f"import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29)); import taskapi_test as t;"
+    """Neither a literal nor one that is read from a field, in time (draws are counted) or in memory: of 1 GB of
+    addresses this file, with all that it imports, reserves half."""
+    script = (f"import resource; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); import taskapi_test as t;"
               f"from faker.config import AVAILABLE_LOCALES; share = {share};"
               "print(t.fuzz(['en_US', 'de_DE'] if share < 1 else AVAILABLE_LOCALES, share))")
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=HERE, capture_output=True, text=True,
