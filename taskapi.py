@@ -12749,6 +12749,15 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
+def _shape_of_own(name: str, cls: type[FieldType]) -> dict[str, Json]:
+    """What a field type of the program's own takes, whose class may be named like one of ours; if that can be told."""
+    title, shape = f"{re.sub(r'[^a-zA-Z0-9]', '_', name)}_Field", {"properties": {}, "required": ["type"]}
+    with suppress(Exception):  # whatever its author has written
+        told = cls.model_json_schema()
+        shape = shape if "$defs" in told else told
+    return {**shape, "title": title}
+
+
 def _field_shapes(shapes: Mapping[str, dict[str, Json]]) -> dict[str, Json]:
     """What a schema is, and a field of it: the name of a type, or one of `shapes`, by type: an object with options."""
     name: Json = {"type": "string", "pattern": r"^[a-z]\w*$", "description": "GET /fields lists all types."}
@@ -12786,7 +12795,8 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
     routes = list(routes)
     answers = [shape for entry in routes for shapes in entry.answers.values()
                for shape in (shapes if isinstance(shapes, tuple) else [shapes])]
-    shapes: set[type[BaseModel]] = {ErrorBody, FakerField, *FIELD_TYPES.values()}
+    types = FIELD_TYPES | {"": FakerField}
+    shapes: set[type[BaseModel]] = {ErrorBody, *(cls for cls in types.values() if cls.__module__ == __name__)}
     inputs = shapes - {ErrorBody}
     inputs |= {shape for entry in routes for shape in (entry.body, entry.query) if shape}
     shapes |= {*inputs, *(shape for shape in answers if isinstance(shape, type) and issubclass(shape, ApiModel))}
@@ -12794,7 +12804,9 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
         [(shape, "validation" if shape in inputs else "serialization")
          for shape in sorted(shapes, key=str)], ref_template="#/components/schemas/{model}")
     schemas = json.loads(json.dumps(definitions["$defs"]).replace('"x-ref": "', '"$ref": "#/components/schemas/'))
-    schemas |= _field_shapes({name: schemas[cls.__name__] for name, cls in (FIELD_TYPES | {"": FakerField}).items()})
+    own = {name: _shape_of_own(name, cls) for name, cls in types.items() if cls not in shapes}
+    schemas |= {shape["title"]: shape for shape in own.values()}
+    schemas |= _field_shapes({name: own.get(name) or schemas[cls.__name__] for name, cls in types.items()})
     texts = {shape.__name__ for entry in routes for shape in (entry.query, UploadForm) if shape}
     sent = {shape.__name__ for shape in inputs}
     while more := {*re.findall(r"#/components/schemas/(\w+)", json.dumps([schemas[name] for name in sent]))} - sent:

@@ -7850,6 +7850,32 @@ def test_the_openapi_document_has_every_route_and_resolves(url: str) -> None:
             assert operation["summary"]
 
 
+def test_the_openapi_document_bears_field_types_of_the_programs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the class is called like one of ours, and where pydantic knows no schema of an option."""
+    monkeypatch.setattr(taskapi, "FIELD_TYPES", dict(taskapi.FIELD_TYPES))
+    ours = taskapi.openapi(taskapi.all_routes())["components"]["schemas"]["IntField"]
+
+    @taskapi.field_type("my int")
+    class IntField(taskapi.FieldType):
+        """One of somebody's own."""
+
+        how_many: int = 1
+
+    @taskapi.field_type("odd")
+    class Odd(taskapi.FieldType):
+        """Takes what no JSON is."""
+
+        function: Callable[[], int] | None = None
+
+    assert {IntField.__name__, Odd.__name__} == {"IntField", "Odd"}
+    schemas = taskapi.openapi(taskapi.all_routes())["components"]["schemas"]
+    assert schemas["IntField"] == ours
+    assert schemas["my_int_Field"]["properties"].keys() == {"type", "null", "unique", "howMany"}
+    assert schemas["odd_Field"]["properties"] == {"type": {"const": "odd"}}
+    told = [option["$ref"].rpartition("/")[2] for option in schemas["Field"]["anyOf"] if "$ref" in option]
+    assert {"my_int_Field", "odd_Field", "IntField"} <= {*told} <= schemas.keys()
+
+
 def test_the_openapi_document_tells_headers_and_has_examples_that_are_right(url: str) -> None:
     """Where a made job is, what a file comes with, when to come again; a JSON body's example is accepted."""
     document = ask(url, "GET", "/openapi.json").json
