@@ -6796,7 +6796,7 @@ class Recipe:
         paths = {name: f"{where}.{name}" if where else "" for name in records}
         self.types = {name: RecipeType(name, spec, paths[name], translated(
             spec.schema_, ".".join(filter(None, [paths[name], "schema"])))) for name, spec in records.items()}
-        self._idle: deque[Plan] = deque(maxlen=2)  # compiled already
+        self._idle: deque[Plan] = deque(maxlen=16)  # compiled already, for as many jobs at once
         problems = [problem for record_type in self.types.values() for problem in _parsed(record_type)]
         related = list(self._relate(where or "schema"))
         if more := related or _unknown_locale(self.locales) or self._too_much(where or "schema"):
@@ -6879,8 +6879,9 @@ class Recipe:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes while it is kept, about: each type has a Faker of each locale."""
-        return 2**17 * len(self.types) * len(self.locales) + 2**12 * sum(len(t.fields) for t in self.types.values())
+        """Bytes that it takes while it is kept, about: each type of each plan has a Faker of each locale."""
+        fields = sum(len(record_type.fields) for record_type in self.types.values())
+        return max(1, len(self._idle)) * (2**17 * len(self.types) * len(self.locales) + 2**12 * fields)
 
     @property
     def total(self) -> int:
