@@ -7481,9 +7481,10 @@ def put_in_place(folder: Path, how: str) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="an open database cannot be replaced")
 @pytest.mark.parametrize(("how", "noticed", "end"), [
-    ("log removed", True, signal.SIGKILL), ("log removed", False, signal.SIGTERM), ("renamed", True, signal.SIGKILL),
-    ("renamed", False, signal.SIGTERM), ("renamed", False, signal.SIGKILL), ("overwritten", True, signal.SIGKILL),
-    ("overwritten", False, signal.SIGTERM), ("restored", True, signal.SIGTERM), ("restored", False, signal.SIGKILL)])
+    ("log removed", True, signal.SIGKILL), ("renamed", False, signal.SIGTERM), ("overwritten", True, signal.SIGKILL),
+    ("restored", False, signal.SIGKILL), *(pytest.param(*more, marks=MORE) for more in (
+        ("log removed", False, signal.SIGTERM), ("renamed", True, signal.SIGKILL), ("renamed", False, signal.SIGKILL),
+        ("overwritten", False, signal.SIGTERM), ("restored", True, signal.SIGTERM)))])
 def test_files_that_are_not_ours_any_more_are_never_written_to(
         tmp_path: Path, how: str, noticed: bool, end: int) -> None:
     """503 that says what to do; the next start goes on with what is there, or says which log is not its own."""
@@ -7785,7 +7786,7 @@ def test_a_read_only_folder_is_said_and_recovers(tmp_path: Path) -> None:
             unwritable.chmod(0o700)
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_clients_at_once_meet_nothing_but_what_is_promised(tmp_path: Path, seconds: float) -> None:
     """Sixteen of them do everything; no 5xx but a full queue, no deadlock, and nothing is left of it but the jobs."""
     deadline = time.monotonic() + seconds
@@ -8579,12 +8580,12 @@ COVERED = """(() => { const node = document.activeElement, {x, y, width, height}
 
 @browsing
 def test_in_a_browser_nothing_hides_what_has_the_focus(at_work: tuple[taskapi.Service, str], tab: Tab) -> None:
-    """By Tab through the whole page of a large preset, at three sizes; nothing is wider than the window."""
+    """By Tab through the whole page of a large preset, on two screens; nothing is wider than the window."""
     service, url = at_work
     service.wait(service.enqueue("generate", {"recordType": "shop", "count": 30, "seed": 1}).job_id)
     long = {"long": {"type": "choice", "values": ["W" * 60, "a label of many words " * 5]}, "w" * 60: "word"}
     service.wait(service.enqueue("generate", {"recordType": "wide", "count": 30, "schema": long}).job_id)
-    for size in WINDOWS:
+    for size in WINDOWS[1:]:
         tab.window(*size)
         tab.open(f"{url}/ui#generate")
         tab.click("#presets button", "shop")
@@ -9310,10 +9311,11 @@ def test_connections_that_ask_nothing_make_room_for_new_ones(
         assert parsed(rest(busy)).status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checks", [
-    ["--exclude-checks", "positive_data_acceptance", "--max-time", "3", "--max-examples", "3"],
-    pytest.param(["--checks", "all", "--max-time", "90", "--max-examples", "40", "--exclude-path-regex",
-                  "^/(generate|preview|upload|infer)$"], marks=pytest.mark.slow)], ids=["answers", "all"])
+    ["--exclude-checks", "positive_data_acceptance", "--max-time", "20", "--max-examples", "10"],
+    ["--checks", "all", "--max-time", "90", "--max-examples", "40", "--exclude-path-regex",
+     "^/(generate|preview|upload|infer)$"]], ids=["answers", "all"])
 def test_schemathesis_finds_no_answer_that_is_not_described(tmp_path: Path, checks: list[str]) -> None:
     """No 5xx, no undocumented status, type or header, no answer that breaks its schema, nothing wrong accepted; and
     nothing right refused, but for bodies of which a schema cannot say all: files, and the fields of records."""
@@ -10564,7 +10566,7 @@ def press(url: str, random: Random, made: list[str], going: set[str], gone: set[
                     gone.add(known)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.slow)])
 def test_kill_9_again_and_again_under_load_loses_nothing_and_doubles_nothing(tmp_path: Path, kills: int) -> None:
     """Four clients do everything while the server is killed over and over, also while it recovers."""
     folder, random = tmp_path / "data", Random(200)
