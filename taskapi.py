@@ -3076,9 +3076,11 @@ class DatabaseCopy(Selection):
                 table, key = map(_quote, parent)
                 tests[field, f"REFERENCES {table}({key})"] = f"min(c{number} IN (SELECT {key} FROM copy.{table}))"
         tested = [field if any(field == other for other, _ in tests) else "" for field in fields]
-        for rows, bound in self._pieces(partial(self._values, tested, tested), record_type, _NO_LIMIT) if tests else ():
-            found = self._connection.execute(f"SELECT {', '.join(tests.values()) or 0} FROM ({rows})", bound).fetchone()
-            tests = {clause: test for (clause, test), holds in zip(tests.items(), found, strict=False) if holds != 0}
+        for rows, bound in self._pieces(partial(self._values, tested, tested), record_type, _NO_LIMIT):
+            if not tests:
+                break
+            found = self._connection.execute(f"SELECT {', '.join(tests.values())} FROM ({rows})", bound).fetchone()
+            tests = {clause: test for (clause, test), holds in zip(tests.items(), found, strict=True) if holds != 0}
         return {field: [clause for other, clause in tests if other == field] for field in fields}
 
     def _declared(self, record_type: str, clauses: Mapping[str, Sequence[str]]) -> str:
@@ -12750,11 +12752,17 @@ def _told_to_clients(schema: dict[str, Json], texts: bool) -> None:
             field["description"] = f"{field.get('description', '')} Default: {json.dumps(default)}.".strip()
 
 
+def _with_refs(schema: Mapping[str, Json]) -> dict[str, Json]:
+    """The same, in which what an `x-ref` names is a reference into the document."""
+    told = json.dumps(schema).replace('"x-ref": "', '"$ref": "#/components/schemas/')
+    return cast("dict[str, Json]", json.loads(told))
+
+
 def _shape_of_own(name: str, cls: type[FieldType]) -> dict[str, Json]:
     """What a field type of the program's own takes, whose class may be named like one of ours; if that can be told."""
     title, shape = f"{re.sub(r'[^a-zA-Z0-9]', '_', name)}_Field", {"properties": {}, "required": ["type"]}
     with suppress(Exception):  # whatever its author has written
-        told = cls.model_json_schema()
+        told = _with_refs(cls.model_json_schema())
         shape = shape if "$defs" in told else told
     return {**shape, "title": title}
 
@@ -12804,7 +12812,7 @@ def openapi(routes: Iterable[Route], *, secured: bool = False) -> dict[str, Json
     _, definitions = models_json_schema(
         [(shape, "validation" if shape in inputs else "serialization")
          for shape in sorted(shapes, key=str)], ref_template="#/components/schemas/{model}")
-    schemas = json.loads(json.dumps(definitions["$defs"]).replace('"x-ref": "', '"$ref": "#/components/schemas/'))
+    schemas = _with_refs(definitions["$defs"])
     own = {name: _shape_of_own(name, cls) for name, cls in types.items() if cls not in shapes}
     schemas |= {shape["title"]: shape for shape in own.values()}
     schemas |= _field_shapes({name: own.get(name) or schemas[cls.__name__] for name, cls in types.items()})
